@@ -1,0 +1,160 @@
+"""From records to batches: the stateless order of examples, prompt trees, and how a tree is laid on a model's rows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from preference_datasets import PreferenceData
+from torch import Tensor
+
+Example = tuple[int, int]
+"""(record, pair of that record); in SFT the second is 0: the record's one target."""
+
+IGNORED = -100
+EVAL_SEED = 0
+"""The evaluation examples are the same whatever a run's seed, so that runs can be compared."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A prompt and those of its distinct responses that a batch needs, as token ids."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Trees, and which of their responses form the examples.
+
+    `chosen` and `rejected` hold, for each example, a response's index in the trees' responses counted through;
+    `rejected` is None in SFT.
+    """
+
+    trees: list[Tree]
+    chosen: list[int]
+    rejected: list[int] | None
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+
+def make_batch(data: PreferenceData, examples: Sequence[Example]) -> Batch:
+    """Group `examples` by prompt: each prompt stands once, with each of its needed responses once."""
+    by_record: dict[int, list[int]] = {}
+    for position, (record, _) in enumerate(examples):
+        by_record.setdefault(record, []).append(position)
+    trees: list[Tree] = []
+    sides = np.empty((len(examples), 2), dtype=np.int64)
+    n_responses, paired = 0, True
+    for index, positions in by_record.items():
+        record = data[index]
+        paired = bool(record.pairs)
+        wanted = [record.pairs[examples[p][1]] if paired else (0, 0) for p in positions]
+        used = sorted({response for pair in wanted for response in pair})
+        number = {response: n_responses + k for k, response in enumerate(used)}
+        sides[positions] = [[number[chosen], number[rejected]] for chosen, rejected in wanted]
+        trees.append(Tree(record.prompt, [record.responses[response] for response in used]))
+        n_responses += len(used)
+    return Batch(trees, sides[:, 0].tolist(), sides[:, 1].tolist() if paired else None)
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """The `padded` layout: one row for each response, prompt + response, padded on the right.
+
+    All are int64 of shape [responses, longest row]. `labels` holds the token ids of responses and IGNORED elsewhere.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+def padded(batch: Batch) -> PaddedRows:
+    """Lay a batch out as one row a response. This layout works for every model and defines what others must equal."""
+    rows = [(tree.prompt, response) for tree in batch.trees for response in tree.responses]
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    shape = (len(rows), width)
+    input_ids = torch.zeros(shape, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED, dtype=torch.long)
+    for row, (prompt, response) in enumerate(rows):
+        start, stop = len(prompt), len(prompt) + len(response)
+        input_ids[row, :stop] = torch.tensor(prompt + response)
+        attention_mask[row, :stop] = 1
+        labels[row, start:stop] = torch.tensor(response)
+    return PaddedRows(input_ids, attention_mask, labels)
+
+
+def epoch_order(data: PreferenceData, seed: int, epoch: int, weights: Sequence[float] | None = None) -> np.ndarray:
+    """Every example of one epoch in its order, a function of (seed, epoch) alone. Shape [examples, 2]: record, pair.
+
+    Prompts are shuffled; the pairs of a prompt stay together, so that a batch can share its computation. `weights`
+    gives how many times each of `data.names` is passed over: 2 takes every prompt twice, 0.5 a fresh random half.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    passes = [1.0] * len(data.names) if weights is None else weights
+    chosen: list[np.ndarray] = []
+    for source, weight in enumerate(passes):
+        records = np.flatnonzero(data.source == source)
+        whole, part = divmod(weight, 1.0)
+        chosen += [records] * int(whole)
+        chosen.append(rng.permutation(records)[: round(part * len(records))])
+    order = np.concatenate(chosen)
+    rng.shuffle(order)
+    counts = data.n_examples[order]
+    first = np.cumsum(counts) - counts
+    pair = np.arange(counts.sum()) - np.repeat(first, counts)
+    return np.stack([np.repeat(order, counts), pair], axis=1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which examples a run trains on: `batch_size` at a time, until `n_epochs` or `n_examples` ends, the first that
+    does (None: no such end). The last batch of an epoch, and of the run, may be smaller; nothing is left out."""
+
+    seed: int
+    batch_size: int
+    n_epochs: int | None
+    n_examples: int | None
+    weights: Sequence[float] | None = None
+
+    def batches(self, data: PreferenceData) -> Iterator[list[Example]]:
+        """The run's global batches, each a list of examples."""
+        epoch, seen = 0, 0
+        while self.n_epochs is None or epoch < self.n_epochs:
+            order = epoch_order(data, self.seed, epoch, self.weights)
+            for start in range(0, len(order), self.batch_size):
+                left = self.batch_size if self.n_examples is None else self.n_examples - seen
+                batch = [(int(r), int(p)) for r, p in order[start : start + min(self.batch_size, left)]]
+                if not batch:
+                    return
+                seen += len(batch)
+                yield batch
+            epoch += 1
+
+    def size(self, data: PreferenceData) -> tuple[int, int]:
+        """(examples, optimizer steps) of the whole run."""
+        examples, steps, epoch = 0, 0, 0
+        while self.n_epochs is None or epoch < self.n_epochs:
+            whole = int(data.n_examples.sum())
+            size = whole if self.weights is None else len(epoch_order(data, self.seed, epoch, self.weights))
+            if self.n_examples is not None:
+                size = min(size, self.n_examples - examples)
+            examples, steps, epoch = examples + size, steps + -(-size // self.batch_size), epoch + 1
+            if self.n_examples is not None and examples >= self.n_examples:
+                break
+        return examples, steps
+
+
+def eval_examples(data: PreferenceData, n: int) -> list[Example]:
+    """The first `n` examples of the evaluation order (all, where there are fewer)."""
+    return [(int(record), int(pair)) for record, pair in epoch_order(data, EVAL_SEED, 0)[:n]]
+
+
+def chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    """Cut `examples` into runs of `size`; the last may be shorter."""
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]

@@ -1,0 +1,162 @@
+"""What a policy is measured by: the loss and metrics of a batch, evaluators that yield (name, value), and sampling."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from preference_datasets import PreferenceData
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from batching import Batch, Example, chunks, make_batch
+from losses import Loss, SequenceLogps, implicit_rewards, reduce_tokens
+from models import TokenLogps, autocast, response_logps
+from reference import LiveReference
+
+Metrics = dict[str, list[float]]
+"""Metric name -> one value for each example."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Computes the loss of a batch under a policy, and the metrics that go with it."""
+
+    loss: Loss
+    compute_dtype: torch.dtype
+    reference: LiveReference | None
+
+    def __call__(self, policy: PreTrainedModel, batch: Batch, split: str) -> tuple[Tensor, Metrics]:
+        """Returns the loss of each example, shape [n], with gradients, and the metrics of each example.
+
+        Metric names end in `split` ("train" or "eval") as in the original code. `logps_*` are sums over tokens, in
+        nats, whatever the loss averages; rewards are beta times the log-ratio that the loss uses.
+        """
+        tokens = response_logps(policy, batch, self.compute_dtype)
+        reference = self.reference.response_logps(batch) if self.reference is not None else None
+        logps = self._sequences(batch, tokens, reference, self.loss.average_log_prob)
+        losses = self.loss(logps)
+        sums = self._sequences(batch, tokens, reference, average=False)
+        means = self._sequences(batch, tokens, reference, average=True)
+        metrics = {f"logps_{split}/chosen": sums.policy_chosen, f"loss/{split}": losses}
+        if sums.policy_rejected is not None:
+            chosen, rejected = implicit_rewards(logps, self.loss.beta)
+            metrics |= {
+                f"rewards_{split}/chosen": chosen,
+                f"rewards_{split}/rejected": rejected,
+                f"rewards_{split}/accuracies": (chosen > rejected).float(),
+                f"rewards_{split}/margins": chosen - rejected,
+                f"logps_{split}/rejected": sums.policy_rejected,
+                f"logratios_per_token_{split}/chosen": implicit_rewards(means, 1.0)[0],
+                f"logratios_per_token_{split}/rejected": implicit_rewards(means, 1.0)[1],
+            }
+        return losses, {name: value.detach().cpu().tolist() for name, value in metrics.items()}
+
+    @staticmethod
+    def _sequences(batch: Batch, policy: TokenLogps, reference: TokenLogps | None, average: bool) -> SequenceLogps:
+        def sides(tokens: TokenLogps) -> tuple[Tensor, Tensor | None]:
+            responses = reduce_tokens(tokens.logps, tokens.mask, average)
+            return responses[batch.chosen], responses[batch.rejected] if batch.rejected is not None else None
+
+        return SequenceLogps(*sides(policy), *(sides(reference) if reference is not None else (None, None)))
+
+
+def mean_metrics(metrics: Metrics) -> dict[str, float]:
+    """Mean of every metric over its examples."""
+    return {name: sum(values) / len(values) for name, values in metrics.items()}
+
+
+@torch.no_grad()
+def evaluate_loss(
+    scorer: Scorer, policy: PreTrainedModel, data: PreferenceData, examples: Sequence[Example], batch_size: int
+) -> Iterator[tuple[str, float]]:
+    """Yields each metric of `Scorer` as its mean over exactly `examples`."""
+    total: Metrics = {}
+    for some in tqdm(list(chunks(examples, batch_size)), desc="evaluating", leave=False, dynamic_ncols=True):
+        _, metrics = scorer(policy, make_batch(data, some), "eval")
+        for name, values in metrics.items():
+            total.setdefault(name, []).extend(values)
+    yield from mean_metrics(total).items()
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_length: int,
+    batch_size: int,
+    seed: int,
+    compute_dtype: torch.dtype,
+) -> list[list[int]]:
+    """One sampled response for each prompt, as token ids with EOS where the model ended it.
+
+    Sampled from the model's own distribution (temperature 1, no top-k or top-p) until prompt and response have
+    `max_length` tokens together. The result depends on `seed`, the prompts and `batch_size`; other random state is left
+    as it was.
+    """
+    device, end = model.get_input_embeddings().weight.device, tokenizer.eos_token_id
+    responses: list[list[int]] = []
+    rng_devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(rng_devices), autocast(device, compute_dtype, model.dtype):
+        torch.manual_seed(seed)
+        for some in tqdm(list(chunks(prompts, batch_size)), desc="sampling", leave=False, dynamic_ncols=True):
+            width = max(len(prompt) for prompt in some)
+            # An empty prompt becomes one EOS: a model needs something to start from.
+            width = max(width, 1)
+            ids = torch.full((len(some), width), end)
+            mask = torch.zeros_like(ids)
+            for row, prompt in enumerate(some):
+                ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+                mask[row, width - max(len(prompt), 1) :] = 1
+            settings = GenerationConfig(
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=max(max_length - width, 1),
+                eos_token_id=end,
+                pad_token_id=end,
+                use_cache=True,
+            )
+            out = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+            responses += [_until_end(row, end) for row in out[:, width:].tolist()]
+    return responses
+
+
+def _until_end(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def prompts_of(data: PreferenceData, examples: Iterable[Example], n: int) -> list[list[int]]:
+    """The first `n` distinct prompts of `examples`."""
+    records = list(dict.fromkeys(record for record, _ in examples))[:n]
+    return [data[record].prompt for record in records]
+
+
+class SampleEvaluator:
+    """Samples from policy and reference for fixed prompts. The reference is frozen, so it is sampled once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], **settings: object):
+        self.tokenizer, self.prompts, self.settings = tokenizer, prompts, settings
+        self._reference: list[list[int]] | None = None
+
+    def __call__(
+        self, policy: PreTrainedModel, reference: PreTrainedModel | None
+    ) -> tuple[dict[str, float], list[dict[str, str]]]:
+        """Returns mean length (tokens) and share of samples that ended with EOS, and rows of prompt and responses."""
+        sampled = {"policy": sample(policy, self.tokenizer, self.prompts, **self.settings)}  # type: ignore[arg-type]
+        if reference is not None:
+            if self._reference is None:
+                self._reference = sample(reference, self.tokenizer, self.prompts, **self.settings)  # type: ignore[arg-type]
+            sampled["reference"] = self._reference
+        end = self.tokenizer.eos_token_id
+        metrics: dict[str, float] = {}
+        for model, responses in sampled.items():
+            metrics[f"samples_eval/{model}_length"] = sum(map(len, responses)) / len(responses)
+            metrics[f"samples_eval/{model}_eos_rate"] = sum(r[-1:] == [end] for r in responses) / len(responses)
+        texts = {model: self.tokenizer.batch_decode(r, skip_special_tokens=True) for model, r in sampled.items()}
+        prompts = self.tokenizer.batch_decode(self.prompts)
+        return metrics, [
+            {"prompt": prompt, **{model: texts[model][i] for model in texts}} for i, prompt in enumerate(prompts)
+        ]

@@ -1,0 +1,223 @@
+"""Load policy and tokenizer; log-probabilities of a batch's responses."""
+
+import contextlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from batching import IGNORED, Batch, padded
+from checkpoint import Archive, resolve_archive
+from settings import Config
+from utils import UserError, file_hash, log
+
+# What from_pretrained raises for a name or folder it cannot use.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `device=name` means; auto takes CUDA, else an Apple GPU, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer of the configuration. Raises UserError where there is none, or it has no end-of-text token."""
+    name = config.model.tokenizer_name_or_path or config.model.name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_local_folder(name, config.cache))
+    except _LOAD_ERRORS as error:
+        raise UserError(
+            f"no tokenizer could be read from {name} ({_first_line(error)}); give one with "
+            "model.tokenizer_name_or_path=<hub id or folder>"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no end-of-text token (eos_token), which ends every response")
+    return tokenizer
+
+
+def load_policy(config: Config, device: torch.device) -> PreTrainedModel:
+    """The model to train, in model.policy_dtype, without dropout, from model.archive where one is given.
+
+    Raises UserError for a name, folder or archive that cannot be read or does not fit.
+    """
+    source = _local_folder(config.model.name_or_path, config.cache)
+    archive = resolve_archive(config.model.archive) if config.model.archive else None
+    if archive is not None:
+        _check_same_architecture(config.model.name_or_path, source, archive)
+        log(f"starting from the weights of {archive.path}{archive.describe()}")
+    dtype = getattr(torch, config.model.policy_dtype)
+    placement = {"device_map": config.model.device_map} if config.model.device_map else {}
+    folder = archive.path if archive is not None and archive.state is None else source
+    try:
+        # A policy.pt holds every weight, so only the architecture is needed beside it.
+        if archive is not None and archive.state is not None and not placement:
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+        else:
+            model = _from_pretrained(folder, dtype, placement)
+    except _LOAD_ERRORS as error:
+        raise UserError(f"no model could be read from {folder}: {_first_line(error)}") from error
+    if archive is not None and archive.state is not None:
+        _load_state(model, archive)
+    disable_dropout(model)
+    if config.activation_checkpointing:
+        model.config.use_cache = False
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model if placement else model.to(device)
+
+
+def _from_pretrained(source: str | Path, dtype: torch.dtype, placement: dict[str, str]) -> PreTrainedModel:
+    model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **placement)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"the weights of {source} lack {len(missing)} tensors that the model needs, such as {missing[0]}; "
+            "is the folder complete, and of a causal language model?"
+        )
+    return model
+
+
+def _load_state(model: PreTrainedModel, archive: Archive) -> None:
+    """Fill `model` with the weights of a policy.pt of the original code."""
+    assert archive.state is not None
+    try:
+        missing, unexpected = model.load_state_dict(archive.state, strict=False)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[1:2] or [_first_line(error)]
+        raise UserError(f"model.archive={archive.path} is of another architecture: {first[0].strip()}") from error
+    # Old transformers saved buffers that today's models compute; tied heads may be left out.
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = [key for key in missing if key not in tied]
+    unexpected = [key for key in unexpected if not key.endswith(("rotary_emb.inv_freq", ".masked_bias", ".bias"))]
+    if missing or unexpected:
+        raise UserError(
+            f"model.archive={archive.path} is of another architecture: it lacks {missing[:2] or 'nothing'} and has the "
+            f"unknown {unexpected[:2] or 'nothing'}; set model= to the model it was trained from"
+        )
+    model.tie_weights()
+
+
+def _check_same_architecture(name: str, source: str | Path, archive: Archive) -> None:
+    """Raise UserError unless the archive's config.json describes the same network as `source`'s."""
+    if archive.state is not None:
+        return
+    try:
+        expected = AutoConfig.from_pretrained(source)
+    except _LOAD_ERRORS as error:
+        raise UserError(f"model.name_or_path={name} cannot be read: {_first_line(error)}") from error
+    found = json.loads((archive.path / "config.json").read_text())
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        wanted = getattr(expected, key, None)
+        given = getattr(AutoConfig.from_pretrained(archive.path), key, None) if key in found or wanted else None
+        if wanted != given:
+            raise UserError(
+                f"model.archive={archive.path} is of another architecture than model.name_or_path={name}: "
+                f"{key} is {given} there and {wanted} here; set model= to the model it was trained from"
+            )
+
+
+def _local_folder(name: str, cache: Path) -> str | Path:
+    """`name` itself, or for a .gguf file the folder it is converted to. Raises UserError for a path without a model."""
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        return _convert_gguf(path, cache)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise UserError(f"model.name_or_path={name}: there is no such folder")
+    return path if path.is_dir() else name
+
+
+def _convert_gguf(path: Path, cache: Path) -> Path:
+    """Dequantise a GGUF file once, to float32, into a model folder in the cache named by the file's content."""
+    if not path.is_file():
+        raise UserError(f"model.name_or_path={path}: there is no such file")
+    target = cache / "models" / f"{path.stem}-{file_hash(path)[:16]}"
+    if target.is_dir():
+        return target
+    log(f"reading {path.name} and converting it into {target} (once)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        # The weights are no longer quantised; transformers refuses to save a model that says they are.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        with contextlib.suppress(OSError):  # another process was faster
+            os.rename(temporary, target)
+    except _LOAD_ERRORS as error:
+        raise UserError(f"{path} could not be read as a GGUF model: {_first_line(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout probability to 0, so that policy and reference compute the same function."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """log p(token | all before it) in nats, float32 [responses, positions]; `mask` is true at response tokens."""
+
+    logps: Tensor
+    mask: Tensor
+
+
+def response_logps(model: PreTrainedModel, batch: Batch, compute_dtype: torch.dtype) -> TokenLogps:
+    """Log-probability of each token of the batch's responses, in the order of its trees.
+
+    Logits are computed only at positions that predict a response token in some row. The log-softmax is float32 whatever
+    the model's type. The first token of a response has none where there is neither prompt nor BOS before it.
+    """
+    rows = padded(batch)
+    labels = rows.labels[:, 1:]
+    keep = (labels != IGNORED).any(0).nonzero().squeeze(1)
+    device = model.get_input_embeddings().weight.device
+    with autocast(device, compute_dtype, model.dtype):
+        inputs = {"input_ids": rows.input_ids.to(device), "attention_mask": rows.attention_mask.to(device)}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            logits = model(**inputs, logits_to_keep=keep.to(device), use_cache=False).logits
+        else:
+            logits = model(**inputs, use_cache=False).logits[:, keep.to(device)]
+    labels = labels[:, keep].to(logits.device)
+    logps = -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    return TokenLogps(logps.view(labels.shape), labels != IGNORED)
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, compute: torch.dtype, weights: torch.dtype) -> Iterator[None]:
+    """Run matrix products in `compute` where it differs from the weights' type."""
+    with torch.autocast(device.type, compute) if compute != weights else contextlib.nullcontext():
+        yield
+
+
+def quiet_transformers() -> None:
+    """Leave warnings and errors; progress bars of loading and saving weights go."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,20 @@
+"""Log-probabilities of the frozen reference: the policy before its first update."""
+
+import torch
+from transformers import PreTrainedModel
+
+from batching import Batch
+from models import TokenLogps, response_logps
+
+
+class LiveReference:
+    """A second, frozen model in memory, computed on the same rows and in the same precision as the policy."""
+
+    def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype):
+        self.model = model.requires_grad_(False).eval()
+        self.compute_dtype = compute_dtype
+
+    @torch.no_grad()
+    def response_logps(self, batch: Batch) -> TokenLogps:
+        """As models.response_logps, without gradients."""
+        return response_logps(self.model, batch, self.compute_dtype)

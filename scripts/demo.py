@@ -1,0 +1,196 @@
+"""SFT and DPO on the embedded sentiment data, through train.py, and what they did to the model.
+
+    make demo          (or: python scripts/demo.py --folder demo)
+
+The controlled sentiment task of the DPO paper (arXiv:2305.18290, section 6.1), small: the true reward is known (VADER's
+compound score), so that reward and KL can be measured. About 9 minutes on 2 cores.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from preference_datasets import load_data
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from batching import Batch, Tree
+from evaluation import sample
+from losses import reduce_tokens
+from models import load_policy, load_tokenizer, pick_device, quiet_transformers, response_logps
+from settings import Config, data_settings, load_config
+from utils import UserError, log, run_main
+
+COMMON = ["model=smollm2", "datasets=[sentiment]", "max_length=40", "max_prompt_length=16", "optimizer=AdamW"]
+SFT = ["loss=sft", "lr=1e-5", "batch_size=32", "warmup_steps=2", "n_epochs=1"]
+DPO = ["loss=dpo", "loss.beta=0.1", "lr=2e-5", "batch_size=48", "warmup_steps=4", "n_epochs=1"]
+EVALUATION = ["n_eval_examples=192", "n_eval_model_samples=8", "eval_batch_size=48", "wandb.enabled=false"]
+SAMPLES_PER_PROMPT = 2
+MODELS = ("base", "SFT", "DPO")
+
+
+@dataclass
+class Measured:
+    """Samples of one model on held-out prompts; all lists have one entry a sample."""
+
+    responses: list[str]
+    rewards: list[float]
+    logratios: list[float]
+    lengths: list[int]
+
+
+def train(name: str, folder: Path, overrides: list[str]) -> Path:
+    """Run train.py with `overrides`; returns its run folder."""
+    run_dir = folder / name
+    arguments = ["train.py", f"exp_name=demo_{name}", f"local_run_dir={run_dir}", *COMMON, *overrides, *EVALUATION]
+    log(f"\n=== {name.upper()} ===\npython {shlex.join(arguments)}")
+    if subprocess.run([sys.executable, *arguments], cwd=ROOT, check=False).returncode:
+        sys.exit(f"error: {name} failed; see above")
+    return run_dir
+
+
+def measure(model: PreTrainedModel, reference: PreTrainedModel, task: "Task") -> Measured:
+    """Sample from `model`, score the samples, and take log model - log reference of each (nats)."""
+    config, tokenizer = task.config, task.tokenizer
+    sampled = sample(model, tokenizer, task.prompts, config.max_length, 64, seed=1, compute_dtype=config.compute_dtype)
+    responses = tokenizer.batch_decode(sampled, skip_special_tokens=True)
+    score = SentimentIntensityAnalyzer().polarity_scores
+    rewards = [score(prompt + response)["compound"] for prompt, response in zip(task.texts, responses)]
+    logratios = [0.0] * len(sampled)
+    if model is not reference:
+        own, other = (sequence_logps(m, task.prompts, sampled, config) for m in (model, reference))
+        logratios = [a - b for a, b in zip(own, other)]
+    return Measured(responses, rewards, logratios, [len(ids) for ids in sampled])
+
+
+@dataclass
+class Task:
+    """The held-out prompts, each repeated SAMPLES_PER_PROMPT times: token ids and text."""
+
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[list[int]]
+    texts: list[str]
+
+
+def load_task(config: Config) -> Task:
+    tokenizer = load_tokenizer(config)
+    data = load_data(data_settings(config), tokenizer, "test")
+    prompts = [data[i].prompt for i in range(len(data)) for _ in range(SAMPLES_PER_PROMPT)]
+    return Task(config, tokenizer, prompts, tokenizer.batch_decode(prompts, skip_special_tokens=True))
+
+
+@torch.no_grad()
+def sequence_logps(
+    model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]], config: Config
+) -> list[float]:
+    """log p(response | prompt) of each response, in nats."""
+    result: list[float] = []
+    for start in range(0, len(prompts), 64):
+        trees = [Tree(p, [r]) for p, r in zip(prompts[start : start + 64], responses[start : start + 64])]
+        tokens = response_logps(model, Batch(trees, list(range(len(trees))), None), config.compute_dtype)
+        result += reduce_tokens(tokens.logps, tokens.mask, average=False).tolist()
+    return result
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float]:
+    """Mean and the half-width of its normal 95 % confidence interval."""
+    return statistics.fmean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def table(measured: dict[str, Measured], accuracy: float) -> str:
+    rows = [f"{'':6}{'sentiment (95 % interval)':>28}{'KL to SFT, nats':>18}{'pair accuracy':>15}{'tokens':>8}"]
+    for name, m in measured.items():
+        reward, width = mean_and_interval(m.rewards)
+        kl = f"{statistics.fmean(m.logratios):.2f}"
+        shown = f"{accuracy:.3f}" if name == "DPO" else "-"
+        interval = f"{reward:+.3f} [{reward - width:+.3f}, {reward + width:+.3f}]"
+        rows.append(f"{name:6}{interval:>28}{kl:>18}{shown:>15}{statistics.fmean(m.lengths):>8.1f}")
+    return "\n".join(rows)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def plot(sft: Path, dpo: Path, target: Path) -> None:
+    """Training curves of both runs as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [
+        (sft, "SFT: loss (nats a response)", ["loss/train", "loss/eval"]),
+        (dpo, "DPO: loss", ["loss/train", "loss/eval"]),
+        (dpo, "DPO: accuracy of pairs", ["rewards_train/accuracies", "rewards_eval/accuracies"]),
+        (dpo, "DPO: implicit rewards", ["rewards_train/chosen", "rewards_train/rejected", "rewards_train/margins"]),
+    ]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for axis, (run, title, names) in zip(axes.flat, panels):
+        events = read_metrics(run)
+        for name in names:
+            points = [(event["counters/examples"], event[name]) for event in events if name in event]
+            axis.plot(*zip(*points), marker="o", markersize=3, label=name)
+        axis.set(title=title, xlabel="examples")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(target, dpi=110)
+
+
+def show_samples(task: Task, measured: dict[str, Measured], n: int = 4) -> str:
+    lines = []
+    for i in range(0, n * SAMPLES_PER_PROMPT, SAMPLES_PER_PROMPT):
+        lines.append(f"\n{task.texts[i]} ...")
+        lines += [f"  {name:4} {m.rewards[i]:+.2f} {m.responses[i].strip()!r}" for name, m in measured.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="results go here; emptied first")
+    folder = parser.parse_args().folder.resolve()
+    start = time.time()
+    quiet_transformers()
+    if folder.exists() and any(folder.iterdir()) and not (folder / "sft").is_dir():
+        raise UserError(f"--folder {folder} holds something that is no demo; give an empty or new one")
+    shutil.rmtree(folder, ignore_errors=True)
+    sft = train("sft", folder, SFT)
+    dpo = train("dpo", folder, [*DPO, f"model.archive={sft}"])
+
+    log("\n=== sampling from the three models on held-out prompts ===")
+    config = load_config(["exp_name=demo", "loss=dpo", "loss.beta=0.1", *COMMON])
+    task = load_task(config)
+    models = {}
+    for name, archive in zip(MODELS, (None, sft, dpo)):
+        config.model.archive = str(archive) if archive else None
+        models[name] = load_policy(config, pick_device(config.device)).eval()
+    measured = {name: measure(model, models["SFT"], task) for name, model in models.items()}
+    plot(sft, dpo, folder / "curves.png")
+    accuracy = next(e for e in reversed(read_metrics(dpo)) if "rewards_eval/accuracies" in e)["rewards_eval/accuracies"]
+    result = table(measured, accuracy)
+    (folder / "table.txt").write_text(result + "\n")
+    log(show_samples(task, measured))
+    n_prompts = len(task.prompts) // SAMPLES_PER_PROMPT
+    log(
+        f"\n{result}\n\n{len(task.prompts)} samples on {n_prompts} held-out prompts; sentiment: VADER's compound score,"
+    )
+    log("-1 to 1. KL(model || SFT) estimated on the model's own samples; accuracy: held-out pairs that the implicit")
+    log(f"reward ranks as VADER does. Training curves: {folder / 'curves.png'}")
+    log(f"finished in {(time.time() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    run_main(main)

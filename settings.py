@@ -1,0 +1,320 @@
+"""The configuration's types, and the one place that checks it. Nothing here edits a value the user gave."""
+
+import difflib
+import importlib.util
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from preference_datasets import DataSettings
+
+from losses import LOSSES, Loss
+from utils import UserError, get_local_dir, get_local_run_dir
+
+TRAINERS = ("BasicTrainer",)
+DTYPES = ("float32", "bfloat16", "float16")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+CHAT_FORMATS = ("auto", "template", "hh")
+CONFIG_DIR = Path(__file__).parent / "config"
+
+
+@dataclass
+class ModelConfig:
+    """config/model; the meaning of each key stands in blank_model.yaml."""
+
+    name_or_path: str = ""
+    block_name: str | None = None
+    block: str | None = None
+    tokenizer_name_or_path: str | None = None
+    archive: str | None = None
+    policy_dtype: str = "float32"
+    fsdp_policy_mp: str | None = None
+    reference_dtype: str | None = None
+    device_map: str | None = None
+
+
+@dataclass
+class LossConfig:
+    """config/loss. A key that the chosen loss does not have is None and cannot be set."""
+
+    name: str = "sft"
+    beta: float | None = None
+    label_smoothing: float | None = None
+    reference_free: bool | None = None
+    average_log_prob: bool | None = None
+
+    def build(self) -> Loss:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        return LOSSES[self.name](**{key: value for key, value in given.items() if value is not None})
+
+
+@dataclass
+class WandbConfig:
+    enabled: bool = True
+    entity: str | None = None
+    project: str = ""
+
+
+@dataclass
+class Config:
+    """config/config.yaml, where every key is explained. Values come from there: the defaults here are only types."""
+
+    seed: int = 0
+    exp_name: str = ""
+    batch_size: int = 0
+    eval_batch_size: int = 0
+    debug: bool = False
+    fsdp_port: int | None = None
+    datasets: list[str] = field(default_factory=list)
+    dataset_sources: dict[str, str | None] = field(default_factory=dict)
+    dataset_weights: list[float] | None = None
+    chat_format: str = ""
+    holdout_fraction: float = 0.0
+    drop_bad_rows: bool = False
+    num_proc: int = 0
+    cache_dir: str | None = None
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+    local_dirs: list[str] = field(default_factory=list)
+    local_run_dir: str = ""
+    sample_during_eval: bool = True
+    n_eval_model_samples: int = 0
+    do_first_eval: bool = True
+    do_final_eval: bool = True
+    lr: float = 0.0
+    lr_schedule: str = ""
+    lr_min_ratio: float = 0.0
+    warmup_steps: int = 0
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float = 0.0
+    max_length: int = 0
+    max_prompt_length: int = 0
+    n_epochs: int | None = None
+    n_examples: int | None = None
+    n_eval_examples: int = 0
+    trainer: str = ""
+    device: str = ""
+    mixed_precision: str | None = None
+    allow_tf32: bool = True
+    optimizer: str = ""
+    optimizer_kwargs: dict[str, Any] = field(default_factory=dict)
+    weight_decay: float | None = None
+    decay_norms_and_biases: bool = True
+    activation_checkpointing: bool = False
+    eval_every: int = 0
+    minimum_log_interval_secs: float = 0.0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of matrix products: mixed_precision, else that of the weights."""
+        return getattr(torch, self.mixed_precision or self.model.policy_dtype)
+
+    @property
+    def cache(self) -> Path:
+        return Path(self.cache_dir) if self.cache_dir else get_local_dir(self.local_dirs)
+
+
+def register_resolvers() -> None:
+    """Make the functions that config/*.yaml interpolates known to OmegaConf."""
+    OmegaConf.register_new_resolver(
+        "get_local_run_dir", lambda name, dirs: get_local_run_dir(name, tuple(dirs)), replace=True
+    )
+    OmegaConf.register_new_resolver("last_local_dir", lambda dirs: str(get_local_dir(list(dirs))), replace=True)
+    OmegaConf.register_new_resolver("package_file", _package_file, replace=True)
+
+
+def _package_file(package: str, file: str) -> str:
+    """Path of a data file inside an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"the package {package}, which holds the embedded model {file}, is not installed: run `make setup`, "
+            "or choose another model= (see config/model)"
+        )
+    return str(Path(spec.origin).parent / file)
+
+
+def load_config(overrides: list[str]) -> Config:
+    """Compose config/ with command-line `overrides`, for scripts and tests. Raises UserError."""
+    register_resolvers()
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        try:
+            return build_config(hydra.compose("config", overrides))
+        except (OmegaConfBaseException, hydra.errors.HydraException) as error:
+            raise UserError(str(error)) from error
+
+
+def build_config(composed: DictConfig) -> Config:
+    """Turn Hydra's composed configuration into typed dataclasses and validate them.
+
+    Raises UserError with every problem found: missing values, unknown keys, wrong types, and what `validate` lists.
+    """
+    missing = [
+        f"{prefix}{key}"
+        for node, prefix in ((composed, ""), (composed.model, "model."), (composed.loss, "loss."))
+        for key in node
+        if OmegaConf.is_missing(node, key)
+    ]
+    if missing:
+        raise UserError("\n".join(f"{key} is missing: pass {key}=<value>" for key in missing))
+    problems: list[str] = []
+    typed = OmegaConf.structured(Config)
+    for key in composed:
+        _copy(composed, typed, [str(key)], problems)
+    if problems:
+        raise UserError("\n".join(problems))
+    config = OmegaConf.to_object(typed)
+    assert isinstance(config, Config)
+    problems = validate(config)
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _copy(composed: DictConfig, typed: DictConfig, path: list[str], problems: list[str]) -> None:
+    """Set `path` of `typed` from `composed`, leaf by leaf, so that each bad key gives its own line in `problems`."""
+    dotted = ".".join(path)
+    try:
+        value = OmegaConf.select(composed, dotted, throw_on_resolution_failure=True)
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        problems.append(f"{dotted}: {str(error).splitlines()[0]}")
+        return
+    known = OmegaConf.select(typed, ".".join(path[:-1])) if path[1:] else typed
+    if path[-1] not in known and OmegaConf.get_type(known) is not dict:
+        close = difflib.get_close_matches(path[-1], [str(key) for key in known], 1)
+        problems.append(f"{dotted}: no such key{f'; did you mean {close[0]}?' if close else ''}")
+    elif isinstance(value, DictConfig) and OmegaConf.get_type(known, path[-1]) is not dict:
+        for key in value:
+            _copy(composed, typed, [*path, str(key)], problems)
+    else:
+        plain = OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig | ListConfig) else value
+        try:
+            OmegaConf.update(typed, dotted, plain)
+        except OmegaConfBaseException as error:
+            problems.append(f"{dotted}={plain}: {str(error).splitlines()[0]}")
+
+
+def validate(config: Config) -> list[str]:
+    """Every contradiction or impossible value in `config`, one message each; empty where it is sound."""
+    return [
+        *_number_problems(config),
+        *_choice_problems(config),
+        *_loss_problems(config.loss),
+        *_other_problems(config),
+    ]
+
+
+def _number_problems(c: Config) -> list[str]:
+    at_least_1 = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length")
+    at_least_0 = ("seed", "n_eval_examples", "n_eval_model_samples", "warmup_steps", "num_proc", "weight_decay")
+    rules = [
+        *((key, lambda v: v >= 1, "at least 1") for key in (*at_least_1, "eval_every", "n_epochs", "n_examples")),
+        *((key, lambda v: v >= 0, "0 or more") for key in (*at_least_0, "lr", "minimum_log_interval_secs")),
+        ("max_grad_norm", lambda v: v > 0, "more than 0"),
+        ("lr_min_ratio", lambda v: 0 <= v <= 1, "between 0 and 1"),
+        ("holdout_fraction", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
+    ]
+    values = [(key, getattr(c, key), ok, allowed) for key, ok, allowed in rules]
+    return [f"{key}={v} must be {allowed}" for key, v, ok, allowed in values if v is not None and not ok(v)]
+
+
+def _choice_problems(c: Config) -> list[str]:
+    choices: list[tuple[str, str | None, tuple[str, ...]]] = [
+        ("trainer", c.trainer, TRAINERS),
+        ("lr_schedule", c.lr_schedule, LR_SCHEDULES),
+        ("chat_format", c.chat_format, CHAT_FORMATS),
+        ("mixed_precision", c.mixed_precision, DTYPES),
+        ("model.policy_dtype", c.model.policy_dtype, DTYPES),
+        ("model.device_map", c.model.device_map, ("balanced",)),
+        ("loss.name", c.loss.name, tuple(LOSSES)),
+    ]
+    return [
+        f"{key}={value} is not known; choose from: {', '.join(known)}"
+        for key, value, known in choices
+        if value is not None and value not in known
+    ]
+
+
+def _loss_problems(loss: LossConfig) -> list[str]:
+    problems = []
+    if loss.name in ("dpo", "ipo") and (loss.beta is None or not 0 < loss.beta < float("inf")):
+        problems.append(f"loss.beta={loss.beta} must be a number above 0; 0.1 to 0.5 is a good start")
+    if loss.label_smoothing is not None and not 0 <= loss.label_smoothing < 0.5:
+        problems.append(
+            f"loss.label_smoothing={loss.label_smoothing} must be at least 0 and less than 0.5: it is the fraction of "
+            "pairs assumed to be flipped"
+        )
+    return problems
+
+
+def _other_problems(c: Config) -> list[str]:
+    problems = []
+    if c.n_epochs is None and c.n_examples is None:
+        problems.append("n_epochs and n_examples are both null: the run would never end; set one of them")
+    if c.gradient_accumulation_steps >= 1 and c.batch_size % c.gradient_accumulation_steps:
+        problems.append(
+            f"batch_size={c.batch_size} is not divisible by gradient_accumulation_steps={c.gradient_accumulation_steps}: "
+            f"{c.batch_size} / {c.gradient_accumulation_steps} = {c.batch_size / c.gradient_accumulation_steps:.2f}"
+        )
+    if c.max_prompt_length >= c.max_length:
+        problems.append(f"max_prompt_length={c.max_prompt_length} must be less than max_length={c.max_length}")
+    if not c.datasets:
+        problems.append("datasets is empty: name at least one, such as datasets=[hh]")
+    if c.dataset_weights is not None and len(c.dataset_weights) != len(c.datasets):
+        problems.append(f"dataset_weights={c.dataset_weights} must have one number for each of datasets={c.datasets}")
+    if c.dataset_weights is not None and (min(c.dataset_weights, default=0) < 0 or not sum(c.dataset_weights)):
+        problems.append(f"dataset_weights={c.dataset_weights} must be 0 or more, and not all 0")
+    if not _device_exists(c.device):
+        problems.append(f"device={c.device} is not available here; choose auto, cpu, cuda, cuda:<number> or mps")
+    if not isinstance(getattr(torch.optim, c.optimizer, None), type) or c.optimizer in ("Optimizer", "LBFGS"):
+        known = [name for name in dir(torch.optim) if name[0].isupper() and name not in ("Optimizer", "LBFGS")]
+        problems.append(f"optimizer={c.optimizer} is not known; choose from: {', '.join(known)}")
+    if c.model.reference_dtype not in (None, c.model.policy_dtype):
+        problems.append(
+            f"model.reference_dtype={c.model.reference_dtype} differs from model.policy_dtype={c.model.policy_dtype}: the "
+            "margin before the first update would not be 0; leave it null"
+        )
+    if c.model.block and c.model.block_name and c.model.block != c.model.block_name:
+        problems.append(
+            f"model.block={c.model.block} and model.block_name={c.model.block_name} differ; set one of them"
+        )
+    return problems
+
+
+def _device_exists(device: str) -> bool:
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        return torch.cuda.is_available() and (not index or (index.isdigit() and int(index) < torch.cuda.device_count()))
+    return device in ("auto", "cpu") or (device == "mps" and torch.backends.mps.is_available())
+
+
+def data_settings(config: Config) -> DataSettings:
+    """What of the configuration the data depends on."""
+    return DataSettings(
+        names=tuple(config.datasets),
+        sources=config.dataset_sources,
+        sft=not config.loss.build().needs_pairs,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        chat_format=config.chat_format,
+        holdout_fraction=config.holdout_fraction,
+        drop_bad_rows=config.drop_bad_rows,
+        cache_dir=str(config.cache),
+        num_proc=config.num_proc,
+    )
+
+
+def command_line() -> str:
+    """The command that started this process, as one would type it."""
+    import shlex
+
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,162 @@
+"""Order of examples, prompt trees and the padded layout; log-probabilities and gradients against slow loops."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batching import IGNORED, Plan, chunks, epoch_order, eval_examples, make_batch, padded
+from evaluation import Scorer
+from losses import DPOLoss, SFTLoss, reduce_tokens
+from models import response_logps
+from preference_datasets import Record
+from reference import LiveReference
+
+from conftest import make_model
+
+
+@dataclass
+class Data:
+    """A PreferenceData in memory."""
+
+    records: list[Record]
+    source: np.ndarray
+    names: tuple[str, ...] = ("a", "b")
+
+    @property
+    def n_examples(self) -> np.ndarray:
+        return np.array([max(len(record.pairs), 1) for record in self.records])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> Record:
+        return self.records[i]
+
+
+def make_data(n: int = 10, sft: bool = False) -> Data:
+    rng = np.random.default_rng(0)
+    ids = lambda low, high: rng.integers(1, 320, rng.integers(low, high)).tolist()  # noqa: E731
+    records = []
+    for i in range(n):
+        n_responses = 1 if sft else 2 + i % 3
+        pairs = [] if sft else [(a, b) for a in range(n_responses) for b in range(a)][: 1 + i % 4]
+        records.append(Record(ids(1, 9), [ids(1, 12) for _ in range(n_responses)], pairs))
+    return Data(records, np.array([i % 2 for i in range(n)]))
+
+
+def test_order_depends_on_seed_and_epoch_alone_and_holds_every_example_once() -> None:
+    data = make_data()
+    order = epoch_order(data, 3, 5)
+    assert np.array_equal(order, epoch_order(data, 3, 5))
+    assert not np.array_equal(order, epoch_order(data, 3, 6))
+    assert not np.array_equal(order, epoch_order(data, 4, 5))
+    assert sorted(map(tuple, order)) == [(r, p) for r in range(10) for p in range(len(data[r].pairs))]
+
+
+def test_pairs_of_a_prompt_stay_together() -> None:
+    records = [record for record, _ in epoch_order(make_data(), 0, 0)]
+    assert sum(a != b for a, b in zip(records, records[1:])) == 9
+
+
+def test_weights_are_passes_over_a_data_set() -> None:
+    data = make_data(sft=True)
+    taken = np.bincount([record for record, _ in epoch_order(data, 0, 0, [2.0, 0.4])], minlength=10)
+    assert taken[::2].tolist() == [2] * 5 and sorted(taken[1::2]) == [0, 0, 0, 1, 1]
+    again = np.bincount([record for record, _ in epoch_order(data, 0, 1, [2.0, 0.4])], minlength=10)
+    assert again[1::2].tolist() != taken[1::2].tolist()
+
+
+@given(
+    batch_size=st.integers(1, 30),
+    n_epochs=st.one_of(st.none(), st.integers(1, 3)),
+    n_examples=st.one_of(st.none(), st.integers(1, 70)),
+)
+def test_plan_announces_what_it_deals(batch_size: int, n_epochs: int | None, n_examples: int | None) -> None:
+    if n_epochs is None and n_examples is None:
+        return
+    data = make_data()
+    plan = Plan(0, batch_size, n_epochs, n_examples)
+    dealt = list(plan.batches(data))
+    assert plan.size(data) == (sum(map(len, dealt)), len(dealt))
+    whole = int(data.n_examples.sum())
+    limits = [n_epochs * whole if n_epochs else None, n_examples]
+    assert sum(map(len, dealt)) == min(limit for limit in limits if limit is not None)
+    assert all(0 < len(batch) <= batch_size for batch in dealt)
+
+
+def test_evaluation_examples_are_exactly_n_and_free_of_the_seed() -> None:
+    data = make_data()
+    assert len(eval_examples(data, 7)) == 7
+    assert len(eval_examples(data, 10**6)) == data.n_examples.sum()
+
+
+def test_a_batch_holds_each_prompt_and_each_response_once() -> None:
+    data = make_data()
+    examples = [(4, 0), (2, 0), (4, 1), (5, 2), (2, 1)]
+    batch = make_batch(data, examples)
+    responses = [r for tree in batch.trees for r in tree.responses]
+    assert [tree.prompt for tree in batch.trees] == [data[4].prompt, data[2].prompt, data[5].prompt]
+    assert len(responses) == len({tuple(r) for r in responses})
+    for (record, pair), chosen, rejected in zip(examples, batch.chosen, batch.rejected or []):
+        wanted = data[record].pairs[pair]
+        assert responses[chosen] == data[record].responses[wanted[0]]
+        assert responses[rejected] == data[record].responses[wanted[1]]
+
+
+def test_padded_rows_are_prompt_and_response() -> None:
+    data = make_data()
+    rows = padded(make_batch(data, [(4, 0), (5, 0)]))
+    responses = [(r, t.prompt) for t in make_batch(data, [(4, 0), (5, 0)]).trees for r in t.responses]
+    for i, (response, prompt) in enumerate(responses):
+        n = len(prompt) + len(response)
+        assert rows.input_ids[i, :n].tolist() == prompt + response
+        assert rows.attention_mask[i].tolist() == [1] * n + [0] * (rows.input_ids.shape[1] - n)
+        assert rows.labels[i][rows.labels[i] != IGNORED].tolist() == response
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_log_probabilities_equal_a_loop_in_float64(kind: str) -> None:
+    model, data = make_model(kind).double(), make_data()
+    batch = make_batch(data, [(4, 0), (2, 0), (9, 1)])
+    tokens = response_logps(model, batch, torch.float64)
+    sums = reduce_tokens(tokens.logps, tokens.mask, average=False)
+    rows = [(tree.prompt, response) for tree in batch.trees for response in tree.responses]
+    for i, (prompt, response) in enumerate(rows):
+        logits = model(torch.tensor([prompt + response])).logits[0].detach()
+        slow = [
+            logits[len(prompt) - 1 + t].log_softmax(0)[token].item()  # position p - 1 + t predicts token t
+            for t, token in enumerate(response)
+        ]
+        assert tokens.logps[i][tokens.mask[i]].tolist() == pytest.approx(slow, abs=1e-5)
+        assert sums[i].item() == pytest.approx(sum(slow), rel=1e-5)
+
+
+def gradient(model: torch.nn.Module, data: Data, examples: list, micro: int, scorer: Scorer) -> torch.Tensor:
+    model.zero_grad()
+    for some in chunks(examples, micro):
+        losses, _ = scorer(model, make_batch(data, some), "train")
+        (losses.sum() / len(examples)).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("sft", [True, False])
+def test_gradients_do_not_depend_on_the_split(kind: str, sft: bool) -> None:
+    data, policy = make_data(16, sft), make_model(kind)
+    reference = None
+    if not sft:
+        other = make_model(kind)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        reference = LiveReference(other, torch.float32)
+    scorer = Scorer(SFTLoss() if sft else DPOLoss(0.1), torch.float32, reference)
+    examples = next(Plan(0, 16, 1, None).batches(data))
+    whole = gradient(policy, data, examples, 16, scorer)
+    assert whole.norm() > 0
+    for steps in (2, 8):
+        assert (gradient(policy, data, examples, 16 // steps, scorer) - whole).norm() <= 1e-5 * whole.norm()

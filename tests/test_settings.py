@@ -1,0 +1,180 @@
+"""Every yaml composes; every command of the original README passes validation; every bad value is named."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from settings import CONFIG_DIR, build_config, load_config
+from utils import UserError
+
+MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
+LOSSES = sorted(path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml"))
+
+# The commands of the original README without "python -u train.py", one a line. The trainer is BasicTrainer where the
+# original names FSDPTrainer.
+BASE = "gradient_accumulation_steps=2 batch_size=64 eval_batch_size=32 trainer=BasicTrainer sample_during_eval=false"
+ORIGINAL_COMMANDS = [
+    f"model=pythia69 datasets=[hh] loss=sft exp_name=anthropic_dpo_pythia69 {BASE}",
+    "model=blank_model model.name_or_path=/PATH/TO/LLAMA/WEIGHTS model.block_name=LlamaDecoderLayer datasets=[hh,shp] "
+    f"loss=sft exp_name=anthropic_shp_sft_llama_7b {BASE}",
+    "exp_name=x model=blank_model model.name_or_path=gpt2-xl model.block=GPT2Block",
+    "model=pythia69 datasets=[hh] loss=dpo loss.beta=0.1 model.archive=/path/to/checkpoint/from/sft/step-XXXX/policy.pt "
+    f"exp_name=anthropic_dpo_pythia69 {BASE.replace('batch_size=64', 'batch_size=32', 1)}",
+    f"model=pythia28 datasets=[hh] loss=sft exp_name=anthropic_dpo_pythia28 {BASE} model.fsdp_policy_mp=bfloat16",
+    f"model=pythia28 datasets=[hh] loss=dpo loss.beta=0.1 exp_name=anthropic_dpo_pythia28 {BASE} "
+    "model.fsdp_policy_mp=bfloat16 model.archive=/path/to/archive/from/sft/LATEST/policy.pt",
+    "exp_name=x loss=dpo loss.beta=0.1 loss.label_smoothing=0.1",
+    "exp_name=x loss=dpo loss.beta=0.1 loss.reference_free=true",
+    "exp_name=x loss=ipo loss.beta=0.1",
+]
+
+
+@pytest.mark.parametrize("command", ORIGINAL_COMMANDS)
+def test_commands_of_the_original_readme(command: str) -> None:
+    config = load_config(command.split())
+    asked = dict(item.split("=", 1) for item in command.split())
+    assert config.exp_name == asked["exp_name"]
+    if "batch_size" in asked:
+        assert (config.batch_size, config.gradient_accumulation_steps) == (int(asked["batch_size"]), 2)
+    if "model.fsdp_policy_mp" in asked:
+        assert config.mixed_precision == "bfloat16"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_config_composes(model: str) -> None:
+    overrides = ["model.name_or_path=x"] if model == "blank_model" else []
+    config = load_config([f"model={model}", "exp_name=x", *overrides])
+    assert config.model.name_or_path
+    assert model == "blank_model" or config.model.block_name
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_config_composes(loss: str) -> None:
+    config = load_config([f"loss={loss}", "exp_name=x", *(["loss.beta=0.3"] if loss != "sft" else [])])
+    built = config.loss.build()
+    assert built.needs_pairs == (loss != "sft")
+    assert loss == "sft" or built.beta == 0.3
+
+
+def test_the_issue_of_missing_models_is_covered() -> None:
+    wanted = {"gpt2-large", "gpt2-xl", "gptj", "llama7b", "pythia28", "pythia69", "blank_model", "smollm2"}
+    assert wanted <= set(MODELS)
+
+
+def test_defaults_of_the_original() -> None:
+    config = load_config(["exp_name=x", "model=pythia28"])
+    expected = {
+        "seed": 0,
+        "batch_size": 4,
+        "eval_batch_size": 16,
+        "lr": 5e-7,
+        "gradient_accumulation_steps": 1,
+        "max_grad_norm": 10.0,
+        "max_length": 512,
+        "max_prompt_length": 256,
+        "n_epochs": 1,
+        "n_examples": None,
+        "n_eval_examples": 256,
+        "trainer": "BasicTrainer",
+        "optimizer": "RMSprop",
+        "warmup_steps": 150,
+        "eval_every": 20_000,
+        "n_eval_model_samples": 16,
+        "do_first_eval": True,
+        "sample_during_eval": True,
+        "debug": False,
+        "datasets": ["hh"],
+        "minimum_log_interval_secs": 1.0,
+        "activation_checkpointing": False,
+    }
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert config.model.policy_dtype == "float32" and config.wandb.project == "direct-preference-optimization"
+
+
+def test_every_key_of_the_yaml_is_commented_and_typed() -> None:
+    lines = (CONFIG_DIR / "config.yaml").read_text().splitlines()
+    keys = [i for i, line in enumerate(lines) if line and line[0].isalpha()]
+    for i in keys:
+        block = i
+        while lines[block - 1] and not lines[block - 1].startswith("#"):
+            block -= 1
+        assert lines[block - 1].startswith("#") or lines[i].startswith(("defaults", "hydra")), lines[i]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss=dpo"], "loss.beta is missing"),
+        (["loss=dpo", "loss.beta=0"], "loss.beta=0.0 must be a number above 0"),
+        (["loss=dpo", "loss.beta=-0.1"], "must be a number above 0"),
+        (["loss=dpo", "loss.beta=nan"], "must be a number above 0"),
+        (["loss=ipo", "loss.beta=inf"], "must be a number above 0"),
+        (["loss=dpo", "loss.beta=high"], "loss.beta=high"),
+        (["loss=dpo", "loss.beta=0.1", "loss.label_smoothing=0.5"], "less than 0.5"),
+        (["loss=dpo", "loss.beta=0.1", "loss.label_smoothing=-0.1"], "at least 0"),
+        (["loss=sft", "loss.beta=0.1"], "beta"),
+        (["loss=kto"], "kto"),
+        (["model=gpt5"], "gpt5"),
+        (["model=blank_model"], "model.name_or_path is missing"),
+        (["n_epochs=null"], "the run would never end"),
+        (["n_epochs=0"], "n_epochs=0 must be at least 1"),
+        (["batch_size=6", "gradient_accumulation_steps=4"], "6 / 4 = 1.50"),
+        (["batch_size=0"], "batch_size=0 must be at least 1"),
+        (["batch_size=four"], "batch_size=four"),
+        (["batch_size=2.5"], "batch_size=2.5"),
+        (["max_prompt_length=512"], "must be less than max_length"),
+        (["trainer=MagicTrainer"], "choose from: BasicTrainer"),
+        (["optimizer=Adamm"], "AdamW"),
+        (["optimizer=LBFGS"], "choose from"),
+        (["lr=-1"], "lr=-1.0 must be 0 or more"),
+        (["lr_schedule=step"], "constant, linear, cosine"),
+        (["mixed_precision=int8"], "bfloat16"),
+        (["model.policy_dtype=float64"], "float32"),
+        (["model.reference_dtype=float16"], "would not be 0"),
+        (["model.block=A", "model.block_name=B"], "differ"),
+        (["device=tpu"], "device=tpu"),
+        (["datasets=[]"], "datasets is empty"),
+        (["dataset_weights=[1,2]"], "one number for each"),
+        (["dataset_weights=[0]"], "not all 0"),
+        (["holdout_fraction=1"], "less than 1"),
+        (["chat_format=chatml"], "auto, template, hh"),
+        (["betas=1"], "betas"),
+        (["+lrr=1"], "did you mean lr"),
+        (["loss=dpo", "loss.beta=0.1", "+loss.bata=1"], "did you mean beta"),
+        (["+wandb.projekt=x"], "did you mean project"),
+        (["eval_every=0"], "eval_every=0"),
+        (["max_grad_norm=0"], "more than 0"),
+        (["debug=maybe"], "debug=maybe"),
+    ],
+)
+def test_bad_values_are_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(["exp_name=x", *overrides])
+    assert message in str(error.value)
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        load_config(["exp_name=x", "batch_size=0", "lr=-1", "optimizer=X", "loss=dpo", "loss.beta=-1"])
+    assert len(str(error.value).splitlines()) == 4
+
+
+def test_missing_exp_name() -> None:
+    with pytest.raises(UserError, match="exp_name is missing"):
+        load_config([])
+
+
+def test_validation_edits_nothing(tmp_path: Path) -> None:
+    import hydra
+
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        composed = hydra.compose("config", ["exp_name=x", f"local_run_dir={tmp_path}", "eval_every=30"])
+    before = OmegaConf.to_yaml(composed)
+    build_config(composed)
+    assert OmegaConf.to_yaml(composed) == before
+
+
+def test_optimizer_arguments_of_any_shape() -> None:
+    config = load_config(["exp_name=x", "optimizer=AdamW", "+optimizer_kwargs.betas=[0.9,0.95]"])
+    assert config.optimizer_kwargs == {"betas": [0.9, 0.95]}

@@ -1,0 +1,150 @@
+"""Train a language model by SFT, then by DPO (or IPO) against the frozen SFT checkpoint.
+
+    python train.py loss=sft datasets=[hh] exp_name=hh_sft
+    python train.py loss=dpo loss.beta=0.1 datasets=[hh] exp_name=hh_dpo model.archive=<run folder of the SFT>
+
+Every key of config/config.yaml can be overridden in this way.
+"""
+
+import dataclasses
+import functools
+import json
+import netrc
+import os
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from preference_datasets import PreferenceData, format_funnel, load_data
+
+import trainers
+from models import load_policy, load_tokenizer, pick_device, quiet_transformers
+from reference import LiveReference
+from settings import Config, build_config, data_settings, register_resolvers
+from utils import RunLogger, UserError, log, make_dir, open_log, run_main
+
+
+def open_run(config: Config, composed: DictConfig) -> Path:
+    """Make the run's folder, start its log, and write the configuration and Hydra's own files into it."""
+    run_dir = make_dir(Path(config.local_run_dir), "local_run_dir")
+    if (run_dir / "metrics.jsonl").exists():
+        raise UserError(
+            f"local_run_dir={run_dir} already holds a run, and two runs in one folder could not be told apart; "
+            "give another folder or remove that one"
+        )
+    open_log(run_dir)
+    OmegaConf.save(composed, run_dir / "config.yaml", resolve=True)
+    hydra_dir = make_dir(run_dir / ".hydra", "local_run_dir")
+    OmegaConf.save(HydraConfig.get().overrides.task, hydra_dir / "overrides.yaml")
+    log(f"run folder: {run_dir}")
+    return run_dir
+
+
+def load_splits(config: Config, tokenizer: Any, run_dir: Path) -> tuple[PreferenceData, PreferenceData | None]:
+    """Training and evaluation data; prints and saves what became of every row."""
+    settings = data_settings(config)
+    train = load_data(settings, tokenizer, "train")
+    test = load_data(settings, tokenizer, "test") if config.n_eval_examples else None
+    examples, steps = trainers.plan_of(config).size(train)
+    log(f"training data\n{format_funnel(train)}")
+    if test is not None:
+        log(f"evaluation data\n{format_funnel(test)}")
+        available = int(test.n_examples.sum())
+        if available < config.n_eval_examples:
+            log(f"n_eval_examples={config.n_eval_examples}, but the test split has {available}: evaluating on those")
+    log(f"this run: {examples} examples in {steps} updates of {config.batch_size}")
+    funnel = {"train": train.funnel, "test": test.funnel if test else {}, "examples": examples, "updates": steps}
+    (run_dir / "data_funnel.json").write_text(json.dumps(funnel, indent=2))
+    return train, test
+
+
+def open_logger(config: Config, run_dir: Path) -> RunLogger:
+    """Metric files, and W&B and TensorBoard where they are on."""
+    tensorboard = None
+    if config.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("tensorboard=true needs the package: pip install tensorboard") from error
+        tensorboard = SummaryWriter(str(run_dir))
+    run = open_wandb(config, run_dir) if config.wandb.enabled and not config.debug else None
+    return RunLogger(run_dir, run, tensorboard, config.minimum_log_interval_secs)
+
+
+def open_wandb(config: Config, run_dir: Path) -> Any:
+    """A W&B run: online when logged in, else offline with a line that says so. WANDB_MODE, where set, decides."""
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in_to_wandb() else "offline")
+    start = functools.partial(
+        wandb.init,
+        entity=config.wandb.entity,
+        project=config.wandb.project,
+        name=config.exp_name,
+        dir=str(run_dir),
+        config=dataclasses.asdict(config),
+        settings=wandb.Settings(console="off", silent=True, init_timeout=30),
+    )
+    if mode == "online":
+        try:
+            return start(mode=mode)
+        except (wandb.errors.Error, OSError) as error:
+            log(f"W&B cannot be reached ({error})")
+            mode = "offline"
+    run = start(mode=mode)
+    if mode == "offline":
+        log(f"W&B: offline (not logged in, or no network); upload later with: wandb sync {Path(run.dir).parent}")
+    return run
+
+
+def _logged_in_to_wandb() -> bool:
+    import wandb
+
+    settings = wandb.setup().settings
+    if settings.api_key or settings.identity_token_file:
+        return True
+    try:
+        return netrc.netrc().authenticators(urllib.parse.urlparse(settings.base_url).hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def train(composed: DictConfig) -> None:
+    """Validate, build, fit."""
+    config = build_config(composed)
+    quiet_transformers()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    torch.manual_seed(config.seed)
+    run_dir = open_run(config, composed)
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(config)
+    train_data, eval_data = load_splits(config, tokenizer, run_dir)
+    policy = load_policy(config, device)
+    needs_reference = config.loss.build().needs_reference
+    reference = LiveReference(load_policy(config, device), config.compute_dtype) if needs_reference else None
+    n_parameters = sum(p.numel() for p in policy.parameters())
+    log(f"policy: {config.model.name_or_path}, {n_parameters / 1e6:.1f}M parameters on {policy.device}")
+    logger = open_logger(config, run_dir)
+    try:
+        trainer_class = getattr(trainers, config.trainer)
+        trainer_class(config, policy, reference, tokenizer, train_data, eval_data, logger).fit()
+    finally:
+        logger.close()
+    log(f"done; the run's folder is {run_dir}")
+
+
+@hydra.main(version_base="1.3", config_path="config", config_name="config")
+def main(composed: DictConfig) -> None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN and "local_run_dir" not in str(HydraConfig.get().overrides.task):
+        composed.local_run_dir = HydraConfig.get().runtime.output_dir
+    run_main(lambda: train(composed))
+
+
+if __name__ == "__main__":
+    register_resolvers()
+    main()

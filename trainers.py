@@ -1,0 +1,212 @@
+"""The training loop: one `fit`, one `train_step`, one `evaluate`."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from preference_datasets import PreferenceData
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import checkpoint
+from batching import Example, Plan, chunks, eval_examples, make_batch
+from evaluation import Metrics, SampleEvaluator, Scorer, evaluate_loss, mean_metrics, prompts_of
+from reference import LiveReference
+from settings import Config, command_line
+from utils import Every, RunLogger, UserError, log
+
+
+def plan_of(config: Config) -> Plan:
+    """Which examples the configuration asks to train on."""
+    return Plan(config.seed, config.batch_size, config.n_epochs, config.n_examples, config.dataset_weights)
+
+
+def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Trainable parameters for the optimizer, those of one dimension (norms, biases) apart if they are not to decay."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.decay_norms_and_biases:
+        return [{"params": parameters}]
+    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The torch.optim class that `optimizer` names. Raises UserError for arguments that it refuses."""
+    arguments = {"lr": config.lr, **config.optimizer_kwargs}
+    if config.weight_decay is not None:
+        arguments["weight_decay"] = config.weight_decay
+    try:
+        return getattr(torch.optim, config.optimizer)(parameter_groups(model, config), **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"optimizer={config.optimizer} refuses its arguments {arguments}: {error}") from error
+
+
+def lr_factor(step: int, total: int, config: Config) -> float:
+    """What the learning rate is multiplied by at optimizer step `step` (from 0) of `total`."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    done = min((step - config.warmup_steps) / max(total - config.warmup_steps, 1), 1.0)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.lr_schedule]
+    return config.lr_min_ratio + (1 - config.lr_min_ratio) * shape
+
+
+class BasicTrainer:
+    """Trains in one process, on one device (or with the layers spread over several, where the policy was loaded so)."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy: PreTrainedModel,
+        reference: LiveReference | None,
+        tokenizer: PreTrainedTokenizerBase,
+        train_data: PreferenceData,
+        eval_data: PreferenceData | None,
+        logger: RunLogger,
+    ):
+        self.config, self.policy, self.reference = config, policy, reference
+        self.tokenizer, self.train_data, self.eval_data, self.logger = tokenizer, train_data, eval_data, logger
+        self.scorer = Scorer(config.loss.build(), config.compute_dtype, reference)
+        self.plan = plan_of(config)
+        self.total_examples, self.total_steps = self.plan.size(train_data)
+        self.micro_batch_size = config.batch_size // config.gradient_accumulation_steps
+        self.optimizer = build_optimizer(policy, config)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: lr_factor(step, self.total_steps, config)
+        )
+        scaled = config.compute_dtype == torch.float16 and policy.dtype == torch.float32
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=scaled)
+        self.examples = self.updates = 0
+        self.eval_metrics: dict[str, float] = {}
+        if eval_data is not None:
+            self.eval_examples = eval_examples(eval_data, config.n_eval_examples)
+            self.sampler = self._sampler(eval_data)
+
+    def _sampler(self, eval_data: PreferenceData) -> SampleEvaluator | None:
+        config = self.config
+        prompts = prompts_of(eval_data, self.eval_examples, config.n_eval_model_samples)
+        if not config.sample_during_eval or not prompts:
+            return None
+        settings = {"max_length": config.max_length, "batch_size": config.eval_batch_size, "seed": config.seed}
+        return SampleEvaluator(self.tokenizer, prompts, compute_dtype=config.compute_dtype, **settings)
+
+    def fit(self) -> None:
+        """Train to the end of the plan, evaluating and saving on the way."""
+        self.check_reference()
+        evaluation_due, measured_at = Every(self.config.eval_every), -1
+        if self.config.do_first_eval:
+            self.evaluate()
+        with tqdm(total=self.total_examples, unit="ex", desc=self.config.exp_name, dynamic_ncols=True) as progress:
+            for examples in self.plan.batches(self.train_data):
+                metrics = self.train_step(examples)
+                self.logger.log(metrics, self.examples)
+                progress.update(len(examples))
+                progress.set_postfix(_shown(metrics))
+                if evaluation_due(self.examples):
+                    measured_at = self.examples
+                    self.evaluate()
+                    self.save()
+        if measured_at != self.examples:
+            if self.config.do_final_eval:
+                self.evaluate()
+            self.save()
+
+    def check_reference(self) -> None:
+        """Raise UserError unless reference and policy agree exactly before the first update (margin 0)."""
+        if self.reference is None:
+            return
+        first = next(self.plan.batches(self.train_data))[: self.micro_batch_size]
+        self.policy.train()
+        _, metrics = self.scorer(self.policy, make_batch(self.train_data, first), "train")
+        worst = max(abs(v) for side in ("chosen", "rejected") for v in metrics[f"logratios_per_token_train/{side}"])
+        if worst != 0:
+            raise UserError(
+                f"policy and reference differ before the first update, by up to {worst:.3g} nats per token, so every "
+                "reward would be off: they must have the same weights, precision and kernels. Compute in float32 "
+                "(mixed_precision=null), or look for something random in the model"
+            )
+
+    def train_step(self, examples: list[Example]) -> dict[str, float]:
+        """One optimizer update on a global batch. The gradient is that of the mean loss over `examples`, however they
+        are cut into micro-batches. Returns the batch's mean metrics. Raises UserError where loss or gradient is not
+        finite."""
+        start = time.perf_counter()
+        self.policy.train()
+        total: Metrics = {}
+        for some in chunks(examples, self.micro_batch_size):
+            losses, metrics = self.scorer(self.policy, make_batch(self.train_data, some), "train")
+            self.scaler.scale(losses.sum() / len(examples)).backward()
+            for name, values in metrics.items():
+                total.setdefault(name, []).extend(values)
+        means = mean_metrics(total)
+        lr = self.scheduler.get_last_lr()[0]
+        grad_norm = self.update(means["loss/train"])
+        self.examples, self.updates = self.examples + len(examples), self.updates + 1
+        speed = len(examples) / (time.perf_counter() - start)
+        counters = {"counters/examples": self.examples, "counters/updates": self.updates}
+        return means | {"grad_norm": grad_norm, "lr": lr, "examples_per_second": speed} | counters
+
+    def update(self, loss: float) -> float:
+        """Clip the accumulated gradients, step, and clear them. Returns the gradient's L2 norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm).item()
+        # Under loss scaling an overflowing gradient is expected now and then; the scaler skips that step.
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.scaler.is_enabled()):
+            raise UserError(
+                f"the loss is {loss} and the gradient norm {grad_norm} at update {self.updates + 1} (example "
+                f"{self.examples}): training stopped before the weights were touched. Lower lr, raise loss.beta's "
+                "precision (mixed_precision=null), or look at the data with scripts/inspect_data.py"
+            )
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= scale:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure the policy on the evaluation examples, sample from it, and log both."""
+        if self.eval_data is None:
+            return {}
+        self.policy.eval()
+        batch_size = self.config.eval_batch_size
+        metrics = dict(evaluate_loss(self.scorer, self.policy, self.eval_data, self.eval_examples, batch_size))
+        if self.sampler is not None:
+            sampled, rows = self.sampler(self.policy, self.reference.model if self.reference else None)
+            metrics |= sampled
+            self.logger.samples(rows, self.examples)
+        self.eval_metrics = metrics
+        self.logger.log(metrics, self.examples, always=True)
+        shown = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+        tqdm.write("")
+        log(f"evaluation after {self.examples} examples: {shown}")
+        return metrics
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of this moment, unless debug=true."""
+        if self.config.debug:
+            log("debug=true: no checkpoint is written")
+            return None
+        config = self.config
+        state = {
+            "examples": self.examples,
+            "updates": self.updates,
+            "loss": {k: v for k, v in vars(config.loss).items() if v is not None},
+            "metrics": self.eval_metrics,
+            "base_model": config.model.name_or_path,
+            "archive": config.model.archive,
+            "datasets": config.datasets,
+            "seed": config.seed,
+            "command": command_line(),
+        }
+        self.policy.eval()
+        path = checkpoint.save_checkpoint(self.logger.run_dir, self.policy, self.tokenizer, state)
+        log(f"checkpoint: {path}")
+        return path
+
+
+def _shown(metrics: dict[str, float]) -> dict[str, str]:
+    names = {"loss": "loss/train", "acc": "rewards_train/accuracies", "margin": "rewards_train/margins"}
+    return {short: f"{metrics[name]:.3g}" for short, name in names.items() if name in metrics}

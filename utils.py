@@ -1,0 +1,156 @@
+"""Small helpers without a home of their own: user-facing errors, the run's log and metric files, local folders."""
+
+import functools
+import getpass
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+_log_file: IO[str] | None = None
+
+
+class UserError(Exception):
+    """Something the user can put right. Shown as one message without a traceback; the process exits with code 1."""
+
+
+def log(message: str) -> None:
+    """Print `message` and, once a run's folder is known (`open_log`), write it to the run's `log.txt` too."""
+    print(message, flush=True)
+    if _log_file is not None:
+        print(message, file=_log_file, flush=True)
+
+
+def open_log(run_dir: Path) -> None:
+    """Send every later `log` line to `run_dir/log.txt` as well."""
+    global _log_file
+    _log_file = open(run_dir / "log.txt", "a", encoding="utf-8")
+
+
+def run_main(main: Callable[[], Any]) -> Any:
+    """Call `main` as a command does: a `UserError` becomes one message and exit code 1, Ctrl-C exit code 130."""
+    try:
+        return main()
+    except UserError as error:
+        _fail(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; checkpoints already written are complete", 130)
+    except Exception:
+        _fail(f"{traceback.format_exc()}\nerror: this is a defect of the program, not of your input; see above", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    if _log_file is not None:
+        print(message, file=_log_file, flush=True)
+    sys.exit(code)
+
+
+def get_local_dir(prefixes: list[str]) -> Path:
+    """The user's folder under the first of `prefixes` that exists and can be written, else under the last, created.
+
+    Raises UserError if none can be used.
+    """
+    for prefix in prefixes:
+        if os.path.isdir(prefix) and os.access(prefix, os.W_OK):
+            return make_dir(Path(prefix) / getpass.getuser(), "local_dirs")
+    if not prefixes:
+        raise UserError("local_dirs is empty; name at least one folder, such as local_dirs=[.cache]")
+    return make_dir(Path(prefixes[-1]) / getpass.getuser(), "local_dirs")
+
+
+@functools.cache
+def get_local_run_dir(exp_name: str, prefixes: tuple[str, ...]) -> str:
+    """A fresh run folder's name, `<local dir>/<exp_name>_<time>`; the same within one process. Creates nothing."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = get_local_dir(list(prefixes)) / f"{exp_name}_{stamp}"
+    return str(folder if not folder.exists() else f"{folder}_{os.getpid()}")
+
+
+def make_dir(path: Path, key: str) -> Path:
+    """Create the folder `path`, named by the configuration's `key`. Raises UserError where that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: cannot create the folder {path}: {error.strerror}; give another one") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{key}: the folder {path} cannot be written; give another one")
+    return path
+
+
+class Every:
+    """True once each time a counter reaches or passes a further multiple of `interval` (counted from 0)."""
+
+    def __init__(self, interval: int):
+        self.interval = interval
+        self.seen = 0
+
+    def __call__(self, counter: int) -> bool:
+        due = counter // self.interval > self.seen
+        self.seen = counter // self.interval
+        return due
+
+
+class RunLogger:
+    """Writes a run's numbers: every event to `metrics.jsonl` and TensorBoard, W&B at most once in `wandb_interval` s.
+
+    `wandb_run` and `tensorboard` are open writers or None.
+    """
+
+    def __init__(self, run_dir: Path, wandb_run: Any = None, tensorboard: Any = None, wandb_interval: float = 1.0):
+        self.run_dir = run_dir
+        self.wandb_run, self.tensorboard = wandb_run, tensorboard
+        self.wandb_interval, self._last_wandb = wandb_interval, 0.0
+        self._metrics = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")
+
+    def log(self, metrics: Mapping[str, float], step: int, always: bool = False) -> None:
+        """Record one event at `step` (examples seen). `always` ignores W&B's interval, as evaluations do."""
+        # JSON has no infinity: a gradient norm that overflowed under loss scaling is left out.
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        record = {"counters/examples": step, **metrics, "time": round(time.time(), 3)}
+        print(json.dumps(record), file=self._metrics, flush=True)
+        if self.tensorboard is not None:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb_run is not None and (always or time.time() - self._last_wandb >= self.wandb_interval):
+            self.wandb_run.log({"counters/examples": step, **metrics}, step=step)
+            self._last_wandb = time.time()
+
+    def samples(self, rows: list[dict[str, Any]], step: int) -> None:
+        """Append sampled responses to `samples.jsonl` and to W&B tables, one for each sampled model."""
+        with open(self.run_dir / "samples.jsonl", "a", encoding="utf-8") as file:
+            for row in rows:
+                print(json.dumps({"counters/examples": step, **row}, ensure_ascii=False), file=file)
+        if self.wandb_run is None or not rows:
+            return
+        import wandb
+
+        for model in [key for key in rows[0] if key != "prompt"]:
+            table = wandb.Table(columns=["step", "prompt", "sample"])
+            for row in rows:
+                table.add_data(step, row["prompt"], row[model])
+            self.wandb_run.log({f"{model}_samples": table}, step=step)
+
+    def close(self) -> None:
+        self._metrics.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

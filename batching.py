@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from preference_datasets import PreferenceData
 from torch import Tensor
+
+from preference_datasets import PreferenceData
 
 Example = tuple[int, int]
 """(record, pair of that record); in SFT the second is 0: the record's one target."""

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from preference_datasets import PreferenceData
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from batching import Batch, Example, chunks, make_batch
 from losses import Loss, SequenceLogps, implicit_rewards, reduce_tokens
 from models import TokenLogps, autocast, response_logps
+from preference_datasets import PreferenceData
 from reference import LiveReference
 
 Metrics = dict[str, list[float]]

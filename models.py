@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +23,7 @@ from settings import Config
 from utils import UserError, file_hash, log
 
 # What from_pretrained raises for a name or folder it cannot use.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError)
+_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError)
 
 
 def pick_device(name: str) -> torch.device:
@@ -75,7 +76,7 @@ def load_policy(config: Config, device: torch.device) -> PreTrainedModel:
     disable_dropout(model)
     if config.activation_checkpointing:
         model.config.use_cache = False
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model if placement else model.to(device)
 
 

@@ -11,9 +11,9 @@ import hydra
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from preference_datasets import DataSettings
 
 from losses import LOSSES, Loss
+from preference_datasets import DataSettings
 from utils import UserError, get_local_dir, get_local_run_dir
 
 TRAINERS = ("BasicTrainer",)
@@ -262,7 +262,8 @@ def _other_problems(c: Config) -> list[str]:
         problems.append("n_epochs and n_examples are both null: the run would never end; set one of them")
     if c.gradient_accumulation_steps >= 1 and c.batch_size % c.gradient_accumulation_steps:
         problems.append(
-            f"batch_size={c.batch_size} is not divisible by gradient_accumulation_steps={c.gradient_accumulation_steps}: "
+            f"batch_size={c.batch_size} is not divisible by "
+            f"gradient_accumulation_steps={c.gradient_accumulation_steps}: "
             f"{c.batch_size} / {c.gradient_accumulation_steps} = {c.batch_size / c.gradient_accumulation_steps:.2f}"
         )
     if c.max_prompt_length >= c.max_length:
@@ -280,8 +281,8 @@ def _other_problems(c: Config) -> list[str]:
         problems.append(f"optimizer={c.optimizer} is not known; choose from: {', '.join(known)}")
     if c.model.reference_dtype not in (None, c.model.policy_dtype):
         problems.append(
-            f"model.reference_dtype={c.model.reference_dtype} differs from model.policy_dtype={c.model.policy_dtype}: the "
-            "margin before the first update would not be 0; leave it null"
+            f"model.reference_dtype={c.model.reference_dtype} differs from model.policy_dtype={c.model.policy_dtype}: "
+            "the margin before the first update would not be 0; leave it null"
         )
     if c.model.block and c.model.block_name and c.model.block != c.model.block_name:
         problems.append(

@@ -20,10 +20,10 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from preference_datasets import PreferenceData, format_funnel, load_data
 
 import trainers
 from models import load_policy, load_tokenizer, pick_device, quiet_transformers
+from preference_datasets import PreferenceData, format_funnel, load_data
 from reference import LiveReference
 from settings import Config, build_config, data_settings, register_resolvers
 from utils import RunLogger, UserError, log, make_dir, open_log, run_main
@@ -39,8 +39,9 @@ def open_run(config: Config, composed: DictConfig) -> Path:
         )
     open_log(run_dir)
     OmegaConf.save(composed, run_dir / "config.yaml", resolve=True)
-    hydra_dir = make_dir(run_dir / ".hydra", "local_run_dir")
-    OmegaConf.save(HydraConfig.get().overrides.task, hydra_dir / "overrides.yaml")
+    if HydraConfig.initialized():
+        hydra_dir = make_dir(run_dir / ".hydra", "local_run_dir")
+        OmegaConf.save(HydraConfig.get().overrides.task, hydra_dir / "overrides.yaml")
     log(f"run folder: {run_dir}")
     return run_dir
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from preference_datasets import PreferenceData
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoint
 from batching import Example, Plan, chunks, eval_examples, make_batch
 from evaluation import Metrics, SampleEvaluator, Scorer, evaluate_loss, mean_metrics, prompts_of
+from preference_datasets import PreferenceData
 from reference import LiveReference
 from settings import Config, command_line
 from utils import Every, RunLogger, UserError, log

@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from preference_datasets import load_data
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -30,6 +29,7 @@ from batching import Batch, Tree
 from evaluation import sample
 from losses import reduce_tokens
 from models import load_policy, load_tokenizer, pick_device, quiet_transformers, response_logps
+from preference_datasets import load_data
 from settings import Config, data_settings, load_config
 from utils import UserError, log, run_main
 

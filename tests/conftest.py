@@ -1,5 +1,6 @@
-"""Shared by all tests: tiny models and tokenizers, files of pairs, and train.py run as a real process or in this one."""
+"""Shared by all tests: tiny models and tokenizers, files of pairs, and train.py as a process or in this one."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [
@@ -96,36 +99,60 @@ def real_data(*parts: str) -> Path:
     return Path(folder, *parts)
 
 
-Train = Callable[..., subprocess.CompletedProcess[str]]
+def tiny_overrides(model: Path, pairs: Path, cache: Path, run_dir: Path, *overrides: str) -> list[str]:
+    """Overrides that train the tiny model on the tiny pairs; later ones win, and an empty value removes one."""
+    defaults = [
+        "exp_name=test",
+        "model=blank_model",
+        f"model.name_or_path={model}",
+        f"datasets=[{pairs}]",
+        f"local_run_dir={run_dir}",
+        f"cache_dir={cache}",
+        "wandb.enabled=false",
+        "device=cpu",
+        "num_proc=1",
+        "n_eval_model_samples=2",
+        "max_length=64",
+        "max_prompt_length=32",
+        "warmup_steps=0",
+    ]
+    merged = {item.split("=", 1)[0]: item for item in (*defaults, *overrides)}
+    return [item for key, item in merged.items() if item != f"{key}="]
+
+
+RunTrain = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def run_train(tiny_model_dir: Path, pairs_dir: Path, cache_dir: Path, tmp_path: Path) -> Train:
-    """Run `python train.py <overrides>` as a process on the tiny model and pairs; later overrides win."""
+def overrides(tiny_model_dir: Path, pairs_dir: Path, cache_dir: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Overrides for a tiny run in tmp_path/run, followed by those given."""
+    return functools.partial(tiny_overrides, tiny_model_dir, pairs_dir, cache_dir, tmp_path / "run")
 
-    def run(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        defaults = [
-            "exp_name=test",
-            "model=blank_model",
-            f"model.name_or_path={tiny_model_dir}",
-            f"datasets=[{pairs_dir}]",
-            f"local_run_dir={tmp_path / 'run'}",
-            f"cache_dir={cache_dir}",
-            "wandb.enabled=false",
-            "device=cpu",
-            "num_proc=1",
-            "n_eval_model_samples=2",
-            "max_length=64",
-            "max_prompt_length=32",
-        ]
-        merged = {item.split("=", 1)[0]: item for item in (*defaults, *overrides)}
-        return subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *(item for item in merged.values() if item)],
-            cwd=tmp_path,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+
+@pytest.fixture
+def train_process(overrides: Callable[..., list[str]], tmp_path: Path) -> RunTrain:
+    """Run `python train.py <tiny overrides> <given>` as a process."""
+
+    def run(*given: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "train.py"), *overrides(*given)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
 
     return run
+
+
+def train_here(given: list[str]) -> None:
+    """train.py's whole work in this process, for tests that need no process of their own."""
+    import hydra
+
+    import settings
+    import train
+
+    settings.register_resolvers()
+    with hydra.initialize_config_dir(str(settings.CONFIG_DIR), version_base="1.3"):
+        composed = hydra.compose("config", given)
+    train.train(composed)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

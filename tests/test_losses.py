@@ -47,7 +47,9 @@ def test_sft_is_the_negative_log_likelihood() -> None:
 def test_gradients_equal_finite_differences(loss: DPOLoss | IPOLoss) -> None:
     logps = random_logps()
     assert torch.autograd.gradcheck(
-        lambda chosen, rejected: loss(SequenceLogps(chosen, rejected, logps.reference_chosen, logps.reference_rejected)),
+        lambda chosen, rejected: loss(
+            SequenceLogps(chosen, rejected, logps.reference_chosen, logps.reference_rejected)
+        ),
         (logps.policy_chosen.requires_grad_(), logps.policy_rejected.requires_grad_()),  # type: ignore[union-attr]
     )
 

@@ -19,7 +19,8 @@ ORIGINAL_COMMANDS = [
     "model=blank_model model.name_or_path=/PATH/TO/LLAMA/WEIGHTS model.block_name=LlamaDecoderLayer datasets=[hh,shp] "
     f"loss=sft exp_name=anthropic_shp_sft_llama_7b {BASE}",
     "exp_name=x model=blank_model model.name_or_path=gpt2-xl model.block=GPT2Block",
-    "model=pythia69 datasets=[hh] loss=dpo loss.beta=0.1 model.archive=/path/to/checkpoint/from/sft/step-XXXX/policy.pt "
+    "model=pythia69 datasets=[hh] loss=dpo loss.beta=0.1 "
+    "model.archive=/path/to/checkpoint/from/sft/step-XXXX/policy.pt "
     f"exp_name=anthropic_dpo_pythia69 {BASE.replace('batch_size=64', 'batch_size=32', 1)}",
     f"model=pythia28 datasets=[hh] loss=sft exp_name=anthropic_dpo_pythia28 {BASE} model.fsdp_policy_mp=bfloat16",
     f"model=pythia28 datasets=[hh] loss=dpo loss.beta=0.1 exp_name=anthropic_dpo_pythia28 {BASE} "

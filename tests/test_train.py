@@ -1,0 +1,354 @@
+"""train.py end to end, on a tiny model: run folders, checkpoints, archives, metrics, W&B, precision, errors."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, RunTrain, make_model, make_tokenizer, read_jsonl, train_here, write_pairs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from utils import UserError
+
+Overrides = Callable[..., list[str]]
+DPO = ("loss=dpo", "loss.beta=0.1")
+
+
+def test_sft_then_dpo_as_processes(train_process: RunTrain, tmp_path: Path) -> None:
+    sft = train_process(f"local_run_dir={tmp_path / 'sft'}", "lr=1e-3", "eval_every=12", "n_eval_examples=8")
+    assert sft.returncode == 0, sft.stderr
+    steps = sorted(path.name for path in (tmp_path / "sft").glob("step-*"))
+    assert steps == ["step-12", "step-24"]
+    assert os.readlink(tmp_path / "sft" / "LATEST") == "step-24"
+    events = read_jsonl(tmp_path / "sft" / "metrics.jsonl")
+    train = [e for e in events if "loss/train" in e]
+    evals = [e for e in events if "loss/eval" in e]
+    assert [e["counters/examples"] for e in train] == [4, 8, 12, 16, 20, 24]
+    assert [e["counters/examples"] for e in evals] == [0, 12, 24]
+    assert evals[-1]["loss/eval"] < evals[0]["loss/eval"]
+    assert not list((tmp_path / "sft").glob(".step*"))
+    for name in ("config.yaml", "log.txt", "samples.jsonl", "data_funnel.json", ".hydra/overrides.yaml"):
+        assert (tmp_path / "sft" / name).stat().st_size > 0
+    # The form in which the original's README passes the SFT result on.
+    archive = f"model.archive={tmp_path / 'sft' / 'LATEST' / 'policy.pt'}"
+    dpo = train_process(*DPO, archive, f"local_run_dir={tmp_path / 'dpo'}", "n_eval_examples=8", "lr=1e-3")
+    assert dpo.returncode == 0, dpo.stderr
+    events = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")
+    assert events[0]["loss/eval"] == pytest.approx(math.log(2)) and events[0]["rewards_eval/margins"] == 0
+    assert {f"rewards_train/{k}" for k in ("chosen", "rejected", "accuracies", "margins")} <= set(events[1])
+    assert {"logps_train/chosen", "logps_train/rejected", "grad_norm", "examples_per_second", "lr"} <= set(events[1])
+    assert events[-1]["rewards_eval/margins"] > 0
+    rows = read_jsonl(tmp_path / "dpo" / "samples.jsonl")
+    assert set(rows[0]) == {"counters/examples", "prompt", "policy", "reference"}
+    by_step = {step: [r for r in rows if r["counters/examples"] == step] for step in (0, 24)}
+    assert by_step[0][0]["policy"] == by_step[0][0]["reference"] == by_step[24][0]["reference"]
+    card = (tmp_path / "dpo" / "LATEST" / "README.md").read_text()
+    for fact in ("beta 0.1", "24 examples", "rewards_eval/accuracies", str(tmp_path / "sft"), "python train.py"):
+        assert fact in card
+
+
+def test_a_checkpoint_gives_the_same_logits_in_a_fresh_process(overrides: Overrides, tmp_path: Path) -> None:
+    train_here(overrides("n_eval_examples=0", "lr=1e-2"))
+    folder = tmp_path / "run" / "LATEST"
+    ids = torch.arange(1, 20)[None]
+    here = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    assert not torch.equal(here, make_model()(ids).logits)
+    program = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as M; "
+        "torch.save(M.from_pretrained(sys.argv[1])(torch.arange(1, 20)[None]).logits, sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", program, str(folder), str(tmp_path / "logits.pt")], check=True)
+    assert torch.equal(here, torch.load(tmp_path / "logits.pt"))
+    assert AutoTokenizer.from_pretrained(folder)("film").input_ids == make_tokenizer()("film").input_ids
+
+
+def test_every_form_of_archive_gives_the_same_start(overrides: Overrides, tmp_path: Path) -> None:
+    train_here(overrides("n_eval_examples=0", "lr=1e-2", f"local_run_dir={tmp_path / 'sft'}"))
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "LATEST").state_dict()
+    torch.save({"step_idx": 24, "state": weights, "metrics": {"loss/eval": 1.0}}, tmp_path / "policy.pt")
+    first = []
+    forms = ("sft", "sft/step-24", "sft/LATEST", "sft/LATEST/policy.pt", "policy.pt")
+    for i, form in enumerate(forms):
+        run = tmp_path / f"dpo{i}"
+        train_here(overrides(*DPO, f"model.archive={tmp_path / form}", f"local_run_dir={run}", "n_eval_examples=4"))
+        first.append(read_jsonl(run / "metrics.jsonl")[0]["logps_eval/chosen"])
+    assert len(set(first)) == 1
+
+
+@pytest.mark.parametrize("steps", [2, 8])
+def test_training_does_not_depend_on_gradient_accumulation(steps: int, overrides: Overrides, tmp_path: Path) -> None:
+    def run(n: int) -> list[dict]:
+        folder = tmp_path / f"run{n}"
+        train_here(
+            overrides(*DPO, f"gradient_accumulation_steps={n}", "batch_size=16", "lr=1e-3", "n_eval_examples=0",
+                      f"local_run_dir={folder}", "optimizer=AdamW")
+        )  # fmt: skip
+        return read_jsonl(folder / "metrics.jsonl")
+
+    for one, other in zip(run(1), run(steps), strict=True):
+        for name in one.keys() - {"time", "examples_per_second"}:
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+def test_the_last_partial_batch_and_n_examples_are_exact(overrides: Overrides, tmp_path: Path) -> None:
+    train_here(overrides("batch_size=10", "n_eval_examples=0", "n_epochs=null", "n_examples=37"))
+    counts = [e["counters/examples"] for e in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    assert counts == [10, 20, 24, 34, 37]
+
+
+def test_one_seed_one_run_and_another_seed_another(overrides: Overrides, tmp_path: Path) -> None:
+    losses = []
+    for i, seed in enumerate((1, 1, 2)):
+        run = tmp_path / f"run{i}"
+        train_here(overrides(f"seed={seed}", f"local_run_dir={run}", "n_eval_examples=4"))
+        losses.append([e["loss/train"] for e in read_jsonl(run / "metrics.jsonl") if "loss/train" in e])
+    assert losses[0] == losses[1] != losses[2]
+    samples = [(tmp_path / f"run{i}" / "samples.jsonl").read_text() for i in range(2)]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_margin_is_exactly_zero_before_the_first_update(precision: str, overrides: Overrides, tmp_path: Path) -> None:
+    train_here(overrides(*DPO, f"mixed_precision={precision}", "n_eval_examples=8", "lr=1e-3", "batch_size=8"))
+    events = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert events[0]["rewards_eval/margins"] == events[0]["rewards_eval/chosen"] == 0
+    assert events[1]["rewards_train/margins"] == 0 and events[-1]["loss/eval"] < events[0]["loss/eval"]
+
+
+def test_a_reference_that_differs_stops_the_run(overrides: Overrides, monkeypatch: pytest.MonkeyPatch) -> None:
+    import train
+
+    loaded = []
+
+    def load(*arguments: object) -> torch.nn.Module:
+        model = make_model()
+        with torch.no_grad():
+            model.lm_head.weight.add_(1e-3 * len(loaded) * torch.randn(model.lm_head.weight.shape))
+        loaded.append(model)
+        return model
+
+    monkeypatch.setattr(train, "load_policy", load)
+    with pytest.raises(UserError, match="differ before the first update"):
+        train_here(overrides(*DPO))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rates(schedule: str, overrides: Overrides, tmp_path: Path) -> None:
+    train_here(
+        overrides("lr=1e-3", "warmup_steps=3", f"lr_schedule={schedule}", "lr_min_ratio=0.1", "n_eval_examples=0",
+                  "batch_size=2", "optimizer=SGD", "weight_decay=0.1", "decay_norms_and_biases=false")
+    )  # fmt: skip
+    found = [e["lr"] / 1e-3 for e in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    done = [(s - 3) / 9 for s in range(3, 12)]
+    after = {
+        "constant": [1.0] * 9,
+        "linear": [0.1 + 0.9 * (1 - d) for d in done],
+        "cosine": [0.1 + 0.45 * (1 + math.cos(math.pi * d)) for d in done],
+    }
+    assert found == pytest.approx([0.25, 0.5, 0.75, *after[schedule]])
+
+
+def test_weight_decay_spares_norms_and_biases() -> None:
+    from settings import load_config
+    from trainers import build_optimizer
+
+    config = load_config(["exp_name=x", "optimizer=AdamW", "weight_decay=0.1", "decay_norms_and_biases=false"])
+    groups = build_optimizer(make_model("gpt2"), config).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim == 1 for p in groups[1]["params"])
+
+
+def test_activation_checkpointing_changes_nothing(overrides: Overrides, tmp_path: Path) -> None:
+    losses = []
+    for flag in ("false", "true"):
+        run = tmp_path / flag
+        train_here(overrides(*DPO, f"activation_checkpointing={flag}", f"local_run_dir={run}", "n_eval_examples=4"))
+        losses.append([e["loss/train"] for e in read_jsonl(run / "metrics.jsonl") if "loss/train" in e])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def wandb_records(file: Path) -> Iterator:
+    """Records of a .wandb file: a 7-byte header, then LevelDB's log format (blocks of 32 KiB; each piece has 4 bytes of
+    checksum, 2 of length, 1 of type: 1 whole, 2 first, 3 middle, 4 last)."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts = file.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def test_an_offline_wandb_run_holds_the_metrics(train_process: RunTrain, tmp_path: Path) -> None:
+    env = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
+    done = train_process("wandb.enabled=true", "n_eval_examples=8", "minimum_log_interval_secs=0", **env)
+    assert done.returncode == 0, done.stderr
+    assert "W&B: offline" in done.stdout
+    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    logged: dict[int, dict[str, float]] = {}
+    for record in wandb_records(file):
+        if record.WhichOneof("record_type") == "history":
+            items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+            logged.setdefault(items["counters/examples"], {}).update(items)
+    for event in read_jsonl(tmp_path / "run" / "metrics.jsonl"):
+        for name in event.keys() - {"time"}:
+            assert logged[event["counters/examples"]][name] == pytest.approx(event[name]), name
+
+
+def test_tensorboard_files_hold_the_metrics(overrides: Overrides, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_here(overrides("tensorboard=true", "n_eval_examples=0"))
+    reader = EventAccumulator(str(tmp_path / "run"))
+    reader.Reload()
+    found = [(e.step, e.value) for e in reader.Scalars("loss/train")]
+    expected = [(e["counters/examples"], e["loss/train"]) for e in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
+
+
+def test_without_local_run_dir_a_fresh_folder_is_made(train_process: RunTrain, tmp_path: Path) -> None:
+    done = train_process("local_run_dir=", "local_dirs=[/does/not/exist,runs]", "debug=true", "n_eval_examples=0")
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").glob("*/test_*")
+    assert (run / "metrics.jsonl").exists() and not (run / "LATEST").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def files(tmp_path: Path) -> dict[str, Path]:
+    """Broken things a user may point at, by name."""
+    other = make_model(hidden=64)
+    other.save_pretrained(tmp_path / "wider")
+    make_tokenizer().save_pretrained(tmp_path / "wider")
+    make_model().save_pretrained(tmp_path / "no_tokenizer")
+    make_model().save_pretrained(tmp_path / "no_weights")
+    make_tokenizer().save_pretrained(tmp_path / "no_weights")
+    (tmp_path / "no_weights" / "model.safetensors").unlink()
+    make_model().save_pretrained(tmp_path / "cut_weights")
+    make_tokenizer().save_pretrained(tmp_path / "cut_weights")
+    with open(tmp_path / "cut_weights" / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    torch.save({"state": other.state_dict(), "step_idx": 1, "metrics": {}}, tmp_path / "wider.pt")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "wider.pt").read_bytes()[:5000])
+    torch.save({"state": {}, "step_idx": Path("x")}, tmp_path / "objects.pt")
+    (tmp_path / "empty_dir").mkdir()
+    (tmp_path / "not_a.gguf").write_text("hello")
+    write_pairs(tmp_path / "one_pair", 1, 1)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "file").write_text("")
+    return {path.name: path for path in tmp_path.iterdir()}
+
+
+BAD_RUNS = [
+    ("model.name_or_path={none}", "there is no such folder"),
+    ("model.name_or_path=org/not-on-the-hub", "org/not-on-the-hub"),
+    ("model.name_or_path={no_tokenizer}", "model.tokenizer_name_or_path"),
+    ("model.name_or_path={no_weights}", "no model could be read"),
+    ("model.name_or_path={cut_weights}", "no model could be read"),
+    ("model.name_or_path={not_a.gguf}", "not_a.gguf"),
+    ("model.tokenizer_name_or_path={empty_dir}", "no tokenizer could be read"),
+    ("model.archive={none}", "no such file or folder"),
+    ("model.archive={empty_dir}", "holds no config.json"),
+    ("model.archive={no_weights}", "holds no weights"),
+    ("model.archive={wider}", "hidden_size is 64 there and 32 here"),
+    ("model.archive={wider.pt}", "of another architecture"),
+    ("model.archive={other.pt}", "no 'state'"),
+    ("model.archive={cut.pt}", "cannot be read"),
+    ("model.archive={objects.pt}", "not opened for safety"),
+    ("local_run_dir={taken}", "already holds a run"),
+    ("local_run_dir={file}", "cannot create the folder"),
+    ("local_run_dir={file}/run", "cannot create the folder"),
+    ("cache_dir={file}", "file"),
+    ("datasets=[{none}]", "none"),
+    ("datasets=[nope]", "sentiment"),
+    ("datasets=[{empty_dir}]", "empty_dir"),
+    ("dataset_sources.hh={none}", "none"),
+    ("+optimizer_kwargs.alpha=2 optimizer=AdamW", "refuses its arguments"),
+    ("lr=1e30 optimizer=SGD max_grad_norm=1e30", "training stopped"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_RUNS)
+def test_bad_runs_give_one_clear_message(given: str, message: str, overrides: Overrides, tmp_path: Path) -> None:
+    here = tmp_path / "files"
+    here.mkdir()
+    paths = {**files(here), "none": here / "none"}
+    for name, path in paths.items():
+        given = given.replace("{" + name + "}", str(path))
+    extra = ["datasets=[hh]"] if given.startswith("dataset_sources") else []
+    with pytest.raises(UserError) as error:
+        train_here(overrides(*extra, *given.split(), "n_eval_examples=0"))
+    assert message in str(error.value)
+    assert len(str(error.value)) < 1500
+
+
+@pytest.mark.parametrize("given", ["batch_size=four", "bacth_size=4", "model=gpt5", "model.archive=/none", "loss=dpo"])
+def test_errors_of_the_process_have_no_traceback(given: str, train_process: RunTrain, tmp_path: Path) -> None:
+    done = train_process(given)
+    assert done.returncode == 1
+    assert given.split("=")[1] in done.stderr or given.split("=")[0] in done.stderr or "beta" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "run" / "LATEST").exists()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(train_process: RunTrain, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # Room for one checkpoint (plus the margin that a second would need), not for two.
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=17m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here (needs root)")
+    try:
+        filler = disk / "filler"
+        done = train_process(f"local_run_dir={disk / 'run'}", "n_eval_examples=0")
+        assert done.returncode == 0, done.stderr
+        before = (disk / "run" / "LATEST").resolve()
+        weights = (before / "model.safetensors").read_bytes()
+        filler.write_bytes(b"0" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize - 60_000))
+        from checkpoint import save_checkpoint
+
+        state = {"examples": 99, "updates": 1, "loss": {"name": "sft"}, "metrics": {}, "base_model": "m",
+                 "archive": None, "datasets": [], "seed": 0, "command": "c"}  # fmt: skip
+        for checked in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                if not checked:  # the space runs out while writing
+                    patch.setattr("checkpoint._check_space", lambda *_: None)
+                with pytest.raises(UserError, match=f"last complete checkpoint is {before}"):
+                    save_checkpoint(disk / "run", make_model(), make_tokenizer(), state)
+            assert (disk / "run" / "LATEST").resolve() == before
+            assert (before / "model.safetensors").read_bytes() == weights
+            assert sorted(p.name for p in (disk / "run").glob("*step*")) == ["step-24"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_ctrl_c_says_what_is_left(overrides: Overrides, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *overrides("n_epochs=100000", "n_eval_examples=0")]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("policy:"):
+            break
+    import signal
+
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from preference_datasets import PreferenceData
 Example = tuple[int, int]
 """(record, pair of that record); in SFT the second is 0: the record's one target."""
 
+T = TypeVar("T")
 IGNORED = -100
 EVAL_SEED = 0
 """The evaluation examples are the same whatever a run's seed, so that runs can be compared."""
@@ -50,13 +52,13 @@ def make_batch(data: PreferenceData, examples: Sequence[Example]) -> Batch:
     sides = np.empty((len(examples), 2), dtype=np.int64)
     n_responses, paired = 0, True
     for index, positions in by_record.items():
-        record = data[index]
-        paired = bool(record.pairs)
-        wanted = [record.pairs[examples[p][1]] if paired else (0, 0) for p in positions]
+        content = data[index]
+        paired = bool(content.pairs)
+        wanted = [content.pairs[examples[p][1]] if paired else (0, 0) for p in positions]
         used = sorted({response for pair in wanted for response in pair})
         number = {response: n_responses + k for k, response in enumerate(used)}
         sides[positions] = [[number[chosen], number[rejected]] for chosen, rejected in wanted]
-        trees.append(Tree(record.prompt, [record.responses[response] for response in used]))
+        trees.append(Tree(content.prompt, [content.responses[response] for response in used]))
         n_responses += len(used)
     return Batch(trees, sides[:, 0].tolist(), sides[:, 1].tolist() if paired else None)
 
@@ -155,7 +157,7 @@ def eval_examples(data: PreferenceData, n: int) -> list[Example]:
     return [(int(record), int(pair)) for record, pair in epoch_order(data, EVAL_SEED, 0)[:n]]
 
 
-def chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    """Cut `examples` into runs of `size`; the last may be shorter."""
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Cut `items` into runs of `size`; the last may be shorter."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from batching import Batch, Example, chunks, make_batch
 from losses import Loss, SequenceLogps, implicit_rewards, reduce_tokens
-from models import TokenLogps, autocast, response_logps
+from models import TokenLogps, autocast, input_device, response_logps
 from preference_datasets import PreferenceData
 from reference import LiveReference
+from utils import progress
 
 Metrics = dict[str, list[float]]
 """Metric name -> one value for each example."""
@@ -72,7 +72,7 @@ def evaluate_loss(
 ) -> Iterator[tuple[str, float]]:
     """Yields each metric of `Scorer` as its mean over exactly `examples`."""
     total: Metrics = {}
-    for some in tqdm(list(chunks(examples, batch_size)), desc="evaluating", leave=False, dynamic_ncols=True):
+    for some in progress(list(chunks(examples, batch_size)), desc="evaluating", leave=False):
         _, metrics = scorer(policy, make_batch(data, some), "eval")
         for name, values in metrics.items():
             total.setdefault(name, []).extend(values)
@@ -95,12 +95,12 @@ def sample(
     `max_length` tokens together. The result depends on `seed`, the prompts and `batch_size`; other random state is left
     as it was.
     """
-    device, end = model.get_input_embeddings().weight.device, tokenizer.eos_token_id
+    device, end = input_device(model), tokenizer.eos_token_id
     responses: list[list[int]] = []
     rng_devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(rng_devices), autocast(device, compute_dtype, model.dtype):
         torch.manual_seed(seed)
-        for some in tqdm(list(chunks(prompts, batch_size)), desc="sampling", leave=False, dynamic_ncols=True):
+        for some in progress(list(chunks(prompts, batch_size)), desc="sampling", leave=False):
             width = max(len(prompt) for prompt in some)
             # An empty prompt becomes one EOS: a model needs something to start from.
             width = max(width, 1)
@@ -119,7 +119,9 @@ def sample(
                 pad_token_id=end,
                 use_cache=True,
             )
-            out = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+            out = model.generate(  # type: ignore[operator]
+                ids.to(device), attention_mask=mask.to(device), generation_config=settings
+            )
             responses += [_until_end(row, end) for row in out[:, width:].tolist()]
     return responses
 

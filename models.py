@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,8 @@ def load_policy(config: Config, device: torch.device) -> PreTrainedModel:
 
 
 def _from_pretrained(source: str | Path, dtype: torch.dtype, placement: dict[str, str]) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **placement)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **placement)
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
@@ -156,7 +158,7 @@ def _convert_gguf(path: Path, cache: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         # The weights are no longer quantised; transformers refuses to save a model that says they are.
         del model.config.quantization_config
-        model.hf_quantizer = None
+        model.hf_quantizer = None  # type: ignore[assignment]
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         with contextlib.suppress(OSError):  # another process was faster
@@ -199,7 +201,7 @@ def response_logps(model: PreTrainedModel, batch: Batch, compute_dtype: torch.dt
     rows = padded(batch)
     labels = rows.labels[:, 1:]
     keep = (labels != IGNORED).any(0).nonzero().squeeze(1)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     with autocast(device, compute_dtype, model.dtype):
         inputs = {"input_ids": rows.input_ids.to(device), "attention_mask": rows.attention_mask.to(device)}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -209,6 +211,13 @@ def response_logps(model: PreTrainedModel, batch: Batch, compute_dtype: torch.dt
     labels = labels[:, keep].to(logits.device)
     logps = -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
     return TokenLogps(logps.view(labels.shape), labels != IGNORED)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model expects token ids: the device of its embeddings, also when its layers are spread over several."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.device
 
 
 @contextlib.contextmanager

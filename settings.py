@@ -157,7 +157,7 @@ def build_config(composed: DictConfig) -> Config:
     Raises UserError with every problem found: missing values, unknown keys, wrong types, and what `validate` lists.
     """
     missing = [
-        f"{prefix}{key}"
+        prefix + str(key)
         for node, prefix in ((composed, ""), (composed.model, "model."), (composed.loss, "loss."))
         for key in node
         if OmegaConf.is_missing(node, key)
@@ -196,7 +196,8 @@ def _copy(composed: DictConfig, typed: DictConfig, path: list[str], problems: li
         for key in value:
             _copy(composed, typed, [*path, str(key)], problems)
     else:
-        plain = OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig | ListConfig) else value
+        nested = isinstance(value, DictConfig | ListConfig)
+        plain: Any = OmegaConf.to_container(value, resolve=True) if nested else value
         try:
             OmegaConf.update(typed, dotted, plain)
         except OmegaConfBaseException as error:

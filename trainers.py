@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoint
@@ -15,7 +14,7 @@ from evaluation import Metrics, SampleEvaluator, Scorer, evaluate_loss, mean_met
 from preference_datasets import PreferenceData
 from reference import LiveReference
 from settings import Config, command_line
-from utils import Every, RunLogger, UserError, log
+from utils import Every, RunLogger, UserError, log, progress
 
 
 def plan_of(config: Config) -> Plan:
@@ -97,12 +96,12 @@ class BasicTrainer:
         evaluation_due, measured_at = Every(self.config.eval_every), -1
         if self.config.do_first_eval:
             self.evaluate()
-        with tqdm(total=self.total_examples, unit="ex", desc=self.config.exp_name, dynamic_ncols=True) as progress:
+        with progress(total=self.total_examples, unit="ex", desc=self.config.exp_name) as bar:
             for examples in self.plan.batches(self.train_data):
                 metrics = self.train_step(examples)
                 self.logger.log(metrics, self.examples)
-                progress.update(len(examples))
-                progress.set_postfix(_shown(metrics))
+                bar.set_postfix(_shown(metrics), refresh=False)
+                bar.update(len(examples))
                 if evaluation_due(self.examples):
                     measured_at = self.examples
                     self.evaluate()
@@ -140,7 +139,7 @@ class BasicTrainer:
             for name, values in metrics.items():
                 total.setdefault(name, []).extend(values)
         means = mean_metrics(total)
-        lr = self.scheduler.get_last_lr()[0]
+        lr = float(self.scheduler.get_last_lr()[0])
         grad_norm = self.update(means["loss/train"])
         self.examples, self.updates = self.examples + len(examples), self.updates + 1
         speed = len(examples) / (time.perf_counter() - start)
@@ -150,7 +149,7 @@ class BasicTrainer:
     def update(self, loss: float) -> float:
         """Clip the accumulated gradients, step, and clear them. Returns the gradient's L2 norm before clipping."""
         self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm).item()
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm))
         # Under loss scaling an overflowing gradient is expected now and then; the scaler skips that step.
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.scaler.is_enabled()):
             raise UserError(
@@ -180,7 +179,6 @@ class BasicTrainer:
         self.eval_metrics = metrics
         self.logger.log(metrics, self.examples, always=True)
         shown = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
-        tqdm.write("")
         log(f"evaluation after {self.examples} examples: {shown}")
         return metrics
 

@@ -9,11 +9,14 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+from tqdm import tqdm
+
+T = TypeVar("T")
 _log_file: IO[str] | None = None
 
 
@@ -84,6 +87,12 @@ def make_dir(path: Path, key: str) -> Path:
     if not os.access(path, os.W_OK):
         raise UserError(f"{key}: the folder {path} cannot be written; give another one")
     return path
+
+
+def progress(iterable: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
+    """A tqdm bar that redraws often on a terminal and every few seconds where the output goes to a file."""
+    interval = 0.2 if sys.stderr.isatty() else 5.0
+    return tqdm(iterable, mininterval=interval, maxinterval=max(interval, 10), dynamic_ncols=True, **options)
 
 
 class Every:

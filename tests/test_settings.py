@@ -161,6 +161,11 @@ def test_all_problems_are_listed_at_once() -> None:
     assert len(str(error.value).splitlines()) == 4
 
 
+def test_a_missing_package_of_the_embedded_model_is_named() -> None:
+    with pytest.raises(UserError, match="make setup"):
+        load_config(["exp_name=x", "model.name_or_path=${package_file:no_such_package,x.gguf}"])
+
+
 def test_missing_exp_name() -> None:
     with pytest.raises(UserError, match="exp_name is missing"):
         load_config([])

@@ -193,6 +193,15 @@ def wandb_records(file: Path) -> Iterator:
             yield record
 
 
+def test_layers_can_be_spread_over_devices(overrides: Overrides, tmp_path: Path) -> None:
+    losses = []
+    for placement in ("null", "balanced"):
+        run = tmp_path / placement
+        train_here(overrides(*DPO, f"model.device_map={placement}", f"local_run_dir={run}", "n_eval_examples=4"))
+        losses.append([e["loss/train"] for e in read_jsonl(run / "metrics.jsonl") if "loss/train" in e])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_an_offline_wandb_run_holds_the_metrics(train_process: RunTrain, tmp_path: Path) -> None:
     env = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
     done = train_process("wandb.enabled=true", "n_eval_examples=8", "minimum_log_interval_secs=0", **env)

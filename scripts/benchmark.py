@@ -1,0 +1,186 @@
+"""Measure the project's claims on this machine and write them, with hardware and versions, into benchmarks/.
+
+    python scripts/benchmark.py data     160,800 HH-like pairs: time and memory to tokenise, and to start again
+
+`data` writes a file of synthetic dialogues with HH's token lengths, then loads it in fresh processes: once with an
+empty cache, then `--repeats` times with what the first left. Memory is the proportional set size (PSS) summed over the
+loading process and its workers, sampled every 0.1 s: pages that processes share count once.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils import UserError, run_main
+
+PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "tokenizers", "numpy")
+WORDS = """
+    the a of and to in is that it for you was with on as are have be at or from can this what how would people think
+    make time know just about which their will some could other into more very your like because should really
+    good question help want need something different probably important information recipe garden weather travel
+    history computer language favourite neighbour understand difficult possible interesting sometimes
+""".split()
+
+
+def machine() -> dict[str, str]:
+    """What a measurement depends on besides the code."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":")[1].strip() if names else cpu
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout
+    return {
+        "processor": f"{cpu}, {os.cpu_count()} cores",
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "commit": (commit.stdout.strip() or "none") + (" with changes" if dirty else ""),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_dialogues(path: Path, n: int) -> None:
+    """`n` rows of chosen and rejected dialogues. Word counts follow HH: prompts have a mean of 125 tokens and a median
+    of 98, chosen replies 41 and rejected 51 on average."""
+    rng = random.Random(0)
+
+    def text(mean: float, spread: float) -> str:
+        return " ".join(rng.choices(WORDS, k=max(1, min(600, round(rng.lognormvariate(mean, spread))))))
+
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(n):
+            prompt = f"\n\nHuman: ({i}) {text(4.4, 0.75)}?\n\nAssistant:"
+            row = {"chosen": f"{prompt} {text(3.3, 0.9)}.", "rejected": f"{prompt} {text(3.5, 0.9)}."}
+            file.write(json.dumps(row) + "\n")
+
+
+def load_once(source: Path, cache: Path, num_proc: int) -> None:
+    """What the measured process does: load as train.py would, and print times and counts as JSON."""
+    started = time.perf_counter()
+    from models import load_tokenizer
+    from preference_datasets import load_data
+    from settings import data_settings, load_config
+
+    config = load_config(
+        [
+            "exp_name=benchmark",
+            "model=smollm2",
+            "loss=dpo",
+            "loss.beta=0.1",
+            f"datasets=[{source}]",
+            f"cache_dir={cache}",
+            f"num_proc={num_proc}",
+        ]
+    )
+    tokenizer = load_tokenizer(config)
+    imported = time.perf_counter()
+    data = load_data(data_settings(config), tokenizer, "train")
+    loaded = time.perf_counter()
+    sampled = range(0, len(data), max(len(data) // 2000, 1))
+    records = [data[i] for i in sampled]
+    result = {
+        "imports and tokenizer (s)": imported - started,
+        "load_data (s)": loaded - imported,
+        "one record (ms)": 1000 * (time.perf_counter() - loaded) / len(records),
+        "pairs": int(data.n_examples.sum()),
+        "mean tokens of a prompt": statistics.fmean(len(r.prompt) for r in records),
+        "mean tokens of a response": statistics.fmean(len(x) for r in records for x in r.responses),
+    }
+    print(json.dumps(result))
+
+
+def peak_memory(process: subprocess.Popen[str]) -> float:
+    """Largest sum of PSS over `process` and its children while it runs, in GiB."""
+    import psutil
+
+    peak = 0
+    root = psutil.Process(process.pid)
+    while process.poll() is None:
+        total = 0
+        try:
+            members = [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            break
+        for member in members:
+            try:
+                total += member.memory_full_info().pss
+            except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+                continue
+        peak = max(peak, total)
+        time.sleep(0.1)
+    return peak / 2**30
+
+
+def measured_load(source: Path, cache: Path, num_proc: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "load", str(source), str(cache), "--num-proc", str(num_proc)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak = peak_memory(process)
+    output = process.communicate()[0].strip().splitlines()
+    if process.returncode or not output:
+        raise UserError("the measured process failed; see above")
+    return {**json.loads(output[-1]), "peak memory (GiB)": peak}
+
+
+def benchmark_data(rows: int, repeats: int, num_proc: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "train.jsonl"
+        print(f"writing {rows} dialogues", flush=True)
+        write_dialogues(source, rows)
+        size = source.stat().st_size / 2**20
+        runs = [measured_load(source, Path(folder) / "cache", num_proc) for _ in range(1 + repeats)]
+    first, later = runs[0], {key: statistics.median(run[key] for run in runs[1:]) for key in runs[1]}
+    lines = [
+        "# Data pipeline",
+        "",
+        f"`python scripts/benchmark.py data --rows {rows} --repeats {repeats} --num-proc {num_proc}`; the method "
+        "stands in the script. Second start: the median of the repeats.",
+        "",
+        *(f"- {key}: {value}" for key, value in machine().items()),
+        f"- input: {rows} HH-like pairs, {size:.0f} MiB of JSON lines, default max_length 512",
+        "",
+        "| | first start | second start |",
+        "|---|---|---|",
+        *(f"| {key} | {first[key]:.4g} | {later[key]:.4g} |" for key in first if key != "pairs"),
+        f"| pairs | {first['pairs']} | {later['pairs']:.0f} |",
+    ]
+    target = ROOT / "benchmarks" / "data.md"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines), f"\nwritten to {target}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    data = commands.add_parser("data", help="tokenise and reload a training set")
+    data.add_argument("--rows", type=int, default=160_800)
+    data.add_argument("--repeats", type=int, default=3)
+    load = commands.add_parser("load", help="the process that `data` measures")
+    load.add_argument("source", type=Path)
+    load.add_argument("cache", type=Path)
+    for command in (data, load):
+        command.add_argument("--num-proc", type=int, default=0, help="tokenising processes; 0: one per core")
+    arguments = parser.parse_args()
+    if arguments.command == "load":
+        load_once(arguments.source, arguments.cache, arguments.num_proc)
+    elif arguments.rows < 1 or arguments.repeats < 1:
+        raise UserError("--rows and --repeats must be at least 1")
+    else:
+        benchmark_data(arguments.rows, arguments.repeats, arguments.num_proc)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -81,7 +81,7 @@ def open_wandb(config: Config, run_dir: Path) -> Any:
     """A W&B run: online when logged in, else offline with a line that says so. WANDB_MODE, where set, decides."""
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in_to_wandb() else "offline")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in_to_wandb() else "offline")
     start = functools.partial(
         wandb.init,
         entity=config.wandb.entity,

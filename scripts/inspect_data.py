@@ -1,0 +1,97 @@
+"""What the model will see: the funnel from rows to examples, then a few examples as tokens with their loss mask.
+
+    python scripts/inspect_data.py datasets=[hh] n=3 split=train
+
+takes the overrides of train.py and, besides, `n` (examples shown, default 3) and `split` (train or test). Preference
+pairs are shown unless told loss=sft. Tokens are set apart by `|`: prompt dim, response (what the loss sees) green,
+special tokens highlighted. Without a terminal, or with NO_COLOR set, marks stand for the colours: `<<...>>` around what
+the loss sees, `[...]` around special tokens.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models import load_tokenizer
+from preference_datasets import PreferenceData, Record, format_funnel, load_data
+from settings import data_settings, load_config
+from utils import UserError, run_main
+
+DIM, GREEN, SPECIAL, RESET = "\033[2m", "\033[32m", "\033[1;30;43m", "\033[0m"
+
+
+def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text of each token. A character that several tokens make up stands where it is complete, `·` before it."""
+    texts, start = [], 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+        # The replacement character means an unfinished UTF-8 sequence, of at most 4 bytes and so at most 4 tokens.
+        whole = not text.endswith("\ufffd") or end - start == 4 or end == len(ids)
+        texts.append(text if whole else "·")
+        start = end if whole else start
+    return texts
+
+
+def show_tokens(ids: Sequence[int], tokenizer: Any, colour: str) -> str:
+    """The tokens of `ids` with their boundaries, in `colour` if that is not empty."""
+    special = set(tokenizer.all_special_ids)
+    shown = []
+    for token, text in zip(ids, pieces(ids, tokenizer), strict=True):
+        # Control characters of the data must not reach the terminal.
+        text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text).replace("\n", "⏎\n")
+        if token in special:
+            text = f"{SPECIAL}{text}{RESET}{colour}" if colour else f"[{text}]"
+        shown.append(text)
+    return f"{colour}{'|'.join(shown)}{RESET}" if colour else "|".join(shown)
+
+
+def show_record(record: Record, tokenizer: Any, colours: bool) -> str:
+    dim, green = (DIM, GREEN) if colours else ("", "")
+    lines = [f"prompt, {len(record.prompt)} tokens, no loss:", show_tokens(record.prompt, tokenizer, dim)]
+    for number, response in enumerate(record.responses):
+        lost = "" if response[-1] == tokenizer.eos_token_id else ", cut: no EOS"
+        text = show_tokens(response, tokenizer, green)
+        lines += [f"response {number}, {len(response)} tokens{lost}:", text if colours else f"<<{text}>>"]
+    if record.pairs:
+        lines.append("pairs, preferred > other: " + ", ".join(f"{a} > {b}" for a, b in record.pairs))
+    return "\n".join(lines)
+
+
+def examples(data: PreferenceData, n: int) -> list[int]:
+    """The records to show: the first of each data set in turn."""
+    by_set = [[i for i, source in enumerate(data.source.tolist()) if source == s][:n] for s in range(len(data.names))]
+    turns = [i for turn in range(n) for records in by_set for i in records[turn : turn + 1]]
+    return turns[:n]
+
+
+def main() -> None:
+    own = {"n": "3", "split": "train"}
+    overrides = []
+    for argument in sys.argv[1:]:
+        key, equals, value = argument.partition("=")
+        if key in own and equals:
+            own[key] = value
+        else:
+            overrides.append(argument)
+    if not own["n"].isdigit():
+        raise UserError(f"n={own['n']} must be a whole number of examples, 0 or more")
+    given = {override.partition("=")[0] for override in overrides}
+    defaults = ["exp_name=inspect_data"] if "exp_name" not in given else []
+    defaults += ["loss=dpo", "loss.beta=0.1"] if "loss" not in given else []
+    config = load_config(defaults + overrides)
+    tokenizer = load_tokenizer(config)
+    data = load_data(data_settings(config), tokenizer, own["split"])
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(format_funnel(data))
+    for i in examples(data, int(own["n"])):
+        name = data.names[int(data.source[i])]
+        print(f"\n--- {name}, {own['split']} record {i} of {len(data)}")
+        print(show_record(data[i], tokenizer, colours))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -33,10 +33,12 @@ from preference_datasets import load_data
 from settings import Config, data_settings, load_config
 from utils import UserError, log, run_main
 
-COMMON = ["model=smollm2", "datasets=[sentiment]", "max_length=40", "max_prompt_length=16", "optimizer=AdamW"]
-SFT = ["loss=sft", "lr=1e-5", "batch_size=32", "warmup_steps=2", "n_epochs=1"]
-DPO = ["loss=dpo", "loss.beta=0.1", "lr=2e-5", "batch_size=48", "warmup_steps=4", "n_epochs=1"]
-EVALUATION = ["n_eval_examples=192", "n_eval_model_samples=8", "eval_batch_size=48", "wandb.enabled=false"]
+COMMON = ["model=smollm2", "datasets=[sentiment]", "max_length=32", "max_prompt_length=16", "optimizer=AdamW"]
+COMMON += ["+optimizer_kwargs.fused=true", "warmup_steps=2", "lr_schedule=linear"]
+SFT = ["loss=sft", "lr=2e-5", "batch_size=16", "n_examples=160"]
+DPO = ["loss=dpo", "loss.beta=0.1", "lr=2e-4", "batch_size=32"]
+EVALUATION = ["n_eval_examples=392", "n_eval_model_samples=8", "eval_batch_size=48", "do_first_eval=false"]
+EVALUATION += ["wandb.enabled=false"]
 SAMPLES_PER_PROMPT = 2
 MODELS = ("base", "SFT", "DPO")
 

@@ -366,6 +366,26 @@ def test_holdout_is_by_prompt_and_the_same_for_every_loss(
     assert len(load_file(settings, path, tokenizer, "test", holdout_fraction=1e-9)) == 1  # at least one
 
 
+def test_a_folder_without_test_files_holds_out_disjoint_prompts(
+    settings: DataSettings, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"question {i}", "chosen": " yes", "rejected": " no"} for i in range(50)]
+    write_rows(tmp_path / "set" / "train.jsonl", rows)
+    sides = [
+        {prompt for prompt, *_ in texts(load_data(here, tokenizer, split), tokenizer)}
+        for here in [replace(settings, names=(str(tmp_path / "set"),), holdout_fraction=0.3)]
+        for split in ("train", "test")
+    ]
+    assert len(sides[0]) + len(sides[1]) == 50 and sides[1] and not sides[0] & sides[1]
+
+
+def test_a_score_of_zero_beats_a_later_negative_one(settings: DataSettings, tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "responses": [f" {score}", " bad"], "scores": [score, -9]} for score in (0, -1)]
+    path = write_rows(tmp_path / "scores.jsonl", rows)
+    data = load_file(settings, path, tokenizer, sft=True, holdout_fraction=0.0)
+    assert texts(data, tokenizer)[0][1] == [" 0" + EOS]
+
+
 def test_rows_of_one_prompt_are_one_record(settings: DataSettings, tokenizer: Any, tmp_path: Path) -> None:
     rows = [
         {"prompt": "Q", "chosen": "A", "rejected": "B"},

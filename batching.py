@@ -129,6 +129,8 @@ class Plan:
         epoch, seen = 0, 0
         while self.n_epochs is None or epoch < self.n_epochs:
             order = epoch_order(data, self.seed, epoch, self.weights)
+            if not len(order):
+                return
             for start in range(0, len(order), self.batch_size):
                 left = self.batch_size if self.n_examples is None else self.n_examples - seen
                 batch = [(int(r), int(p)) for r, p in order[start : start + min(self.batch_size, left)]]
@@ -144,6 +146,8 @@ class Plan:
         while self.n_epochs is None or epoch < self.n_epochs:
             whole = int(data.n_examples.sum())
             size = whole if self.weights is None else len(epoch_order(data, self.seed, epoch, self.weights))
+            if not size:
+                break
             if self.n_examples is not None:
                 size = min(size, self.n_examples - examples)
             examples, steps, epoch = examples + size, steps + -(-size // self.batch_size), epoch + 1

@@ -57,8 +57,10 @@ def resolve_archive(name: str) -> Archive:
         )
     if not any(path.glob("*.safetensors")):
         raise UserError(f"model.archive={name}: {path} holds no weights (*.safetensors)")
-    state = path / STATE_FILE
-    return Archive(path, None, json.loads(state.read_text()) if state.is_file() else {})
+    info = {}
+    with contextlib.suppress(OSError, ValueError):  # it is only described in the log
+        info = json.loads((path / STATE_FILE).read_text())
+    return Archive(path, None, info)
 
 
 def _read_policy_pt(path: Path) -> Archive:
@@ -94,8 +96,6 @@ def save_checkpoint(
         for file in [*temporary.iterdir(), temporary]:
             _sync(file)
         temporary.chmod(0o777 & ~_umask())
-        if target.exists():
-            shutil.rmtree(target)
         os.rename(temporary, target)
         _point_latest(run_dir, target.name)
     except Exception as error:

@@ -72,24 +72,29 @@ def chunks_of_batches(where: str, batches: Iterable[pa.RecordBatch]) -> Iterator
 
 def read_json_list(path: Path, handle: Any) -> NumberedRows:
     """The objects of one JSON list, decoded as they come so that the file is never in memory as a whole."""
-    decoder, number = json.JSONDecoder(), 0
+    decoder, separator, number, at = json.JSONDecoder(), re.compile(r"\s*(,?)\s*"), 0, 0
     text = iter(lambda: handle.read(CHUNK_BYTES // 4), "")
     buffer = next(text, "").lstrip().removeprefix("\ufeff").lstrip()[1:]
     while True:
-        buffer = buffer.lstrip().removeprefix(",").lstrip() if number else buffer.lstrip()
-        if buffer.startswith("]"):
-            return
+        gap: Any = separator.match(buffer, at)
+        start, comma = gap.end(), bool(gap[1])
         try:
-            row, end = decoder.raw_decode(buffer)
+            if buffer.startswith("]", start) and not comma:
+                if (buffer[start + 1 :] + "".join(text)).strip():
+                    raise UserError(f"{path}: something follows the list's closing bracket; a file holds one list")
+                return
+            if start < len(buffer) and comma != bool(number):
+                raise ValueError("a comma is missing" if number else "unexpected comma")
+            row, end = decoder.raw_decode(buffer, start)
             if end == len(buffer):  # a number might go on
                 raise ValueError("unfinished")
         except (ValueError, RecursionError) as error:
             more = next(text, "")
             if not more:
                 raise UserError(f"{path}: invalid JSON after row {number} of the list: {error}") from None
-            buffer += more
+            buffer, at = buffer[at:] + more, 0
         else:
-            number, buffer = number + 1, buffer[end:]
+            number, at = number + 1, end
             yield number, row
 
 

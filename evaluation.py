@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,39 +92,37 @@ def sample(
 ) -> list[list[int]]:
     """One sampled response for each prompt, as token ids with EOS where the model ended it.
 
-    Sampled from the model's own distribution (temperature 1, no top-k or top-p) until prompt and response have
-    `max_length` tokens together. The result depends on `seed`, the prompts and `batch_size`; other random state is left
-    as it was.
+    Sampled from the model's own distribution (temperature 1, no top-k or top-p) until a batch's longest prompt and its
+    response have `max_length` tokens together. The result depends on `seed`, the prompts and `batch_size`; other random
+    state is left as it was.
     """
     device, end = input_device(model), tokenizer.eos_token_id
+    plain = GenerationConfig(do_sample=True, top_k=0, eos_token_id=end, pad_token_id=end, use_cache=True)
+    # generate() fills in what is not set from the model's own settings, such as a repetition penalty.
+    own, model.generation_config = model.generation_config, plain
     responses: list[list[int]] = []
-    rng_devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(rng_devices), autocast(device, compute_dtype, model.dtype):
-        torch.manual_seed(seed)
-        for some in progress(list(chunks(prompts, batch_size)), desc="sampling", leave=False):
-            width = max(len(prompt) for prompt in some)
-            # An empty prompt becomes one EOS: a model needs something to start from.
-            width = max(width, 1)
-            ids = torch.full((len(some), width), end)
-            mask = torch.zeros_like(ids)
-            for row, prompt in enumerate(some):
-                ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-                mask[row, width - max(len(prompt), 1) :] = 1
-            settings = GenerationConfig(
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=max(max_length - width, 1),
-                eos_token_id=end,
-                pad_token_id=end,
-                use_cache=True,
-            )
-            out = model.generate(  # type: ignore[operator]
-                ids.to(device), attention_mask=mask.to(device), generation_config=settings
-            )
-            responses += [_until_end(row, end) for row in out[:, width:].tolist()]
+    try:
+        rng_devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(rng_devices), autocast(device, compute_dtype, model.dtype):
+            torch.manual_seed(seed)
+            for some in progress(list(chunks(prompts, batch_size)), desc="sampling", leave=False):
+                ids, mask = left_padded(some, end)
+                room = max(max_length - ids.shape[1], 1)
+                out: Any = model.generate(  # type: ignore[operator]
+                    ids.to(device), attention_mask=mask.to(device), max_new_tokens=room
+                )
+                responses += [_until_end(row, end) for row in out[:, ids.shape[1] :].tolist()]
+    finally:
+        model.generation_config = own
     return responses
+
+
+def left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 [prompts, longest], padded on the left for generation."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
 
 
 def _until_end(ids: list[int], end: int) -> list[int]:

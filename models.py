@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import json
 import os
 import shutil
 import tempfile
@@ -23,6 +22,8 @@ from checkpoint import Archive, resolve_archive
 from settings import Config
 from utils import UserError, file_hash, log
 
+# Buffers in a policy.pt of older versions of transformers, which today's models compute: causal masks and frequencies.
+OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 # What from_pretrained raises for a name or folder it cannot use.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError)
 
@@ -51,7 +52,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(config: Config, device: torch.device) -> PreTrainedModel:
+def load_policy(config: Config, device: torch.device, announce: bool = True) -> PreTrainedModel:
     """The model to train, in model.policy_dtype, without dropout, from model.archive where one is given.
 
     Raises UserError for a name, folder or archive that cannot be read or does not fit.
@@ -60,7 +61,8 @@ def load_policy(config: Config, device: torch.device) -> PreTrainedModel:
     archive = resolve_archive(config.model.archive) if config.model.archive else None
     if archive is not None:
         _check_same_architecture(config.model.name_or_path, source, archive)
-        log(f"starting from the weights of {archive.path}{archive.describe()}")
+        if announce:
+            log(f"starting from the weights of {archive.path}{archive.describe()}")
     dtype = getattr(torch, config.model.policy_dtype)
     placement = {"device_map": config.model.device_map} if config.model.device_map else {}
     folder = archive.path if archive is not None and archive.state is None else source
@@ -76,9 +78,30 @@ def load_policy(config: Config, device: torch.device) -> PreTrainedModel:
         _load_state(model, archive)
     disable_dropout(model)
     if config.activation_checkpointing:
-        model.config.use_cache = False
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return model if placement else model.to(device)
+        try:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"activation_checkpointing=true: {_first_line(error)}") from error
+    if not placement:
+        return model.to(device)
+    outside = {str(place) for place in getattr(model, "hf_device_map", {}).values()} & {"cpu", "disk"}
+    if torch.cuda.is_available() and outside:
+        raise UserError(f"model.device_map: the GPUs are too small; layers would be on {', '.join(outside)}")
+    return model
+
+
+def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """Raise UserError where token ids or positions would lie outside the model's tables."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    if len(tokenizer) > len(weight):
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model embeds {len(weight)}: "
+            "is model.tokenizer_name_or_path that of this model?"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and config.max_length > positions:
+        raise UserError(f"max_length={config.max_length} is more than the {positions} positions of the model; lower it")
 
 
 def _from_pretrained(source: str | Path, dtype: torch.dtype, placement: dict[str, str]) -> PreTrainedModel:
@@ -104,7 +127,7 @@ def _load_state(model: PreTrainedModel, archive: Archive) -> None:
     # Old transformers saved buffers that today's models compute; tied heads may be left out.
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     missing = [key for key in missing if key not in tied]
-    unexpected = [key for key in unexpected if not key.endswith(("rotary_emb.inv_freq", ".masked_bias", ".bias"))]
+    unexpected = [key for key in unexpected if not key.endswith(OLD_BUFFERS)]
     if missing or unexpected:
         raise UserError(
             f"model.archive={archive.path} is of another architecture: it lacks {missing[:2] or 'nothing'} and has the "
@@ -117,14 +140,14 @@ def _check_same_architecture(name: str, source: str | Path, archive: Archive) ->
     """Raise UserError unless the archive's config.json describes the same network as `source`'s."""
     if archive.state is not None:
         return
-    try:
-        expected = AutoConfig.from_pretrained(source)
-    except _LOAD_ERRORS as error:
-        raise UserError(f"model.name_or_path={name} cannot be read: {_first_line(error)}") from error
-    found = json.loads((archive.path / "config.json").read_text())
+    configs = []
+    for key, place in (("name_or_path", source), ("archive", archive.path)):
+        try:
+            configs.append(AutoConfig.from_pretrained(place))
+        except _LOAD_ERRORS as error:
+            raise UserError(f"model.{key}={place}: its config cannot be read: {_first_line(error)}") from error
     for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        wanted = getattr(expected, key, None)
-        given = getattr(AutoConfig.from_pretrained(archive.path), key, None) if key in found or wanted else None
+        wanted, given = (getattr(config, key, None) for config in configs)
         if wanted != given:
             raise UserError(
                 f"model.archive={archive.path} is of another architecture than model.name_or_path={name}: "
@@ -161,6 +184,7 @@ def _convert_gguf(path: Path, cache: Path) -> Path:
         model.hf_quantizer = None  # type: ignore[assignment]
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)  # mkdtemp makes it private, but the cache may be shared
         with contextlib.suppress(OSError):  # another process was faster
             os.rename(temporary, target)
     except _LOAD_ERRORS as error:

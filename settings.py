@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import math
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,11 +14,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from losses import LOSSES, Loss
-from preference_datasets import DataSettings
+from preference_datasets import REGISTRY, DataSettings
 from utils import UserError, get_local_dir, get_local_run_dir
 
+# Abstract, in need of a closure, and for sparse gradients.
+NOT_OPTIMIZERS = ("Optimizer", "LBFGS", "SparseAdam")
 TRAINERS = ("BasicTrainer",)
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHT_DTYPES = ("float32", "bfloat16")  # float16 weights overflow; mixed_precision=float16 keeps float32 weights
 LR_SCHEDULES = ("constant", "linear", "cosine")
 CHAT_FORMATS = ("auto", "template", "hh")
 CONFIG_DIR = Path(__file__).parent / "config"
@@ -147,7 +151,7 @@ def load_config(overrides: list[str]) -> Config:
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         try:
             return build_config(hydra.compose("config", overrides))
-        except (OmegaConfBaseException, hydra.errors.HydraException) as error:
+        except (OmegaConfBaseException, hydra.errors.HydraException, ValueError) as error:
             raise UserError(str(error)) from error
 
 
@@ -219,7 +223,8 @@ def _number_problems(c: Config) -> list[str]:
     at_least_0 = ("seed", "n_eval_examples", "n_eval_model_samples", "warmup_steps", "num_proc", "weight_decay")
     rules = [
         *((key, lambda v: v >= 1, "at least 1") for key in (*at_least_1, "eval_every", "n_epochs", "n_examples")),
-        *((key, lambda v: v >= 0, "0 or more") for key in (*at_least_0, "lr", "minimum_log_interval_secs")),
+        *((key, lambda v: 0 <= v < math.inf, "0 or more") for key in (*at_least_0, "lr", "minimum_log_interval_secs")),
+        ("seed", lambda v: v < 2**63, "less than 2^63"),
         ("max_grad_norm", lambda v: v > 0, "more than 0"),
         ("lr_min_ratio", lambda v: 0 <= v <= 1, "between 0 and 1"),
         ("holdout_fraction", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
@@ -234,7 +239,7 @@ def _choice_problems(c: Config) -> list[str]:
         ("lr_schedule", c.lr_schedule, LR_SCHEDULES),
         ("chat_format", c.chat_format, CHAT_FORMATS),
         ("mixed_precision", c.mixed_precision, DTYPES),
-        ("model.policy_dtype", c.model.policy_dtype, DTYPES),
+        ("model.policy_dtype", c.model.policy_dtype, WEIGHT_DTYPES),
         ("model.device_map", c.model.device_map, ("balanced",)),
         ("loss.name", c.loss.name, tuple(LOSSES)),
     ]
@@ -273,18 +278,27 @@ def _other_problems(c: Config) -> list[str]:
         problems.append("datasets is empty: name at least one, such as datasets=[hh]")
     if c.dataset_weights is not None and len(c.dataset_weights) != len(c.datasets):
         problems.append(f"dataset_weights={c.dataset_weights} must have one number for each of datasets={c.datasets}")
-    if c.dataset_weights is not None and (min(c.dataset_weights, default=0) < 0 or not sum(c.dataset_weights)):
-        problems.append(f"dataset_weights={c.dataset_weights} must be 0 or more, and not all 0")
+    if c.dataset_weights is not None and not all(0 <= weight < math.inf for weight in c.dataset_weights):
+        problems.append(f"dataset_weights={c.dataset_weights} must be numbers of 0 or more")
+    unknown = [name for name in c.dataset_sources if name not in REGISTRY]
+    if unknown:
+        problems.append(f"dataset_sources.{unknown[0]} is no built-in data set; choose from: {', '.join(REGISTRY)}")
     if not _device_exists(c.device):
         problems.append(f"device={c.device} is not available here; choose auto, cpu, cuda, cuda:<number> or mps")
-    if not isinstance(getattr(torch.optim, c.optimizer, None), type) or c.optimizer in ("Optimizer", "LBFGS"):
-        known = [name for name in dir(torch.optim) if name[0].isupper() and name not in ("Optimizer", "LBFGS")]
+    known = [name for name in dir(torch.optim) if name[0].isupper() and name not in NOT_OPTIMIZERS]
+    if c.optimizer not in known:
         problems.append(f"optimizer={c.optimizer} is not known; choose from: {', '.join(known)}")
     if c.model.reference_dtype not in (None, c.model.policy_dtype):
         problems.append(
             f"model.reference_dtype={c.model.reference_dtype} differs from model.policy_dtype={c.model.policy_dtype}: "
             "the margin before the first update would not be 0; leave it null"
         )
+    if c.model.policy_dtype != "float32" and c.mixed_precision not in (None, c.model.policy_dtype):
+        problems.append(
+            f"mixed_precision={c.mixed_precision} needs float32 weights, but model.policy_dtype={c.model.policy_dtype}"
+        )
+    if c.model.device_map and c.device != "auto":
+        problems.append(f"model.device_map={c.model.device_map} places the layers itself; leave device={c.device} out")
     if c.model.block and c.model.block_name and c.model.block != c.model.block_name:
         problems.append(
             f"model.block={c.model.block} and model.block_name={c.model.block_name} differ; set one of them"

@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import trainers
-from models import load_policy, load_tokenizer, pick_device, quiet_transformers
+from models import check_fits, load_policy, load_tokenizer, pick_device, quiet_transformers
 from preference_datasets import PreferenceData, format_funnel, load_data
 from reference import LiveReference
 from settings import Config, build_config, data_settings, register_resolvers
@@ -32,11 +32,13 @@ from utils import RunLogger, UserError, log, make_dir, open_log, run_main
 def open_run(config: Config, composed: DictConfig) -> Path:
     """Make the run's folder, start its log, and write the configuration and Hydra's own files into it."""
     run_dir = make_dir(Path(config.local_run_dir), "local_run_dir")
-    if (run_dir / "metrics.jsonl").exists():
+    try:
+        (run_dir / "metrics.jsonl").touch(exist_ok=False)  # the folder is ours from here on
+    except FileExistsError as error:
         raise UserError(
             f"local_run_dir={run_dir} already holds a run, and two runs in one folder could not be told apart; "
             "give another folder or remove that one"
-        )
+        ) from error
     open_log(run_dir)
     OmegaConf.save(composed, run_dir / "config.yaml", resolve=True)
     if HydraConfig.initialized():
@@ -58,6 +60,8 @@ def load_splits(config: Config, tokenizer: Any, run_dir: Path) -> tuple[Preferen
         available = int(test.n_examples.sum())
         if available < config.n_eval_examples:
             log(f"n_eval_examples={config.n_eval_examples}, but the test split has {available}: evaluating on those")
+    if not examples:
+        raise UserError(f"dataset_weights={config.dataset_weights} of these data sets leave no example; raise them")
     log(f"this run: {examples} examples in {steps} updates of {config.batch_size}")
     funnel = {"train": train.funnel, "test": test.funnel if test else {}, "examples": examples, "updates": steps}
     (run_dir / "data_funnel.json").write_text(json.dumps(funnel, indent=2))
@@ -97,7 +101,11 @@ def open_wandb(config: Config, run_dir: Path) -> Any:
         except (wandb.errors.Error, OSError) as error:
             log(f"W&B cannot be reached ({error})")
             mode = "offline"
-    run = start(mode=mode)
+    try:
+        run = start(mode=mode)
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"W&B cannot start with WANDB_MODE={mode}: {reason}; or set wandb.enabled=false") from error
     if mode == "offline":
         log(f"W&B: offline (not logged in, or no network); upload later with: wandb sync {Path(run.dir).parent}")
     return run
@@ -122,20 +130,34 @@ def train(composed: DictConfig) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     torch.manual_seed(config.seed)
     run_dir = open_run(config, composed)
+    try:
+        build_and_fit(config, run_dir)
+    finally:
+        metrics = run_dir / "metrics.jsonl"
+        if metrics.exists() and not metrics.stat().st_size:  # nothing was trained: the folder may be used again
+            metrics.unlink()
+
+
+def build_and_fit(config: Config, run_dir: Path) -> None:
+    """Load tokenizer, data, policy and reference, and train."""
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config)
     train_data, eval_data = load_splits(config, tokenizer, run_dir)
     policy = load_policy(config, device)
-    needs_reference = config.loss.build().needs_reference
-    reference = LiveReference(load_policy(config, device), config.compute_dtype) if needs_reference else None
+    check_fits(policy, tokenizer, config)
+    reference = None
+    if config.loss.build().needs_reference:
+        reference = LiveReference(load_policy(config, device, announce=False), config.compute_dtype)
     n_parameters = sum(p.numel() for p in policy.parameters())
     log(f"policy: {config.model.name_or_path}, {n_parameters / 1e6:.1f}M parameters on {policy.device}")
     logger = open_logger(config, run_dir)
+    failed = True
     try:
         trainer_class = getattr(trainers, config.trainer)
         trainer_class(config, policy, reference, tokenizer, train_data, eval_data, logger).fit()
+        failed = False
     finally:
-        logger.close()
+        logger.close(exit_code=int(failed))
     log(f"done; the run's folder is {run_dir}")
 
 

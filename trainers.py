@@ -16,6 +16,12 @@ from reference import LiveReference
 from settings import Config, command_line
 from utils import Every, RunLogger, UserError, log, progress
 
+MOST_SKIPPED = 25  # in a row: from its start at 2^16, the loss scale is then far below 1
+DIVERGED = (
+    "training stopped, and nothing of this state was saved. Lower lr, compute in float32 (mixed_precision=null), or "
+    "look at the data with scripts/inspect_data.py"
+)
+
 
 def plan_of(config: Config) -> Plan:
     """Which examples the configuration asks to train on."""
@@ -76,7 +82,7 @@ class BasicTrainer:
         )
         scaled = config.compute_dtype == torch.float16 and policy.dtype == torch.float32
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=scaled)
-        self.examples = self.updates = 0
+        self.examples = self.updates = self.skipped_in_a_row = 0
         self.eval_metrics: dict[str, float] = {}
         if eval_data is not None:
             self.eval_examples = eval_examples(eval_data, config.n_eval_examples)
@@ -141,27 +147,31 @@ class BasicTrainer:
         means = mean_metrics(total)
         lr = float(self.scheduler.get_last_lr()[0])
         grad_norm = self.update(means["loss/train"])
-        self.examples, self.updates = self.examples + len(examples), self.updates + 1
+        self.examples += len(examples)
+        self.eval_metrics = {}  # they were of other weights
         speed = len(examples) / (time.perf_counter() - start)
         counters = {"counters/examples": self.examples, "counters/updates": self.updates}
         return means | {"grad_norm": grad_norm, "lr": lr, "examples_per_second": speed} | counters
 
     def update(self, loss: float) -> float:
-        """Clip the accumulated gradients, step, and clear them. Returns the gradient's L2 norm before clipping."""
+        """Clip the accumulated gradients, step, and clear them. Returns the gradient's L2 norm before clipping.
+
+        Under loss scaling a gradient that overflows is expected now and then: that step is skipped at a lower scale.
+        """
         self.scaler.unscale_(self.optimizer)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm))
-        # Under loss scaling an overflowing gradient is expected now and then; the scaler skips that step.
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.scaler.is_enabled()):
+        skipped = self.scaler.is_enabled() and not math.isfinite(grad_norm)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not math.isfinite(loss) or self.skipped_in_a_row > MOST_SKIPPED or not (math.isfinite(grad_norm) or skipped):
             raise UserError(
-                f"the loss is {loss} and the gradient norm {grad_norm} at update {self.updates + 1} (example "
-                f"{self.examples}): training stopped before the weights were touched. Lower lr, raise loss.beta's "
-                "precision (mixed_precision=null), or look at the data with scripts/inspect_data.py"
+                f"the loss is {loss} and the gradient norm {grad_norm} at update {self.updates + 1} (after "
+                f"{self.examples} examples): {DIVERGED}"
             )
-        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.scaler.get_scale() >= scale:
+        if not skipped:
             self.scheduler.step()
+            self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
@@ -176,6 +186,9 @@ class BasicTrainer:
             sampled, rows = self.sampler(self.policy, self.reference.model if self.reference else None)
             metrics |= sampled
             self.logger.samples(rows, self.examples)
+        broken = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            raise UserError(f"evaluation after {self.examples} examples gave {', '.join(broken)}: {DIVERGED}")
         self.eval_metrics = metrics
         self.logger.log(metrics, self.examples, always=True)
         shown = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
@@ -187,6 +200,8 @@ class BasicTrainer:
         if self.config.debug:
             log("debug=true: no checkpoint is written")
             return None
+        if not all(bool(p.isfinite().all()) for p in self.policy.parameters()):
+            raise UserError(f"the weights are not finite after {self.examples} examples: {DIVERGED}")
         config = self.config
         state = {
             "examples": self.examples,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -17,6 +18,10 @@ from typing import IO, Any, TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
+LESS_MEMORY = (
+    "Any of these needs less: a larger gradient_accumulation_steps, a smaller eval_batch_size or max_length, "
+    "activation_checkpointing=true, mixed_precision=bfloat16"
+)
 _log_file: IO[str] | None = None
 
 
@@ -45,7 +50,10 @@ def run_main(main: Callable[[], Any]) -> Any:
         _fail(f"error: {error}", 1)
     except KeyboardInterrupt:
         _fail("interrupted; checkpoints already written are complete", 130)
-    except Exception:
+    except Exception as error:
+        # torch's own type on CUDA, a plain RuntimeError elsewhere
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+            _fail(f"error: out of memory: {str(error).splitlines()[0] if str(error) else 'host'}\n{LESS_MEMORY}", 1)
         _fail(f"{traceback.format_exc()}\nerror: this is a defect of the program, not of your input; see above", 2)
 
 
@@ -64,15 +72,22 @@ def get_local_dir(prefixes: list[str]) -> Path:
     """
     for prefix in prefixes:
         if os.path.isdir(prefix) and os.access(prefix, os.W_OK):
-            return make_dir(Path(prefix) / getpass.getuser(), "local_dirs")
+            return make_dir(Path(prefix) / _user(), "local_dirs")
     if not prefixes:
         raise UserError("local_dirs is empty; name at least one folder, such as local_dirs=[.cache]")
-    return make_dir(Path(prefixes[-1]) / getpass.getuser(), "local_dirs")
+    return make_dir(Path(prefixes[-1]) / _user(), "local_dirs")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())
 
 
 @functools.cache
 def get_local_run_dir(exp_name: str, prefixes: tuple[str, ...]) -> str:
-    """A fresh run folder's name, `<local dir>/<exp_name>_<time>`; the same within one process. Creates nothing."""
+    """A fresh run folder's name, `<local dir>/<exp_name>_<time>`; the same within one process. Does not create it."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = get_local_dir(list(prefixes)) / f"{exp_name}_{stamp}"
     return str(folder if not folder.exists() else f"{folder}_{os.getpid()}")
@@ -122,8 +137,8 @@ class RunLogger:
 
     def log(self, metrics: Mapping[str, float], step: int, always: bool = False) -> None:
         """Record one event at `step` (examples seen). `always` ignores W&B's interval, as evaluations do."""
-        # JSON has no infinity: a gradient norm that overflowed under loss scaling is left out.
-        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        # JSON has no infinity, which a gradient norm under loss scaling may be; nothing else gets here non-finite.
+        metrics = {name: value for name, value in metrics.items() if name != "grad_norm" or math.isfinite(value)}
         record = {"counters/examples": step, **metrics, "time": round(time.time(), 3)}
         print(json.dumps(record), file=self._metrics, flush=True)
         if self.tensorboard is not None:
@@ -148,12 +163,12 @@ class RunLogger:
                 table.add_data(step, row["prompt"], row[model])
             self.wandb_run.log({f"{model}_samples": table}, step=step)
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
         self._metrics.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb_run is not None:
-            self.wandb_run.finish()
+            self.wandb_run.finish(exit_code=exit_code)
 
 
 def file_hash(path: Path) -> str:

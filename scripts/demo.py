@@ -31,16 +31,17 @@ from losses import reduce_tokens
 from models import load_policy, load_tokenizer, pick_device, quiet_transformers, response_logps
 from preference_datasets import load_data
 from settings import Config, data_settings, load_config
-from utils import UserError, log, run_main
+from utils import UserError, log, make_dir, run_main
 
 COMMON = ["model=smollm2", "datasets=[sentiment]", "max_length=32", "max_prompt_length=16", "optimizer=AdamW"]
 COMMON += ["+optimizer_kwargs.fused=true", "warmup_steps=2", "lr_schedule=linear"]
 SFT = ["loss=sft", "lr=2e-5", "batch_size=16", "n_examples=160"]
-DPO = ["loss=dpo", "loss.beta=0.1", "lr=2e-4", "batch_size=32"]
+DPO = ["loss=dpo", "loss.beta=0.1", "lr=2e-4", "batch_size=32", "n_examples=832"]
 EVALUATION = ["n_eval_examples=392", "n_eval_model_samples=8", "eval_batch_size=48", "do_first_eval=false"]
 EVALUATION += ["wandb.enabled=false"]
 SAMPLES_PER_PROMPT = 2
 MODELS = ("base", "SFT", "DPO")
+MARKER = ".made_by_the_demo"
 
 
 @dataclass
@@ -108,8 +109,11 @@ def sequence_logps(
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """Mean and the half-width of its normal 95 % confidence interval."""
-    return statistics.fmean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+    """Mean, and the half-width of its normal 95 % confidence interval over prompts: the SAMPLES_PER_PROMPT values of a
+    prompt stand together and are averaged first, since they are not independent."""
+    k = SAMPLES_PER_PROMPT
+    prompts = [statistics.fmean(values[i : i + k]) for i in range(0, len(values), k)]
+    return statistics.fmean(prompts), 1.96 * statistics.stdev(prompts) / math.sqrt(len(prompts))
 
 
 def table(measured: dict[str, Measured], accuracy: float) -> str:
@@ -152,6 +156,16 @@ def plot(sft: Path, dpo: Path, target: Path) -> None:
     figure.savefig(target, dpi=110)
 
 
+def prepare(folder: Path) -> None:
+    """Make `folder`, or clear what an earlier demo left there. Raises UserError if it holds anything else."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
+        raise UserError(f"--folder {folder} holds something that is no demo; give an empty or new one")
+    for name in ("sft", "dpo"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    make_dir(folder, "--folder")
+    (folder / MARKER).touch()
+
+
 def show_samples(task: Task, measured: dict[str, Measured], n: int = 4) -> str:
     lines = []
     for i in range(0, n * SAMPLES_PER_PROMPT, SAMPLES_PER_PROMPT):
@@ -166,9 +180,7 @@ def main() -> None:
     folder = parser.parse_args().folder.resolve()
     start = time.time()
     quiet_transformers()
-    if folder.exists() and any(folder.iterdir()) and not (folder / "sft").is_dir():
-        raise UserError(f"--folder {folder} holds something that is no demo; give an empty or new one")
-    shutil.rmtree(folder, ignore_errors=True)
+    prepare(folder)
     sft = train("sft", folder, SFT)
     dpo = train("dpo", folder, [*DPO, f"model.archive={sft}"])
 

@@ -4,12 +4,12 @@ import math
 import sys
 from pathlib import Path
 
-import demo
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
-from demo import Measured
 
+import demo
+from demo import Measured
 from utils import UserError
 
 
@@ -24,6 +24,7 @@ def test_the_demo_runs_and_writes_table_and_curves(
     monkeypatch.setattr(sys, "argv", ["demo.py", "--folder", str(tmp_path / "out")])
     (tmp_path / "out" / "sft").mkdir(parents=True)
     (tmp_path / "out" / "sft" / "metrics.jsonl").write_text("{}")  # of an earlier demo, to be replaced
+    (tmp_path / "out" / demo.MARKER).touch()
     demo.main()
     table = (tmp_path / "out" / "table.txt").read_text()
     assert [line.split()[0] for line in table.splitlines()[1:]] == ["base", "SFT", "DPO"]
@@ -32,6 +33,7 @@ def test_the_demo_runs_and_writes_table_and_curves(
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sft").mkdir()
     (tmp_path / "thesis.tex").write_text("mine")
     monkeypatch.setattr(sys, "argv", ["demo.py", "--folder", str(tmp_path)])
     with pytest.raises(UserError, match="no demo"):
@@ -40,9 +42,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, monkeypatch: p
 
 
 def test_interval_and_table() -> None:
-    mean, width = demo.mean_and_interval([0.0, 1.0] * 50)
+    mean, width = demo.mean_and_interval([0.0, 0.0, 1.0, 1.0] * 50)  # two samples for each of 100 prompts
     assert mean == 0.5 and width == pytest.approx(1.96 * math.sqrt(0.25 * 100 / 99) / 10)
-    rows = demo.table({"DPO": Measured(["a", "b"], [0.5, 0.5], [1.0, 3.0], [4, 6])}, 0.75).splitlines()
+    rows = demo.table({"DPO": Measured(list("abcd"), [0.5] * 4, [1.0, 3.0] * 2, [4, 6] * 2)}, 0.75).splitlines()
     assert rows[1].split() == ["DPO", "+0.500", "[+0.500,", "+0.500]", "2.00", "0.750", "5.0"]
 
 

@@ -334,6 +334,14 @@ def test_json_list_is_read_in_parts(settings: DataSettings, tokenizer: Any, tmp_
     assert len(load_file(settings, tmp_path / "x.json", tokenizer)) == 20
 
 
+@pytest.mark.parametrize("tail", ['{"prompt": "a"}]', "] more", ""])
+def test_json_list_must_be_whole(settings: DataSettings, tokenizer: Any, tmp_path: Path, tail: str) -> None:
+    row = '{"prompt": "q", "chosen": " a", "rejected": " b"}'
+    (tmp_path / "list.json").write_text(f"[{row}, {row} {tail}")
+    with pytest.raises(UserError, match=r"list\.json: (invalid JSON after row 2|something follows)"):
+        load_file(settings, tmp_path / "list.json", tokenizer)
+
+
 def test_folder_splits(settings: DataSettings, tokenizer: Any, tmp_path: Path) -> None:
     def rows(*names: str) -> list[dict[str, str]]:
         return [{"prompt": f"Q {name}", "chosen": "A", "rejected": "B"} for name in names]

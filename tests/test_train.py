@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, RunTrain, make_model, make_tokenizer, read_jsonl, train_here, write_pairs
+from conftest import ROOT, RunTrain, make_model, make_tokenizer, read_jsonl, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils import UserError
+from utils import UserError, run_main
 
 Overrides = Callable[..., list[str]]
 DPO = ("loss=dpo", "loss.beta=0.1")
@@ -125,7 +125,7 @@ def test_a_reference_that_differs_stops_the_run(overrides: Overrides, monkeypatc
 
     loaded = []
 
-    def load(*arguments: object) -> torch.nn.Module:
+    def load(*arguments: object, **_: object) -> torch.nn.Module:
         model = make_model()
         with torch.no_grad():
             model.lm_head.weight.add_(1e-3 * len(loaded) * torch.randn(model.lm_head.weight.shape))
@@ -193,11 +193,12 @@ def wandb_records(file: Path) -> Iterator:
             yield record
 
 
-def test_layers_can_be_spread_over_devices(overrides: Overrides, tmp_path: Path) -> None:
+def test_a_device_map_changes_nothing(overrides: Overrides, tmp_path: Path) -> None:
     losses = []
     for placement in ("null", "balanced"):
         run = tmp_path / placement
-        train_here(overrides(*DPO, f"model.device_map={placement}", f"local_run_dir={run}", "n_eval_examples=4"))
+        given = (*DPO, f"model.device_map={placement}", "device=auto", f"local_run_dir={run}", "n_eval_examples=4")
+        train_here(overrides(*given))
         losses.append([e["loss/train"] for e in read_jsonl(run / "metrics.jsonl") if "loss/train" in e])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
@@ -259,7 +260,13 @@ def files(tmp_path: Path) -> dict[str, Path]:
     torch.save({"state": {}, "step_idx": Path("x")}, tmp_path / "objects.pt")
     (tmp_path / "empty_dir").mkdir()
     (tmp_path / "not_a.gguf").write_text("hello")
-    write_pairs(tmp_path / "one_pair", 1, 1)
+    bigger = make_tokenizer()
+    bigger.add_tokens(["<|more|>"])
+    bigger.save_pretrained(tmp_path / "more_tokens")
+    make_model().save_pretrained(tmp_path / "cut_config")
+    (tmp_path / "cut_config" / "config.json").write_text('{"model_type": "lla')
+    (tmp_path / "empty_gz").mkdir()
+    (tmp_path / "empty_gz" / "train.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "metrics.jsonl").write_text("{}\n")
     (tmp_path / "file").write_text("")
@@ -285,28 +292,74 @@ BAD_RUNS = [
     ("local_run_dir={taken}", "already holds a run"),
     ("local_run_dir={file}", "cannot create the folder"),
     ("local_run_dir={file}/run", "cannot create the folder"),
-    ("cache_dir={file}", "file"),
-    ("datasets=[{none}]", "none"),
+    ("cache_dir={file}", "cannot be written"),
+    ("datasets=[{none}]", "no such file or folder"),
     ("datasets=[nope]", "sentiment"),
-    ("datasets=[{empty_dir}]", "empty_dir"),
-    ("dataset_sources.hh={none}", "none"),
+    ("datasets=[{empty_dir}]", "holds no data file"),
+    ("dataset_sources.hh={none}", "no such file or folder"),
+    ("dataset_sources.hh={empty_gz}", "gzip"),
+    ("dataset_weights=[0.001]", "leave no example"),
+    ("model.tokenizer_name_or_path={more_tokens}", "the tokenizer has 321 tokens but the model embeds 320"),
+    ("max_length=4096", "is more than the 2048 positions"),
+    ("model.archive={cut_config}", "its config cannot be read"),
     ("+optimizer_kwargs.alpha=2 optimizer=AdamW", "refuses its arguments"),
     ("lr=1e30 optimizer=SGD max_grad_norm=1e30", "training stopped"),
 ]
 
 
 @pytest.mark.parametrize(("given", "message"), BAD_RUNS)
-def test_bad_runs_give_one_clear_message(given: str, message: str, overrides: Overrides, tmp_path: Path) -> None:
+def test_bad_runs_give_one_clear_message(
+    given: str, message: str, overrides: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     here = tmp_path / "files"
     here.mkdir()
     paths = {**files(here), "none": here / "none"}
     for name, path in paths.items():
         given = given.replace("{" + name + "}", str(path))
     extra = ["datasets=[hh]"] if given.startswith("dataset_sources") else []
-    with pytest.raises(UserError) as error:
-        train_here(overrides(*extra, *given.split(), "n_eval_examples=0"))
-    assert message in str(error.value)
-    assert len(str(error.value)) < 1500
+    arguments = overrides(*extra, *given.split(), "n_eval_examples=0")
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: train_here(arguments))
+    assert stop.value.code == 1
+    shown = capsys.readouterr().err.split("error: ")[-1]
+    assert message in shown and "Traceback" not in shown and len(shown) < 1500
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or "training stopped" in message
+
+
+def test_a_run_that_diverges_at_its_last_update_saves_nothing(overrides: Overrides, tmp_path: Path) -> None:
+    diverging = ("batch_size=24", "optimizer=SGD", "lr=1e30", "max_grad_norm=1e30")
+    for n_eval in (0, 8):
+        run = f"local_run_dir={tmp_path / str(n_eval)}"
+        with pytest.raises(UserError, match="nothing of this state was saved"):
+            train_here(overrides(*diverging, f"n_eval_examples={n_eval}", run))
+        assert not list((tmp_path / str(n_eval)).glob("step-*"))
+
+
+def test_gradients_that_never_become_finite_stop_a_scaled_run(
+    overrides: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train
+
+    load = train.load_policy
+
+    def broken(*arguments: object, **_: object) -> torch.nn.Module:
+        model = load(*arguments)
+        model.lm_head.weight.register_hook(lambda gradient: gradient * float("nan"))
+        return model
+
+    monkeypatch.setattr(train, "load_policy", broken)
+    with pytest.raises(UserError, match="gradient norm nan"):
+        train_here(overrides("mixed_precision=float16", "n_epochs=20", "n_eval_examples=0"))
+
+
+def test_samples_do_not_take_the_models_own_generation_settings() -> None:
+    from evaluation import sample
+
+    model, tokenizer = make_model().eval(), make_tokenizer()
+    plain = sample(model, tokenizer, [[5, 6], [7]], 24, 2, 0, torch.float32)
+    model.generation_config.repetition_penalty = 5.0
+    assert sample(model, tokenizer, [[5, 6], [7]], 24, 2, 0, torch.float32) == plain
+    assert model.generation_config.repetition_penalty == 5.0
 
 
 @pytest.mark.parametrize("given", ["batch_size=four", "bacth_size=4", "model=gpt5", "model.archive=/none", "loss=dpo"])

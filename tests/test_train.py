@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, RunTrain, make_model, make_tokenizer, read_jsonl, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import trainers
 from utils import UserError, run_main
 
 Overrides = Callable[..., list[str]]
@@ -327,12 +328,22 @@ def test_bad_runs_give_one_clear_message(
 
 
 def test_a_run_that_diverges_at_its_last_update_saves_nothing(overrides: Overrides, tmp_path: Path) -> None:
-    diverging = ("batch_size=24", "optimizer=SGD", "lr=1e30", "max_grad_norm=1e30")
-    for n_eval in (0, 8):
-        run = f"local_run_dir={tmp_path / str(n_eval)}"
-        with pytest.raises(UserError, match="nothing of this state was saved"):
-            train_here(overrides(*diverging, f"n_eval_examples={n_eval}", run))
-        assert not list((tmp_path / str(n_eval)).glob("step-*"))
+    with pytest.raises(UserError, match="nothing of this state was saved"):
+        train_here(overrides("batch_size=24", "optimizer=SGD", "lr=1e30", "max_grad_norm=1e30", "n_eval_examples=8"))
+    assert not list((tmp_path / "run").glob("step-*"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poison(trainer: trainers.BasicTrainer, loss: float) -> float:
+        next(trainer.policy.parameters()).data[0] = float("nan")
+        return 1.0
+
+    monkeypatch.setattr(trainers.BasicTrainer, "update", poison)
+    with pytest.raises(UserError, match="weights are not finite"):
+        train_here(overrides("batch_size=24", "n_eval_examples=0"))
+    assert not list((tmp_path / "run").glob("step-*"))
 
 
 def test_gradients_that_never_become_finite_stop_a_scaled_run(

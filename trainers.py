@@ -182,13 +182,13 @@ class BasicTrainer:
         self.policy.eval()
         batch_size = self.config.eval_batch_size
         metrics = dict(evaluate_loss(self.scorer, self.policy, self.eval_data, self.eval_examples, batch_size))
+        broken = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            raise UserError(f"evaluation after {self.examples} examples gave {', '.join(broken)}: {DIVERGED}")
         if self.sampler is not None:
             sampled, rows = self.sampler(self.policy, self.reference.model if self.reference else None)
             metrics |= sampled
             self.logger.samples(rows, self.examples)
-        broken = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
-        if broken:
-            raise UserError(f"evaluation after {self.examples} examples gave {', '.join(broken)}: {DIVERGED}")
         self.eval_metrics = metrics
         self.logger.log(metrics, self.examples, always=True)
         shown = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())

@@ -30,19 +30,33 @@ class Archive:
 
     def describe(self) -> str:
         """What is known of the training that made it, for the log."""
-        known = {key: self.info[key] for key in ("examples", "loss", "metrics") if self.info.get(key)}
-        return f" {json.dumps(known)}" if known else ""
+        loss, metrics = (self.info.get(key) or {} for key in ("loss", "metrics"))
+        known = [loss["name"]] if "name" in loss else []
+        known += [f"{self.info['examples']} examples"] if self.info.get("examples") else []
+        known += [f"loss/eval {metrics['loss/eval']:.5g}"] if "loss/eval" in metrics else []
+        return f" ({', '.join(known)})" if known else ""
 
 
 def resolve_archive(name: str) -> Archive:
-    """Find what `model.archive=name` means: a model folder, a run's folder (its LATEST), or a policy.pt.
+    """Open what `model.archive=name` means; see `find_archive`. Raises UserError naming what is wrong."""
+    path = find_archive(name)
+    if path.is_file():
+        return _read_policy_pt(path)
+    info = {}
+    with contextlib.suppress(OSError, ValueError):  # it is only described in the log
+        info = json.loads((path / STATE_FILE).read_text())
+    return Archive(path, None, info)
+
+
+def find_archive(name: str) -> Path:
+    """The model folder or policy.pt that `model.archive=name` means: itself, or the LATEST of a run's folder.
 
     `<folder>/policy.pt` means `<folder>` where that holds a checkpoint of ours, so that commands of the original run
-    unchanged. Raises UserError naming what is wrong.
+    unchanged. Raises UserError where there is none.
     """
     path = Path(name).expanduser()
     if path.suffix == ".pt" and path.is_file():
-        return _read_policy_pt(path)
+        return path
     if path.name == "policy.pt":
         path = path.parent
     if (path / LATEST).is_dir():
@@ -57,10 +71,7 @@ def resolve_archive(name: str) -> Archive:
         )
     if not any(path.glob("*.safetensors")):
         raise UserError(f"model.archive={name}: {path} holds no weights (*.safetensors)")
-    info = {}
-    with contextlib.suppress(OSError, ValueError):  # it is only described in the log
-        info = json.loads((path / STATE_FILE).read_text())
-    return Archive(path, None, info)
+    return path
 
 
 def _read_policy_pt(path: Path) -> Archive:

@@ -566,6 +566,7 @@ PAIR_COUNTS = (
     "pairs dropped: identical after truncation",
     "prompts dropped: no pair",
 )
+MERGED = "rows not used: one target a prompt"
 COUNTS = ("prompts truncated", "responses", "responses truncated (EOS lost)", "records", "examples")
 
 
@@ -610,6 +611,7 @@ class TokeniseRecords:
         if self.settings.sft:
             rated = [row for row in rows if row["score"] is not None]
             best = max(rated, key=lambda row: row["score"]) if rated else rows[-1]
+            counts[MERGED] += len(rows) - 1
             return TextTree(prompt, [best["responses"][best["target"]]], [], keep_end)
         distinct, kept, n_identical = compact(responses, pairs)
         counts["pairs dropped: identical responses"] += n_identical
@@ -741,8 +743,8 @@ class Loader:
         if self.source.held_out:
             test = in_test_split(table.table["hash"].to_numpy()[order[starts]], self.settings.holdout_fraction)
             chosen = test if self.split == "test" else ~test
-            other = "test" if self.split == "train" else "train"
-            funnel[f"prompts dropped: in the {other} split"] = int((~chosen).sum())
+            other = "held out for evaluation" if self.split == "train" else "used for training"
+            funnel[f"prompts dropped: {other}"] = int((~chosen).sum())
             starts, ends = starts[chosen], ends[chosen]
         groups = (order[a:b] for a, b in zip(starts, ends, strict=True))
         chunks = iter(lambda: list(itertools.islice(groups, CHUNK_ROWS)), [])
@@ -750,7 +752,7 @@ class Loader:
         work = TokeniseRecords(rows / "rows.arrow", self.tokenizer, self.settings)
         batches = parallel(work, chunks, self.settings.num_proc)
         counts: Counter[str] = sum(write_arrow(folder / "records.arrow", RECORDS, batches, bar), Counter())
-        wanted = COUNTS if self.settings.sft else PAIR_COUNTS + COUNTS
+        wanted = (MERGED, *COUNTS) if self.settings.sft else PAIR_COUNTS + COUNTS
         (folder / "funnel.json").write_text(json.dumps(funnel | {key: counts[key] for key in wanted}))
 
 

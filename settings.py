@@ -125,6 +125,9 @@ class Config:
         return Path(self.cache_dir) if self.cache_dir else get_local_dir(self.local_dirs)
 
 
+GROUPS = {"model": ModelConfig, "loss": LossConfig, "wandb": WandbConfig}
+
+
 def register_resolvers() -> None:
     """Make the functions that config/*.yaml interpolates known to OmegaConf."""
     OmegaConf.register_new_resolver(
@@ -327,6 +330,22 @@ def data_settings(config: Config) -> DataSettings:
         cache_dir=str(config.cache),
         num_proc=config.num_proc,
     )
+
+
+def check_keys(overrides: list[str]) -> None:
+    """Raise UserError for a misspelt key among command-line overrides, with the key that was probably meant."""
+    top = {f.name for f in fields(Config)}
+    known = {*top, "hydra", *(f"{group}.{f.name}" for group, kind in GROUPS.items() for f in fields(kind))}
+    for override in overrides:
+        key = override.partition("=")[0]
+        inside = key.partition(".")[0]
+        free = inside in ("hydra", "optimizer_kwargs", "dataset_sources") or not key[:1].isalpha() or "/" in key
+        if "=" in override and not free and key not in known:
+            close = difflib.get_close_matches(key, sorted(known), 1)
+            raise UserError(
+                f"there is no key {key!r}{f'; did you mean {close[0]!r}?' if close else ''} "
+                "Every key stands in config/config.yaml, config/model/blank_model.yaml and config/loss"
+            )
 
 
 def command_line() -> str:

@@ -11,9 +11,13 @@ import functools
 import json
 import netrc
 import os
+import signal
+import sys
 import urllib.parse
 from pathlib import Path
 from typing import Any
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it quietly; run_main takes over later
 
 import hydra
 import torch
@@ -22,10 +26,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import trainers
+from checkpoint import find_archive
 from models import check_fits, load_policy, load_tokenizer, pick_device, quiet_transformers
 from preference_datasets import PreferenceData, format_funnel, load_data
 from reference import LiveReference
-from settings import Config, build_config, data_settings, register_resolvers
+from settings import Config, build_config, check_keys, data_settings, register_resolvers
 from utils import RunLogger, UserError, log, make_dir, open_log, run_main
 
 
@@ -62,7 +67,10 @@ def load_splits(config: Config, tokenizer: Any, run_dir: Path) -> tuple[Preferen
             log(f"n_eval_examples={config.n_eval_examples}, but the test split has {available}: evaluating on those")
     if not examples:
         raise UserError(f"dataset_weights={config.dataset_weights} of these data sets leave no example; raise them")
-    log(f"this run: {examples} examples in {steps} updates of {config.batch_size}")
+    log(f"this run: {examples} examples in {steps} updates of up to {config.batch_size}")
+    if steps <= config.warmup_steps:
+        reached = config.lr * steps / (config.warmup_steps + 1)
+        log(f"note: warmup_steps={config.warmup_steps} outlasts the run: lr reaches {reached:.2g} of {config.lr:.2g}")
     funnel = {"train": train.funnel, "test": test.funnel if test else {}, "examples": examples, "updates": steps}
     (run_dir / "data_funnel.json").write_text(json.dumps(funnel, indent=2))
     return train, test
@@ -126,6 +134,8 @@ def _logged_in_to_wandb() -> bool:
 def train(composed: DictConfig) -> None:
     """Validate, build, fit."""
     config = build_config(composed)
+    if config.model.archive:
+        find_archive(config.model.archive)  # a wrong path should not wait for the data
     quiet_transformers()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     torch.manual_seed(config.seed)
@@ -149,7 +159,7 @@ def build_and_fit(config: Config, run_dir: Path) -> None:
     if config.loss.build().needs_reference:
         reference = LiveReference(load_policy(config, device, announce=False), config.compute_dtype)
     n_parameters = sum(p.numel() for p in policy.parameters())
-    log(f"policy: {config.model.name_or_path}, {n_parameters / 1e6:.1f}M parameters on {policy.device}")
+    log(f"policy: {n_parameters / 1e6:.1f}M parameters on {policy.device}, a {config.model.name_or_path}")
     logger = open_logger(config, run_dir)
     failed = True
     try:
@@ -170,4 +180,5 @@ def main(composed: DictConfig) -> None:
 
 if __name__ == "__main__":
     register_resolvers()
+    run_main(lambda: check_keys(sys.argv[1:]))
     main()

@@ -209,7 +209,7 @@ class BasicTrainer:
             "loss": {k: v for k, v in vars(config.loss).items() if v is not None},
             "metrics": self.eval_metrics,
             "base_model": config.model.name_or_path,
-            "archive": config.model.archive,
+            "archive": str(Path(config.model.archive).resolve()) if config.model.archive else None,
             "datasets": config.datasets,
             "seed": config.seed,
             "command": command_line(),

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -44,6 +45,7 @@ def open_log(run_dir: Path) -> None:
 
 def run_main(main: Callable[[], Any]) -> Any:
     """Call `main` as a command does: a `UserError` becomes one message and exit code 1, Ctrl-C exit code 130."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return main()
     except UserError as error:

@@ -97,6 +97,10 @@ def check_funnel(data: PreferenceData) -> None:
                    for kind in ("rows", "prompts", "pairs")}  # fmt: skip
         assert funnel["rows"] == funnel["rows kept"] + dropped["rows"]
         assert funnel["prompts"] == funnel["records"] + dropped["prompts"]
+        unused = funnel.get(pd_module.MERGED, 0)
+        assert unused <= funnel["rows kept"] - funnel["prompts"]
+        if "pairs" not in funnel and not any(key.startswith("prompts dropped") for key in funnel):
+            assert funnel["rows kept"] == funnel["records"] + unused
         if "pairs" in funnel:
             assert funnel["pairs"] == funnel["examples"] + dropped["pairs"]
         assert funnel["records"] == (data.source == number).sum()

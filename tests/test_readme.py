@@ -30,9 +30,9 @@ def test_make_targets_exist() -> None:
 
 
 @pytest.mark.slow
-def test_inspect_data_command(tmp_path: Path) -> None:
+def test_inspect_data_command(cache_dir: Path) -> None:
     (command,) = (c for c in COMMANDS if "inspect_data" in c)
-    arguments = [*shlex.split(command)[1:], f"cache_dir={tmp_path}"]
+    arguments = [*shlex.split(command)[1:], f"cache_dir={cache_dir}"]
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "examples" in done.stdout, done.stderr
 

@@ -142,7 +142,7 @@ def cached(cache_dir: Path, name: str, build: Callable[[Path], None]) -> Path:
             if not final.is_dir():  # else another process was faster
                 raise
     except OSError as error:
-        raise UserError(f"data cache {cache_dir} cannot be written ({error}); free space or set cache_dir") from error
+        raise UserError(f"the cache {cache_dir} cannot be written ({error}); free space or set cache_dir") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final

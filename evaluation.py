@@ -35,21 +35,22 @@ class Scorer:
         """
         tokens = response_logps(policy, batch, self.compute_dtype)
         reference = self.reference.response_logps(batch) if self.reference is not None else None
-        logps = self._sequences(batch, tokens, reference, self.loss.average_log_prob)
-        losses = self.loss(logps)
         sums = self._sequences(batch, tokens, reference, average=False)
         means = self._sequences(batch, tokens, reference, average=True)
+        logps = means if self.loss.average_log_prob else sums
+        losses = self.loss(logps)
         metrics = {f"logps_{split}/chosen": sums.policy_chosen, f"loss/{split}": losses}
         if sums.policy_rejected is not None:
             chosen, rejected = implicit_rewards(logps, self.loss.beta)
+            chosen_change, rejected_change = implicit_rewards(means, 1.0)
             metrics |= {
                 f"rewards_{split}/chosen": chosen,
                 f"rewards_{split}/rejected": rejected,
                 f"rewards_{split}/accuracies": (chosen > rejected).float(),
                 f"rewards_{split}/margins": chosen - rejected,
                 f"logps_{split}/rejected": sums.policy_rejected,
-                f"logratios_per_token_{split}/chosen": implicit_rewards(means, 1.0)[0],
-                f"logratios_per_token_{split}/rejected": implicit_rewards(means, 1.0)[1],
+                f"logratios_per_token_{split}/chosen": chosen_change,
+                f"logratios_per_token_{split}/rejected": rejected_change,
             }
         return losses, {name: value.detach().cpu().tolist() for name, value in metrics.items()}
 
@@ -60,6 +61,12 @@ class Scorer:
             return responses[batch.chosen], responses[batch.rejected] if batch.rejected is not None else None
 
         return SequenceLogps(*sides(policy), *(sides(reference) if reference is not None else (None, None)))
+
+
+def extend_metrics(total: Metrics, more: Metrics) -> None:
+    """Append the values of `more` to those of `total`."""
+    for name, values in more.items():
+        total.setdefault(name, []).extend(values)
 
 
 def mean_metrics(metrics: Metrics) -> dict[str, float]:
@@ -75,8 +82,7 @@ def evaluate_loss(
     total: Metrics = {}
     for some in progress(list(chunks(examples, batch_size)), desc="evaluating", leave=False):
         _, metrics = scorer(policy, make_batch(data, some), "eval")
-        for name, values in metrics.items():
-            total.setdefault(name, []).extend(values)
+        extend_metrics(total, metrics)
     yield from mean_metrics(total).items()
 
 

@@ -2,9 +2,6 @@
 
 import contextlib
 import inspect
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from arrow_cache import cached
 from batching import IGNORED, Batch, padded
 from checkpoint import Archive, resolve_archive
 from settings import Config
@@ -170,28 +168,21 @@ def _convert_gguf(path: Path, cache: Path) -> Path:
     """Dequantise a GGUF file once, to float32, into a model folder in the cache named by the file's content."""
     if not path.is_file():
         raise UserError(f"model.name_or_path={path}: there is no such file")
-    target = cache / "models" / f"{path.stem}-{file_hash(path)[:16]}"
-    if target.is_dir():
-        return target
-    log(f"reading {path.name} and converting it into {target} (once)")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+    def convert(folder: Path) -> None:
+        log(f"reading {path.name} and converting it into {cache / 'models'} (once)")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        except _LOAD_ERRORS as error:
+            raise UserError(f"{path} could not be read as a GGUF model: {_first_line(error)}") from error
         # The weights are no longer quantised; transformers refuses to save a model that says they are.
         del model.config.quantization_config
         model.hf_quantizer = None  # type: ignore[assignment]
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)  # mkdtemp makes it private, but the cache may be shared
-        with contextlib.suppress(OSError):  # another process was faster
-            os.rename(temporary, target)
-    except _LOAD_ERRORS as error:
-        raise UserError(f"{path} could not be read as a GGUF model: {_first_line(error)}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return cached(cache / "models", f"{path.stem}-{file_hash(path)[:16]}", convert)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -23,13 +23,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 import arrow_cache
 import data_files
 from arrow_cache import ArrowRows, cached, digest, parallel, write_arrow
 from data_files import CHUNK_ROWS, PLAIN, SUFFIXES, Chunk, Layout, Row, Source, hub_source, local_source, numbered_rows
-from utils import UserError, file_hash, log
+from utils import UserError, file_hash, log, progress
 
 Message = Mapping[str, str]
 Text = str | list[Message]
@@ -722,7 +721,7 @@ class Loader:
         return ArrowRows(folder / "records.arrow"), funnel
 
     def write_rows(self, folder: Path, parser: ParseRows) -> None:
-        bar = tqdm(desc=f"{self.name}: reading", unit=" rows", mininterval=0.5)
+        bar = progress(desc=f"{self.name}: reading", unit=" rows")
         batches = parallel(parser, self.source.chunks(), self.settings.num_proc)
         total: Dropped = {}
         for dropped in write_arrow(folder / "rows.arrow", ROWS, batches, bar):
@@ -748,7 +747,7 @@ class Loader:
             starts, ends = starts[chosen], ends[chosen]
         groups = (order[a:b] for a, b in zip(starts, ends, strict=True))
         chunks = iter(lambda: list(itertools.islice(groups, CHUNK_ROWS)), [])
-        bar = tqdm(desc=f"{self.name}: tokenising", total=len(starts), unit=" prompts", mininterval=0.5)
+        bar = progress(desc=f"{self.name}: tokenising", total=len(starts), unit=" prompts")
         work = TokeniseRecords(rows / "rows.arrow", self.tokenizer, self.settings)
         batches = parallel(work, chunks, self.settings.num_proc)
         counts: Counter[str] = sum(write_arrow(folder / "records.arrow", RECORDS, batches, bar), Counter())

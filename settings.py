@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import math
+import shlex
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -350,6 +351,4 @@ def check_keys(overrides: list[str]) -> None:
 
 def command_line() -> str:
     """The command that started this process, as one would type it."""
-    import shlex
-
     return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

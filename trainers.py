@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoint
 from batching import Example, Plan, chunks, eval_examples, make_batch
-from evaluation import Metrics, SampleEvaluator, Scorer, evaluate_loss, mean_metrics, prompts_of
+from evaluation import Metrics, SampleEvaluator, Scorer, evaluate_loss, extend_metrics, mean_metrics, prompts_of
 from preference_datasets import PreferenceData
 from reference import LiveReference
 from settings import Config, command_line
@@ -142,8 +142,7 @@ class BasicTrainer:
         for some in chunks(examples, self.micro_batch_size):
             losses, metrics = self.scorer(self.policy, make_batch(self.train_data, some), "train")
             self.scaler.scale(losses.sum() / len(examples)).backward()
-            for name, values in metrics.items():
-                total.setdefault(name, []).extend(values)
+            extend_metrics(total, metrics)
         means = mean_metrics(total)
         lr = float(self.scheduler.get_last_lr()[0])
         grad_norm = self.update(means["loss/train"])

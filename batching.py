@@ -1,5 +1,6 @@
 """From records to batches: the stateless order of examples, prompt trees, and how a tree is laid on a model's rows."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from preference_datasets import PreferenceData
+from utils import UserError
 
 Example = tuple[int, int]
 """(record, pair of that record); in SFT the second is 0: the record's one target."""
@@ -140,6 +142,18 @@ class Plan:
                 yield batch
             epoch += 1
 
+    def batches_after(self, data: PreferenceData, examples: int) -> Iterator[list[Example]]:
+        """The global batches that are left after those with the first `examples` examples of the run."""
+        seen = 0
+        for batch in self.batches(data):
+            if seen >= examples:
+                yield batch
+            seen += len(batch)
+            if seen - len(batch) < examples < seen:
+                raise UserError(
+                    f"the data has changed: no batch of this run ends after {examples} examples, to go on from"
+                )
+
     def size(self, data: PreferenceData) -> tuple[int, int]:
         """(examples, optimizer steps) of the whole run."""
         examples, steps, epoch = 0, 0, 0
@@ -159,6 +173,57 @@ class Plan:
 def eval_examples(data: PreferenceData, n: int) -> list[Example]:
     """The first `n` examples of the evaluation order (all, where there are fewer)."""
     return [(int(record), int(pair)) for record, pair in epoch_order(data, EVAL_SEED, 0)[:n]]
+
+
+def deal(data: PreferenceData, examples: Sequence[Example], passes: int, ranks: int) -> list[list[list[Example]]]:
+    """Cut a global batch into at most `passes` forward passes of `ranks` processes: [pass][rank] -> examples.
+
+    Examples of a prompt stay together where the shares allow it. Sorted by length and cut so that the largest
+    micro-batch computes as few tokens as it can, those of one pass being about equally large. An empty one still has
+    to make the pass.
+    """
+    shares = passes * ranks
+    if shares == 1:
+        return [[list(examples)]]
+    groups = sorted(_groups(data, examples, -(-len(examples) // shares)), key=lambda g: -g.longest)
+    low, high = max(g.rows * g.longest for g in groups), sum(g.rows for g in groups) * groups[0].longest
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_fill(groups, middle)) <= shares else (middle + 1, high)
+    parts = _fill(groups, low)
+    parts.sort(key=lambda part: -sum(g.rows for g in part) * part[0].longest)
+    dealt = [[example for g in part for example in g.examples] for part in parts]
+    return [[*some, *([[]] * (ranks - len(some)))] for some in chunks(dealt, ranks)]
+
+
+@dataclass(frozen=True)
+class _Group:
+    examples: Sequence[Example]
+    rows: int
+    longest: int
+
+
+def _groups(data: PreferenceData, examples: Sequence[Example], most: int) -> Iterator[_Group]:
+    """Runs of up to `most` examples of one prompt, with their rows in the padded layout."""
+    for index, run in itertools.groupby(examples, key=lambda example: example[0]):
+        record = data[index]
+        for some in chunks(list(run), most):
+            used = {response for _, pair in some for response in (record.pairs[pair] if record.pairs else (0,))}
+            yield _Group(some, len(used), len(record.prompt) + max(len(record.responses[r]) for r in used))
+
+
+def _fill(groups: Sequence[_Group], capacity: int) -> list[list[_Group]]:
+    """Consecutive `groups` (longest first) in as few parts as `capacity`, in tokens with padding, allows."""
+    parts: list[list[_Group]] = []
+    rows = 0
+    for g in groups:
+        if parts and (rows + g.rows) * parts[-1][0].longest <= capacity:
+            parts[-1].append(g)
+            rows += g.rows
+        else:
+            parts.append([g])
+            rows = g.rows
+    return parts
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

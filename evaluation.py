@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from batching import Batch, Example, chunks, make_batch
+import parallel
+from batching import Batch, Example, chunks, deal, make_batch
 from losses import Loss, SequenceLogps, implicit_rewards, reduce_tokens
 from models import TokenLogps, autocast, input_device, response_logps
 from preference_datasets import PreferenceData
@@ -63,15 +64,32 @@ class Scorer:
         return SequenceLogps(*sides(policy), *(sides(reference) if reference is not None else (None, None)))
 
 
-def extend_metrics(total: Metrics, more: Metrics) -> None:
-    """Append the values of `more` to those of `total`."""
+@dataclass(frozen=True)
+class Share:
+    """This process's part of a forward pass. Its examples do not count where it only keeps others company."""
+
+    batch: Batch
+    counts: bool
+
+
+def shares(data: PreferenceData, examples: Sequence[Example], passes: int) -> Iterator[Share]:
+    """This process's micro-batches of a global batch, as many in every process."""
+    for dealt in deal(data, examples, passes, parallel.data_ranks()):
+        mine = dealt[parallel.data_rank()]
+        yield Share(make_batch(data, mine or examples[:1]), bool(mine))
+
+
+def extend_metrics(total: Metrics, more: Metrics, counts: bool = True) -> None:
+    """Append the values of `more` to those of `total`, or only its names where they do not count."""
     for name, values in more.items():
-        total.setdefault(name, []).extend(values)
+        total.setdefault(name, []).extend(values if counts else [])
 
 
 def mean_metrics(metrics: Metrics) -> dict[str, float]:
-    """Mean of every metric over its examples."""
-    return {name: sum(values) / len(values) for name, values in metrics.items()}
+    """Mean of every metric over the examples of all processes."""
+    sums = parallel.sum_over_data([sum(values) for values in metrics.values()])
+    counts = parallel.sum_over_data([len(values) for values in metrics.values()])
+    return {name: total / n for name, total, n in zip(metrics, sums, counts, strict=True)}
 
 
 @torch.no_grad()
@@ -80,9 +98,12 @@ def evaluate_loss(
 ) -> Iterator[tuple[str, float]]:
     """Yields each metric of `Scorer` as its mean over exactly `examples`."""
     total: Metrics = {}
-    for some in progress(list(chunks(examples, batch_size)), desc="evaluating", leave=False):
-        _, metrics = scorer(policy, make_batch(data, some), "eval")
-        extend_metrics(total, metrics)
+    for some in progress(
+        list(chunks(examples, max(batch_size, parallel.data_ranks()))), desc="evaluating", leave=False
+    ):
+        for share in shares(data, some, 1):
+            _, metrics = scorer(policy, share.batch, "eval")
+            extend_metrics(total, metrics, share.counts)
     yield from mean_metrics(total).items()
 
 
@@ -99,28 +120,37 @@ def sample(
     """One sampled response for each prompt, as token ids with EOS where the model ended it.
 
     Sampled from the model's own distribution (temperature 1, no top-k or top-p) until a batch's longest prompt and its
-    response have `max_length` tokens together. The result depends on `seed`, the prompts and `batch_size`; other random
-    state is left as it was.
+    response have `max_length` tokens together. The result depends on `seed`, the prompts and `batch_size`, and not on
+    the number of processes, which take turns at the batches; other random state is left as it was.
     """
     device, end = input_device(model), tokenizer.eos_token_id
     plain = GenerationConfig(do_sample=True, top_k=0, eos_token_id=end, pad_token_id=end, use_cache=True)
     # generate() fills in what is not set from the model's own settings, such as a repetition penalty.
     own, model.generation_config = model.generation_config, plain
-    responses: list[list[int]] = []
+    batches, ranks = list(chunks(prompts, batch_size)), parallel.data_ranks()
+    mine: list[list[list[int]]] = []
+    rng_devices = [device] if device.type == "cuda" else []
     try:
-        rng_devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(rng_devices), autocast(device, compute_dtype, model.dtype):
-            torch.manual_seed(seed)
-            for some in progress(list(chunks(prompts, batch_size)), desc="sampling", leave=False):
+        with (
+            torch.random.fork_rng(rng_devices),
+            autocast(device, compute_dtype, model.dtype),
+            parallel.whole_logits(model),
+        ):
+            for start in progress(range(0, len(batches), ranks), desc="sampling", leave=False):
+                turn = start + parallel.data_rank()
+                some = batches[turn] if turn < len(batches) else batches[start]
+                torch.manual_seed(seed + turn)
                 ids, mask = left_padded(some, end)
                 room = max(max_length - ids.shape[1], 1)
+                # Processes end at different lengths; synced_gpus makes each go on with the others' forward passes.
                 out: Any = model.generate(  # type: ignore[operator]
-                    ids.to(device), attention_mask=mask.to(device), max_new_tokens=room
+                    ids.to(device), attention_mask=mask.to(device), max_new_tokens=room, synced_gpus=parallel.active()
                 )
-                responses += [_until_end(row, end) for row in out[:, ids.shape[1] :].tolist()]
+                mine.append([_until_end(row, end) for row in out[:, ids.shape[1] :].tolist()])
     finally:
         model.generation_config = own
-    return responses
+    by_rank = parallel.gather_over_data(mine)
+    return [response for i in range(len(batches)) for response in by_rank[i % ranks][i // ranks]]
 
 
 def left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:

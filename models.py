@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+import parallel
 from arrow_cache import cached
 from batching import IGNORED, Batch, padded
 from checkpoint import Archive, resolve_archive
+from parallel import Sharding
 from settings import Config
 from utils import UserError, file_hash, log
 
@@ -26,13 +27,19 @@ OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that `device=name` means; auto takes CUDA, else an Apple GPU, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def pick_device(config: Config) -> torch.device:
+    """The device that `device` means; auto takes CUDA, else an Apple GPU, else the CPU. In a group each process
+    has the GPU of its number, and Apple GPUs are not used."""
+    kind = config.device
+    if kind == "auto":
+        apple = torch.backends.mps.is_available() and not config.needs_group
+        kind = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
+    if kind == "cuda" and config.needs_group:
+        index, there = parallel.local_rank(), torch.cuda.device_count()
+        if index >= there:
+            raise UserError(f"process {index} of this machine has no GPU: there are {there}; start that many processes")
+        return torch.device("cuda", index)
+    return torch.device(kind)
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -50,42 +57,53 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(config: Config, device: torch.device, announce: bool = True) -> PreTrainedModel:
-    """The model to train, in model.policy_dtype, without dropout, from model.archive where one is given.
+def load_policy(
+    config: Config,
+    device: torch.device,
+    sharding: Sharding | None = None,
+    archive: str | None = None,
+    announce: bool = True,
+) -> PreTrainedModel:
+    """The model, in model.policy_dtype, without dropout, with the weights of `archive` where one is given.
 
-    Raises UserError for a name, folder or archive that cannot be read or does not fit.
+    With `sharding` each process holds, and reads, only its shards. Raises UserError for a name, folder or archive that
+    cannot be read or does not fit.
     """
     source = _local_folder(config.model.name_or_path, config.cache)
-    archive = resolve_archive(config.model.archive) if config.model.archive else None
-    if archive is not None:
-        _check_same_architecture(config.model.name_or_path, source, archive)
+    found = resolve_archive(archive) if archive else None
+    if found is not None:
+        _check_same_architecture(config.model.name_or_path, source, found)
         if announce:
-            log(f"starting from the weights of {archive.path}{archive.describe()}")
-    dtype = getattr(torch, config.model.policy_dtype)
-    placement = {"device_map": config.model.device_map} if config.model.device_map else {}
-    folder = archive.path if archive is not None and archive.state is None else source
+            log(f"starting from the weights of {found.path}{found.describe()}")
+    folder = found.path if found is not None and found.state is None else source
+    state = found.state if found is not None else None
     try:
-        # A policy.pt holds every weight, so only the architecture is needed beside it.
-        if archive is not None and archive.state is not None and not placement:
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
-        else:
-            model = _from_pretrained(folder, dtype, placement)
+        model = _from_pretrained(folder, state, _loading_options(config, device, sharding), sharding)
     except _LOAD_ERRORS as error:
+        if found is not None and state is not None:
+            raise UserError(f"model.archive={found.path} is of another architecture: {_first_line(error)}") from error
         raise UserError(f"no model could be read from {folder}: {_first_line(error)}") from error
-    if archive is not None and archive.state is not None:
-        _load_state(model, archive)
     disable_dropout(model)
     if config.activation_checkpointing:
         try:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False}, config.activation_checkpointing_every)
         except ValueError as error:
             raise UserError(f"activation_checkpointing=true: {_first_line(error)}") from error
-    if not placement:
-        return model.to(device)
+    if sharding is not None:
+        return parallel.move_buffers(model)
+    if not config.model.device_map:
+        return model.to(device)  # type: ignore[arg-type]
     outside = {str(place) for place in getattr(model, "hf_device_map", {}).values()} & {"cpu", "disk"}
     if torch.cuda.is_available() and outside:
         raise UserError(f"model.device_map: the GPUs are too small; layers would be on {', '.join(outside)}")
     return model
+
+
+def _loading_options(config: Config, device: torch.device, sharding: Sharding | None) -> dict[str, Any]:
+    options: dict[str, Any] = {"dtype": getattr(torch, config.model.policy_dtype), "output_loading_info": True}
+    if sharding is not None:
+        return options | parallel.loading_options()
+    return options | ({"device_map": config.model.device_map} if config.model.device_map else {})
 
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
@@ -102,36 +120,31 @@ def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, confi
         raise UserError(f"max_length={config.max_length} is more than the {positions} positions of the model; lower it")
 
 
-def _from_pretrained(source: str | Path, dtype: torch.dtype, placement: dict[str, str]) -> PreTrainedModel:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **placement)
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
+def _from_pretrained(
+    source: str | Path, state: dict[str, Tensor] | None, options: dict[str, Any], sharding: Sharding | None
+) -> PreTrainedModel:
+    """The model of `source`, with its weights or with those of `state`: a policy.pt of the original code."""
+    model_class: Any = AutoModelForCausalLM
+    if sharding is not None or state is not None:
+        options["config"] = AutoConfig.from_pretrained(source)
+        model_class = AutoModelForCausalLM._model_mapping[type(options["config"])]
+    if sharding is not None:
+        model_class = parallel.sharded(model_class, sharding)
+    if state is None:
+        model, info = model_class.from_pretrained(source, **options)
+    else:
+        # Old transformers saved buffers that today's models compute.
+        state = {name: tensor for name, tensor in state.items() if not name.endswith(OLD_BUFFERS)}
+        model, info = model_class.from_pretrained(None, state_dict=state, **options)
+    missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if state is not None and (missing or unknown):
+        raise ValueError(f"it lacks {missing[:2] or 'nothing'} and has the unknown {unknown[:2] or 'nothing'}")
     if missing:
         raise UserError(
             f"the weights of {source} lack {len(missing)} tensors that the model needs, such as {missing[0]}; "
             "is the folder complete, and of a causal language model?"
         )
     return model
-
-
-def _load_state(model: PreTrainedModel, archive: Archive) -> None:
-    """Fill `model` with the weights of a policy.pt of the original code."""
-    assert archive.state is not None
-    try:
-        missing, unexpected = model.load_state_dict(archive.state, strict=False)
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[1:2] or [_first_line(error)]
-        raise UserError(f"model.archive={archive.path} is of another architecture: {first[0].strip()}") from error
-    # Old transformers saved buffers that today's models compute; tied heads may be left out.
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing = [key for key in missing if key not in tied]
-    unexpected = [key for key in unexpected if not key.endswith(OLD_BUFFERS)]
-    if missing or unexpected:
-        raise UserError(
-            f"model.archive={archive.path} is of another architecture: it lacks {missing[:2] or 'nothing'} and has the "
-            f"unknown {unexpected[:2] or 'nothing'}; set model= to the model it was trained from"
-        )
-    model.tie_weights()
 
 
 def _check_same_architecture(name: str, source: str | Path, archive: Archive) -> None:
@@ -224,15 +237,19 @@ def response_logps(model: PreTrainedModel, batch: Batch, compute_dtype: torch.dt
         else:
             logits = model(**inputs, use_cache=False).logits[:, keep.to(device)]
     labels = labels[:, keep].to(logits.device)
-    logps = -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
-    return TokenLogps(logps.view(labels.shape), labels != IGNORED)
+    return TokenLogps(parallel.label_logps(logits, labels, IGNORED), labels != IGNORED)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model expects token ids: the device of its embeddings, also when its layers are spread over several."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
-    return weight.device
+    return parallel.device_of(weight)
+
+
+def autocast_dtype(model: PreTrainedModel, config: Config) -> torch.dtype:
+    """The compute type to ask `autocast` for: none but the weights' own where FSDP has cast them already."""
+    return model.dtype if parallel.casts_itself(model) else config.compute_dtype
 
 
 @contextlib.contextmanager

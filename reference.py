@@ -14,7 +14,7 @@ class LiveReference:
         self.model = model.requires_grad_(False).eval()
         self.compute_dtype = compute_dtype
 
-    @torch.no_grad()
     def response_logps(self, batch: Batch) -> TokenLogps:
-        """As models.response_logps, without gradients."""
+        """As models.response_logps. There are no gradients, as nothing requires one; under `no_grad` tensor parallelism
+        would take other kernels than the policy's."""
         return response_logps(self.model, batch, self.compute_dtype)

@@ -20,7 +20,7 @@ from utils import UserError, get_local_dir, get_local_run_dir
 
 # Abstract, in need of a closure, and for sparse gradients.
 NOT_OPTIMIZERS = ("Optimizer", "LBFGS", "SparseAdam")
-TRAINERS = ("BasicTrainer",)
+TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_DTYPES = ("float32", "bfloat16")  # float16 weights overflow; mixed_precision=float16 keeps float32 weights
 LR_SCHEDULES = ("constant", "linear", "cosine")
@@ -111,6 +111,13 @@ class Config:
     weight_decay: float | None = None
     decay_norms_and_biases: bool = True
     activation_checkpointing: bool = False
+    activation_checkpointing_every: int = 1
+    nproc: int | None = None
+    tensor_parallel_size: int | None = None
+    fsdp_replicate_size: int = 1
+    fsdp_reshard_after_forward: bool = True
+    fsdp_cpu_offload: bool = False
+    resume: str | None = None
     eval_every: int = 0
     minimum_log_interval_secs: float = 0.0
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -120,6 +127,11 @@ class Config:
     def compute_dtype(self) -> torch.dtype:
         """Type of matrix products: mixed_precision, else that of the weights."""
         return getattr(torch, self.mixed_precision or self.model.policy_dtype)
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether the trainer works in a group of processes."""
+        return self.trainer != "BasicTrainer"
 
     @property
     def cache(self) -> Path:
@@ -218,15 +230,20 @@ def validate(config: Config) -> list[str]:
         *_number_problems(config),
         *_choice_problems(config),
         *_loss_problems(config.loss),
+        *_group_problems(config),
         *_other_problems(config),
     ]
 
 
 def _number_problems(c: Config) -> list[str]:
-    at_least_1 = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length")
+    at_least_1 = (
+        *("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length"),
+        *("eval_every", "n_epochs", "n_examples", "nproc", "tensor_parallel_size", "fsdp_replicate_size"),
+        "activation_checkpointing_every",
+    )
     at_least_0 = ("seed", "n_eval_examples", "n_eval_model_samples", "warmup_steps", "num_proc", "weight_decay")
     rules = [
-        *((key, lambda v: v >= 1, "at least 1") for key in (*at_least_1, "eval_every", "n_epochs", "n_examples")),
+        *((key, lambda v: v >= 1, "at least 1") for key in at_least_1),
         *((key, lambda v: 0 <= v < math.inf, "0 or more") for key in (*at_least_0, "lr", "minimum_log_interval_secs")),
         ("seed", lambda v: v < 2**63, "less than 2^63"),
         ("max_grad_norm", lambda v: v > 0, "more than 0"),
@@ -263,6 +280,43 @@ def _loss_problems(loss: LossConfig) -> list[str]:
             f"loss.label_smoothing={loss.label_smoothing} must be at least 0 and less than 0.5: it is the fraction of "
             "pairs assumed to be flipped"
         )
+    return problems
+
+
+def _group_problems(c: Config) -> list[str]:
+    """What contradicts the trainer: keys that it would ignore, and what it cannot do."""
+    problems = []
+    if not c.needs_group:
+        ignored = {
+            "nproc": c.nproc not in (None, 1),
+            "fsdp_replicate_size": c.fsdp_replicate_size != 1,
+            "fsdp_reshard_after_forward": not c.fsdp_reshard_after_forward,
+            "fsdp_cpu_offload": c.fsdp_cpu_offload,
+        }
+        problems += [
+            f"{key}={getattr(c, key)} does nothing with trainer={c.trainer}, which is one process; "
+            "set trainer=FSDPTrainer or leave it out"
+            for key, given in ignored.items()
+            if given
+        ]
+    if c.trainer != "TensorParallelTrainer" and c.tensor_parallel_size is not None:
+        problems.append(f"tensor_parallel_size={c.tensor_parallel_size} needs trainer=TensorParallelTrainer")
+    if c.needs_group and c.device not in ("auto", "cpu", "cuda"):
+        problems.append(
+            f"device={c.device} is one device; trainer={c.trainer} gives each process its own: leave it out"
+        )
+    if c.needs_group and c.model.device_map:
+        problems.append(f"model.device_map={c.model.device_map} is for BasicTrainer; {c.trainer} places the model")
+    if c.needs_group and c.mixed_precision == "float16":
+        problems.append(f"mixed_precision=float16 needs loss scaling, which trainer={c.trainer} lacks; take bfloat16")
+    gpus = torch.cuda.device_count() if c.device != "cpu" else 0
+    if c.nproc is not None and gpus and c.nproc > gpus:
+        problems.append(f"nproc={c.nproc} is more than the {gpus} GPUs of this machine")
+    if c.fsdp_cpu_offload and not gpus:
+        problems.append("fsdp_cpu_offload=true moves weights between a GPU and host memory, and there is no GPU")
+    if c.activation_checkpointing_every != 1 and not c.activation_checkpointing:
+        every = c.activation_checkpointing_every
+        problems.append(f"activation_checkpointing_every={every} needs activation_checkpointing=true")
     return problems
 
 

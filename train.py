@@ -25,16 +25,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+import parallel
 import trainers
-from checkpoint import find_archive
-from models import check_fits, load_policy, load_tokenizer, pick_device, quiet_transformers
+from checkpoint import find_archive, find_checkpoint
+from models import autocast_dtype, check_fits, load_policy, load_tokenizer, pick_device, quiet_transformers
 from preference_datasets import PreferenceData, format_funnel, load_data
 from reference import LiveReference
 from settings import Config, build_config, check_keys, data_settings, register_resolvers
-from utils import RunLogger, UserError, log, make_dir, open_log, run_main
+from utils import RunLogger, SilentLogger, UserError, be_quiet, log, make_dir, open_log, run_main
 
 
-def open_run(config: Config, composed: DictConfig) -> Path:
+def open_run(config: Config, composed: DictConfig, overrides: list[str]) -> Path:
     """Make the run's folder, start its log, and write the configuration and Hydra's own files into it."""
     run_dir = make_dir(Path(config.local_run_dir), "local_run_dir")
     try:
@@ -46,9 +47,8 @@ def open_run(config: Config, composed: DictConfig) -> Path:
         ) from error
     open_log(run_dir)
     OmegaConf.save(composed, run_dir / "config.yaml", resolve=True)
-    if HydraConfig.initialized():
-        hydra_dir = make_dir(run_dir / ".hydra", "local_run_dir")
-        OmegaConf.save(HydraConfig.get().overrides.task, hydra_dir / "overrides.yaml")
+    hydra_dir = make_dir(run_dir / ".hydra", "local_run_dir")
+    OmegaConf.save(OmegaConf.create(overrides), hydra_dir / "overrides.yaml")
     log(f"run folder: {run_dir}")
     return run_dir
 
@@ -72,12 +72,15 @@ def load_splits(config: Config, tokenizer: Any, run_dir: Path) -> tuple[Preferen
         reached = config.lr * steps / (config.warmup_steps + 1)
         log(f"note: warmup_steps={config.warmup_steps} outlasts the run: lr reaches {reached:.2g} of {config.lr:.2g}")
     funnel = {"train": train.funnel, "test": test.funnel if test else {}, "examples": examples, "updates": steps}
-    (run_dir / "data_funnel.json").write_text(json.dumps(funnel, indent=2))
+    if parallel.is_main():
+        (run_dir / "data_funnel.json").write_text(json.dumps(funnel, indent=2))
     return train, test
 
 
-def open_logger(config: Config, run_dir: Path) -> RunLogger:
-    """Metric files, and W&B and TensorBoard where they are on."""
+def open_logger(config: Config, run_dir: Path) -> SilentLogger:
+    """Metric files, and W&B and TensorBoard where they are on; the main process writes them."""
+    if not parallel.is_main():
+        return SilentLogger(run_dir)
     tensorboard = None
     if config.tensorboard:
         try:
@@ -131,40 +134,79 @@ def _logged_in_to_wandb() -> bool:
         return False
 
 
-def train(composed: DictConfig) -> None:
-    """Validate, build, fit."""
+def train(composed: DictConfig, overrides: list[str]) -> None:
+    """Validate; then train in this process, or in new ones where the trainer works in a group of them."""
     config = build_config(composed)
+    if config.resume:
+        find_checkpoint(config.resume)
     if config.model.archive:
         find_archive(config.model.archive)  # a wrong path should not wait for the data
+    resolved = OmegaConf.to_container(composed, resolve=True)
+    if not config.needs_group:
+        if parallel.joined() and int(os.environ["WORLD_SIZE"]) > 1:
+            raise UserError(f"trainer={config.trainer} is one process; inside torchrun or srun set trainer=FSDPTrainer")
+        train_in_process(resolved, overrides)
+    elif parallel.joined():
+        with parallel.group(pick_device(config)):
+            train_in_process(*parallel.from_main((resolved, overrides)))
+    else:
+        pick_device(config)
+        n = config.nproc or (torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 2)
+        parallel.launch(work, (resolved, overrides), n, config.fsdp_port)
+
+
+def work(resolved: dict[str, Any], overrides: list[str]) -> None:
+    """What a process started by `train` does."""
+    run_main(lambda: train(OmegaConf.create(resolved), overrides), parallel.fails_first)
+
+
+def train_in_process(resolved: Any, overrides: list[str]) -> None:
+    """Train from a resolved configuration, the same in every process of the group."""
+    composed = OmegaConf.create(resolved)
+    config = build_config(composed)
     quiet_transformers()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     torch.manual_seed(config.seed)
-    run_dir = open_run(config, composed)
+    if not parallel.is_main():
+        be_quiet()
+    sharding = getattr(trainers, config.trainer).sharding(config)
+    run_dir = open_run(config, composed, overrides) if parallel.is_main() else Path(config.local_run_dir)
     try:
-        build_and_fit(config, run_dir)
+        build_and_fit(config, sharding, run_dir)
     finally:
         metrics = run_dir / "metrics.jsonl"
-        if metrics.exists() and not metrics.stat().st_size:  # nothing was trained: the folder may be used again
+        # nothing was trained: the folder may be used again
+        if parallel.is_main() and metrics.exists() and not metrics.stat().st_size:
             metrics.unlink()
 
 
-def build_and_fit(config: Config, run_dir: Path) -> None:
+def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: Path) -> None:
     """Load tokenizer, data, policy and reference, and train."""
-    device = pick_device(config.device)
-    tokenizer = load_tokenizer(config)
-    train_data, eval_data = load_splits(config, tokenizer, run_dir)
-    policy = load_policy(config, device)
+    device = pick_device(config)
+    with parallel.one_per_machine_first():
+        tokenizer = load_tokenizer(config)
+        train_data, eval_data = load_splits(config, tokenizer, run_dir)
+    parallel.build_mesh(sharding, device)
+    checkpoint = find_checkpoint(config.resume) if config.resume else None
+    policy = load_policy(config, device, sharding, str(checkpoint or config.model.archive or ""))
     check_fits(policy, tokenizer, config)
     reference = None
     if config.loss.build().needs_reference:
-        reference = LiveReference(load_policy(config, device, announce=False), config.compute_dtype)
+        frozen = load_policy(config, device, sharding, config.model.archive, announce=checkpoint is not None)
+        reference = LiveReference(frozen, autocast_dtype(frozen, config))
     n_parameters = sum(p.numel() for p in policy.parameters())
-    log(f"policy: {n_parameters / 1e6:.1f}M parameters on {policy.device}, a {config.model.name_or_path}")
+    log(
+        f"policy: {n_parameters / 1e6:.1f}M parameters on {device} ({parallel.describe()}), "
+        f"a {config.model.name_or_path}"
+    )
     logger = open_logger(config, run_dir)
     failed = True
     try:
         trainer_class = getattr(trainers, config.trainer)
-        trainer_class(config, policy, reference, tokenizer, train_data, eval_data, logger).fit()
+        trainer = trainer_class(config, policy, reference, tokenizer, train_data, eval_data, logger)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        trainer.fit()
         failed = False
     finally:
         logger.close(exit_code=int(failed))
@@ -175,10 +217,10 @@ def build_and_fit(config: Config, run_dir: Path) -> None:
 def main(composed: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN and "local_run_dir" not in str(HydraConfig.get().overrides.task):
         composed.local_run_dir = HydraConfig.get().runtime.output_dir
-    run_main(lambda: train(composed))
+    run_main(lambda: train(composed, list(HydraConfig.get().overrides.task)), parallel.fails_first)
 
 
 if __name__ == "__main__":
     register_resolvers()
-    run_main(lambda: check_keys(sys.argv[1:]))
+    run_main(lambda: check_keys(sys.argv[1:]), parallel.fails_first)
     main()

@@ -1,5 +1,6 @@
-"""The training loop: one `fit`, one `train_step`, one `evaluate`."""
+"""The training loop: one `fit`, one `train_step`, one `evaluate`. The trainers differ in where the model lies."""
 
+import json
 import math
 import time
 from pathlib import Path
@@ -9,8 +10,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoint
-from batching import Example, Plan, chunks, eval_examples, make_batch
-from evaluation import Metrics, SampleEvaluator, Scorer, evaluate_loss, extend_metrics, mean_metrics, prompts_of
+import parallel
+from batching import Example, Plan, eval_examples
+from evaluation import Metrics, SampleEvaluator, Scorer, evaluate_loss, extend_metrics, mean_metrics, prompts_of, shares
+from models import autocast_dtype
+from parallel import Sharding
 from preference_datasets import PreferenceData
 from reference import LiveReference
 from settings import Config, command_line
@@ -32,9 +36,12 @@ def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict[str, A
     """Trainable parameters for the optimizer, those of one dimension (norms, biases) apart if they are not to decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.decay_norms_and_biases:
-        return [{"params": parameters}]
+        return [{"params": group} for group in parallel.by_mesh(parameters)]
     matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        *({"params": group} for group in parallel.by_mesh(matrices)),
+        *({"params": group, "weight_decay": 0.0} for group in parallel.by_mesh(vectors)),
+    ]
 
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -60,6 +67,11 @@ def lr_factor(step: int, total: int, config: Config) -> float:
 class BasicTrainer:
     """Trains in one process, on one device (or with the layers spread over several, where the policy was loaded so)."""
 
+    @staticmethod
+    def sharding(config: Config) -> Sharding | None:
+        """How the model lies over the processes of the group; None: whole, in each."""
+        return None
+
     def __init__(
         self,
         config: Config,
@@ -72,14 +84,13 @@ class BasicTrainer:
     ):
         self.config, self.policy, self.reference = config, policy, reference
         self.tokenizer, self.train_data, self.eval_data, self.logger = tokenizer, train_data, eval_data, logger
-        self.scorer = Scorer(config.loss.build(), config.compute_dtype, reference)
+        self.compute_dtype = autocast_dtype(policy, config)
+        self.scorer = Scorer(config.loss.build(), self.compute_dtype, reference)
         self.plan = plan_of(config)
         self.total_examples, self.total_steps = self.plan.size(train_data)
-        self.micro_batch_size = config.batch_size // config.gradient_accumulation_steps
+        # Examples in one forward pass of all processes, of which each has at least one.
+        self.pass_size = max(config.batch_size // config.gradient_accumulation_steps, parallel.data_ranks())
         self.optimizer = build_optimizer(policy, config)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: lr_factor(step, self.total_steps, config)
-        )
         scaled = config.compute_dtype == torch.float16 and policy.dtype == torch.float32
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=scaled)
         self.examples = self.updates = self.skipped_in_a_row = 0
@@ -94,16 +105,30 @@ class BasicTrainer:
         if not config.sample_during_eval or not prompts:
             return None
         settings = {"max_length": config.max_length, "batch_size": config.eval_batch_size, "seed": config.seed}
-        return SampleEvaluator(self.tokenizer, prompts, compute_dtype=config.compute_dtype, **settings)
+        return SampleEvaluator(self.tokenizer, prompts, compute_dtype=self.compute_dtype, **settings)
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint, whose weights the policy has already. Raises UserError if it is of another run."""
+        state = json.loads((folder / checkpoint.STATE_FILE).read_text())
+        for key, value in self._identity().items():
+            if state.get(key) != value:
+                raise UserError(
+                    f"resume={folder} was trained with {key}={state.get(key)}, and this run has {key}={value}"
+                )
+        self.examples, self.updates = state["examples"], state["updates"]
+        checkpoint.load_optimizer(folder, self.policy, self.optimizer)
+        self.scaler.load_state_dict(state["scaler"])
+        log(f"resuming {folder} after {self.examples} examples and {self.updates} updates")
 
     def fit(self) -> None:
         """Train to the end of the plan, evaluating and saving on the way."""
-        self.check_reference()
-        evaluation_due, measured_at = Every(self.config.eval_every), -1
-        if self.config.do_first_eval:
-            self.evaluate()
-        with progress(total=self.total_examples, unit="ex", desc=self.config.exp_name) as bar:
-            for examples in self.plan.batches(self.train_data):
+        evaluation_due, measured_at = Every(self.config.eval_every, self.examples), -1
+        if not self.examples:
+            self.check_reference()
+            if self.config.do_first_eval:
+                self.evaluate()
+        with progress(total=self.total_examples, initial=self.examples, unit="ex", desc=self.config.exp_name) as bar:
+            for examples in self.plan.batches_after(self.train_data, self.examples):
                 metrics = self.train_step(examples)
                 self.logger.log(metrics, self.examples)
                 bar.set_postfix(_shown(metrics), refresh=False)
@@ -121,10 +146,12 @@ class BasicTrainer:
         """Raise UserError unless reference and policy agree exactly before the first update (margin 0)."""
         if self.reference is None:
             return
-        first = next(self.plan.batches(self.train_data))[: self.micro_batch_size]
+        first = next(self.plan.batches(self.train_data))[: self.pass_size]
         self.policy.train()
-        _, metrics = self.scorer(self.policy, make_batch(self.train_data, first), "train")
-        worst = max(abs(v) for side in ("chosen", "rejected") for v in metrics[f"logratios_per_token_train/{side}"])
+        (share,) = shares(self.train_data, first, 1)
+        _, metrics = self.scorer(self.policy, share.batch, "train")
+        here = max(abs(v) for side in ("chosen", "rejected") for v in metrics[f"logratios_per_token_train/{side}"])
+        worst = max(parallel.gather(here))
         if worst != 0:
             raise UserError(
                 f"policy and reference differ before the first update, by up to {worst:.3g} nats per token, so every "
@@ -139,12 +166,14 @@ class BasicTrainer:
         start = time.perf_counter()
         self.policy.train()
         total: Metrics = {}
-        for some in chunks(examples, self.micro_batch_size):
-            losses, metrics = self.scorer(self.policy, make_batch(self.train_data, some), "train")
-            self.scaler.scale(losses.sum() / len(examples)).backward()
-            extend_metrics(total, metrics)
+        for share in shares(self.train_data, examples, -(-len(examples) // self.pass_size)):
+            losses, metrics = self.scorer(self.policy, share.batch, "train")
+            self.scaler.scale(losses.sum() * share.counts / len(examples)).backward()
+            extend_metrics(total, metrics, share.counts)
         means = mean_metrics(total)
-        lr = float(self.scheduler.get_last_lr()[0])
+        lr = self.config.lr * lr_factor(self.updates, self.total_steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         grad_norm = self.update(means["loss/train"])
         self.examples += len(examples)
         self.eval_metrics = {}  # they were of other weights
@@ -158,7 +187,7 @@ class BasicTrainer:
         Under loss scaling a gradient that overflows is expected now and then: that step is skipped at a lower scale.
         """
         self.scaler.unscale_(self.optimizer)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm))
+        grad_norm = parallel.clip_grad_norm(list(self.policy.parameters()), self.config.max_grad_norm)
         skipped = self.scaler.is_enabled() and not math.isfinite(grad_norm)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if not math.isfinite(loss) or self.skipped_in_a_row > MOST_SKIPPED or not (math.isfinite(grad_norm) or skipped):
@@ -169,7 +198,6 @@ class BasicTrainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if not skipped:
-            self.scheduler.step()
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
@@ -199,24 +227,71 @@ class BasicTrainer:
         if self.config.debug:
             log("debug=true: no checkpoint is written")
             return None
-        if not all(bool(p.isfinite().all()) for p in self.policy.parameters()):
+        if not parallel.all_finite(self.policy):
             raise UserError(f"the weights are not finite after {self.examples} examples: {DIVERGED}")
         config = self.config
         state = {
             "examples": self.examples,
             "updates": self.updates,
-            "loss": {k: v for k, v in vars(config.loss).items() if v is not None},
             "metrics": self.eval_metrics,
-            "base_model": config.model.name_or_path,
             "archive": str(Path(config.model.archive).resolve()) if config.model.archive else None,
-            "datasets": config.datasets,
-            "seed": config.seed,
             "command": command_line(),
+            "scaler": self.scaler.state_dict(),
+            **self._identity(),
         }
         self.policy.eval()
-        path = checkpoint.save_checkpoint(self.logger.run_dir, self.policy, self.tokenizer, state)
+        path = checkpoint.save_checkpoint(self.logger.run_dir, self.policy, self.tokenizer, state, self.optimizer)
         log(f"checkpoint: {path}")
         return path
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run that resumes this one must share with it."""
+        config = self.config
+        return {
+            "base_model": config.model.name_or_path,
+            "loss": {k: v for k, v in vars(config.loss).items() if v is not None},
+            "datasets": config.datasets,
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "optimizer": config.optimizer,
+        }
+
+
+class FSDPTrainer(BasicTrainer):
+    """Shards weights, gradients and optimizer state over all processes (FSDP2)."""
+
+    @staticmethod
+    def sharding(config: Config) -> Sharding:
+        return _sharding(config, 1)
+
+
+class TensorParallelTrainer(BasicTrainer):
+    """Splits each matrix over `tensor_parallel_size` processes (DTensor), and shards over the rest (FSDP2)."""
+
+    @staticmethod
+    def sharding(config: Config) -> Sharding:
+        return _sharding(config, config.tensor_parallel_size or parallel.world_size() // config.fsdp_replicate_size)
+
+
+def _sharding(config: Config, tensor: int) -> Sharding:
+    replicate, processes = config.fsdp_replicate_size, parallel.world_size()
+    shard, rest = divmod(processes, replicate * tensor)
+    if rest or not shard:
+        raise UserError(
+            f"{processes} processes cannot be arranged as fsdp_replicate_size={replicate} x tensor parallel {tensor} x "
+            f"FSDP shards: {processes} / ({replicate} x {tensor}) = {processes / (replicate * tensor):.2f}; "
+            "change one of them, or nproc"
+        )
+    return Sharding(
+        replicate=replicate,
+        shard=shard,
+        tensor=tensor,
+        fsdp=tensor == 1 or shard * replicate > 1,
+        block_name=config.model.block_name or config.model.block,
+        compute_dtype=config.compute_dtype,
+        reshard_after_forward=config.fsdp_reshard_after_forward,
+        cpu_offload=config.fsdp_cpu_offload,
+    )
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, str]:

@@ -24,14 +24,23 @@ LESS_MEMORY = (
     "activation_checkpointing=true, mixed_precision=bfloat16"
 )
 _log_file: IO[str] | None = None
+_quiet = False
 
 
 class UserError(Exception):
     """Something the user can put right. Shown as one message without a traceback; the process exits with code 1."""
 
 
+def be_quiet() -> None:
+    """No more `log` lines and progress bars from this process: another one speaks for it."""
+    global _quiet
+    _quiet = True
+
+
 def log(message: str) -> None:
     """Print `message` and, once a run's folder is known (`open_log`), write it to the run's `log.txt` too."""
+    if _quiet:
+        return
     print(message, flush=True)
     if _log_file is not None:
         print(message, file=_log_file, flush=True)
@@ -43,23 +52,37 @@ def open_log(run_dir: Path) -> None:
     _log_file = open(run_dir / "log.txt", "a", encoding="utf-8")
 
 
-def run_main(main: Callable[[], Any]) -> Any:
-    """Call `main` as a command does: a `UserError` becomes one message and exit code 1, Ctrl-C exit code 130."""
+def run_main(main: Callable[[], Any], speaks: Callable[[], bool] = lambda: True) -> Any:
+    """Call `main` as a command does: a `UserError` becomes one message and exit code 1, Ctrl-C exit code 130.
+
+    In a group of processes that fail together only one `speaks`.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return main()
-    except UserError as error:
-        _fail(f"error: {error}", 1)
     except KeyboardInterrupt:
         _fail("interrupted; checkpoints already written are complete", 130)
     except Exception as error:
-        # torch's own type on CUDA, a plain RuntimeError elsewhere
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
-            _fail(f"error: out of memory: {str(error).splitlines()[0] if str(error) else 'host'}\n{LESS_MEMORY}", 1)
-        _fail(f"{traceback.format_exc()}\nerror: this is a defect of the program, not of your input; see above", 2)
+        message, code = _explain(error)
+        _fail(message if speaks() else "", code)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """What to show for `error`, and the exit code."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return f"error: {text}", 1
+    # torch's own type on CUDA, a plain RuntimeError elsewhere
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
+        return f"error: out of memory: {text.splitlines()[0] if text else 'host'}\n{LESS_MEMORY}", 1
+    if re.search("gloo/transport|(closed|reset) by peer", text):
+        return f"error: another process of the group is gone ({text.splitlines()[0]}); it says why, or was killed", 1
+    return f"{traceback.format_exc()}\nerror: this is a defect of the program, not of your input; see above", 2
 
 
 def _fail(message: str, code: int) -> None:
+    if not message:
+        sys.exit(code)
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
     if _log_file is not None:
@@ -109,15 +132,16 @@ def make_dir(path: Path, key: str) -> Path:
 def progress(iterable: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
     """A tqdm bar that redraws often on a terminal and every few seconds where the output goes to a file."""
     interval = 0.2 if sys.stderr.isatty() else 5.0
+    options.setdefault("disable", _quiet)
     return tqdm(iterable, mininterval=interval, maxinterval=max(interval, 10), dynamic_ncols=True, **options)
 
 
 class Every:
     """True once each time a counter reaches or passes a further multiple of `interval` (counted from 0)."""
 
-    def __init__(self, interval: int):
+    def __init__(self, interval: int, counter: int = 0):
         self.interval = interval
-        self.seen = 0
+        self.seen = counter // interval
 
     def __call__(self, counter: int) -> bool:
         due = counter // self.interval > self.seen
@@ -125,14 +149,30 @@ class Every:
         return due
 
 
-class RunLogger:
+class SilentLogger:
+    """Stands in for RunLogger in processes that leave the run's files to the main one."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
+
+    def log(self, metrics: Mapping[str, float], step: int, always: bool = False) -> None:
+        pass
+
+    def samples(self, rows: list[dict[str, Any]], step: int) -> None:
+        pass
+
+    def close(self, exit_code: int = 0) -> None:
+        pass
+
+
+class RunLogger(SilentLogger):
     """Writes a run's numbers: every event to `metrics.jsonl` and TensorBoard, W&B at most once in `wandb_interval` s.
 
     `wandb_run` and `tensorboard` are open writers or None.
     """
 
     def __init__(self, run_dir: Path, wandb_run: Any = None, tensorboard: Any = None, wandb_interval: float = 1.0):
-        self.run_dir = run_dir
+        super().__init__(run_dir)
         self.wandb_run, self.tensorboard = wandb_run, tensorboard
         self.wandb_interval, self._last_wandb = wandb_interval, 0.0
         self._metrics = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")

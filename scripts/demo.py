@@ -190,7 +190,7 @@ def main() -> None:
     models = {}
     for name, archive in zip(MODELS, (None, sft, dpo)):
         config.model.archive = str(archive) if archive else None
-        models[name] = load_policy(config, pick_device(config.device)).eval()
+        models[name] = load_policy(config, pick_device(config), archive=config.model.archive).eval()
     measured = {name: measure(model, models["SFT"], task) for name, model in models.items()}
     plot(sft, dpo, folder / "curves.png")
     accuracy = next(e for e in reversed(read_metrics(dpo)) if "rewards_eval/accuracies" in e)["rewards_eval/accuracies"]

@@ -11,8 +11,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 # No test waits for the network: here, and in the processes that tests start.
 huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -40,22 +41,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(kind: str = "llama", hidden: int = 32) -> torch.nn.Module:
-    """A random causal language model of two layers."""
+    """A random causal language model of two layers, of the architecture (model_type) `kind`."""
     torch.manual_seed(0)
     if kind == "gpt2":
         config = GPT2Config(vocab_size=320, n_embd=hidden, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
-        return GPT2LMHeadModel(config)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+        return AutoModelForCausalLM.from_config(config)
+    sizes = {"vocab_size": 320, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": hidden // 4}
+    more = {"gpt_neox": {"num_attention_heads": 4, "rotary_pct": 0.5}, "mistral": {**heads, "sliding_window": None}}
+    arguments = {**sizes, **more.get(kind, heads), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **arguments))
 
 
 @pytest.fixture(scope="session")
@@ -144,8 +139,8 @@ def train_process(overrides: Callable[..., list[str]], tmp_path: Path) -> RunTra
     return run
 
 
-def train_here(given: list[str]) -> None:
-    """train.py's whole work in this process, for tests that need no process of their own."""
+def train_here(given: list[str], in_group: bool = False) -> None:
+    """train.py's whole work in this process, for tests that need no process of their own, or in each of a group."""
     import hydra
 
     import settings
@@ -154,7 +149,10 @@ def train_here(given: list[str]) -> None:
     settings.register_resolvers()
     with hydra.initialize_config_dir(str(settings.CONFIG_DIR), version_base="1.3"):
         composed = hydra.compose("config", given)
-    train.train(composed)
+    if in_group:
+        train.train_in_process(OmegaConf.to_container(composed, resolve=True), given)
+    else:
+        train.train(composed, given)
 
 
 def read_jsonl(path: Path) -> list[dict]:

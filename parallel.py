@@ -267,7 +267,7 @@ def sharded(model_class: type[PreTrainedModel], sharding: Sharding) -> type[PreT
         return shard_model(model, sharding)
 
     steps = {
-        "__module__": model_class.__module__,  # by which transformers knows its own models, and the names in their files
+        "__module__": model_class.__module__,  # by which transformers knows the model, and its names in files
         "prepare_distribute_model": classmethod(prepare_distribute_model),
         "maybe_distribute_model": staticmethod(maybe_distribute_model),
     }

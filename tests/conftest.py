@@ -11,7 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
@@ -139,20 +139,32 @@ def train_process(overrides: Callable[..., list[str]], tmp_path: Path) -> RunTra
     return run
 
 
-def train_here(given: list[str], in_group: bool = False) -> None:
-    """train.py's whole work in this process, for tests that need no process of their own, or in each of a group."""
+def compose(given: list[str]) -> DictConfig:
     import hydra
 
     import settings
-    import train
 
     settings.register_resolvers()
     with hydra.initialize_config_dir(str(settings.CONFIG_DIR), version_base="1.3"):
-        composed = hydra.compose("config", given)
-    if in_group:
-        train.train_in_process(OmegaConf.to_container(composed, resolve=True), given)
-    else:
-        train.train(composed, given)
+        return hydra.compose("config", given)
+
+
+def train_here(given: list[str]) -> None:
+    """train.py's whole work in this process, for tests that need no process of their own."""
+    import train
+
+    train.train(compose(given), given)
+
+
+def train_in_group(cases: list[dict]) -> None:
+    """Train every resolved configuration, one after the other, in one group of gloo processes. For parallel.launch."""
+    import parallel
+    import train
+
+    torch.set_num_threads(1)
+    with parallel.group(torch.device("cpu")):
+        for case in cases:
+            train.train_in_process(case, [])
 
 
 def read_jsonl(path: Path) -> list[dict]:

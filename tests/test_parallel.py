@@ -1,13 +1,33 @@
 """Trainers of several processes, held to one process: gloo workers on the CPU, tiny models, real files."""
 
 import itertools
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, read_jsonl, tiny_overrides, train_here, write_pairs
+from conftest import (
+    ROOT,
+    compose,
+    make_model,
+    make_tokenizer,
+    read_jsonl,
+    tiny_overrides,
+    train_here,
+    train_in_group,
+    write_pairs,
+)
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+import checkpoint
 import parallel
 
 LOSSES = {"sft": "loss=sft", "dpo": "loss=dpo loss.beta=0.5"}
@@ -18,38 +38,34 @@ BATCHES = {
     "b12 accumulated": "batch_size=12 n_examples=60 gradient_accumulation_steps=4",
     "b8 both": "batch_size=8 n_examples=40 gradient_accumulation_steps=4 activation_checkpointing=true",
 }
-# World size, trainer, model architectures.
-GROUPS: dict[str, tuple[int, str, tuple[str, ...]]] = {
-    "FSDP 2": (2, "trainer=FSDPTrainer", ("llama", "gpt_neox", "gpt2")),
-    "FSDP 4": (4, "trainer=FSDPTrainer", ("llama", "gpt_neox", "gpt2")),
-    "HSDP 2x2": (4, "trainer=FSDPTrainer fsdp_replicate_size=2", ("llama",)),
-    "TP 2": (2, "trainer=TensorParallelTrainer", ("llama", "gpt_neox", "qwen3", "olmo2", "mistral", "qwen2")),
-    "FSDP 2 x TP 2": (4, "trainer=TensorParallelTrainer tensor_parallel_size=2", ("llama", "gpt_neox", "qwen3")),
+ALL = tuple(itertools.product(LOSSES, BATCHES))
+# Four processes on two cores are slow: every loss and every batch, not all of their products.
+MOST = (*(("sft", batch) for batch in ("b5 checkpointed", "b12 accumulated")), *(("dpo", batch) for batch in BATCHES))
+HARDEST = (("dpo", "b8 both"),)
+FSDP, TENSOR = "trainer=FSDPTrainer", "trainer=TensorParallelTrainer"
+# World size, trainer, and for each model architecture its runs.
+GROUPS: dict[str, tuple[int, str, dict[str, tuple[tuple[str, str], ...]]]] = {
+    "FSDP 2": (2, FSDP, {"llama": ALL, "gpt_neox": ALL, "gpt2": ALL}),
+    "FSDP 4": (4, FSDP, {"llama": MOST, "gpt_neox": MOST, "gpt2": MOST}),
+    "HSDP 2x2": (4, f"{FSDP} fsdp_replicate_size=2 fsdp_reshard_after_forward=false", {"llama": HARDEST}),
+    "TP 2": (2, TENSOR, {"llama": ALL, "gpt_neox": ALL}),
+    "TP 2, other models": (2, TENSOR, dict.fromkeys(("qwen2", "qwen3", "mistral", "olmo2"), HARDEST)),
+    "FSDP 2 x TP 2": (4, f"{TENSOR} tensor_parallel_size=2", {"llama": MOST, "gpt_neox": MOST, "qwen3": HARDEST}),
 }
 COMMON = "n_epochs=null optimizer=SGD +optimizer_kwargs.momentum=0.9 lr=0.1 max_grad_norm=1 n_eval_examples=0"
 
 
-def runs(models: tuple[str, ...]) -> list[tuple[str, str, str]]:
-    return list(itertools.product(models, LOSSES, BATCHES))
+def runs(group: str) -> list[tuple[str, str, str]]:
+    return [(kind, *run) for kind, some in GROUPS[group][2].items() for run in some]
 
 
 def name_of(group: str, *run: str) -> str:
     return "-".join((group, *run)).replace(" ", "_")
 
 
-def worker(cases: list[list[str]]) -> None:
-    """Train every case, one after the other, in one group of processes."""
-    import torch
-
-    torch.set_num_threads(1)
-    with parallel.group(torch.device("cpu")):
-        for case in cases:
-            train_here(case, in_group=True)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of every group and of one process, in folders by name."""
+    """Pairs, a tokenizer, and a model of every architecture."""
     folder = tmp_path_factory.mktemp("parallel")
     write_pairs(folder / "pairs")
     for kind in {kind for _, _, kinds in GROUPS.values() for kind in kinds}:
@@ -58,40 +74,49 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def case(folder: Path, group: str, kind: str, loss: str, batch: str, trainer: str) -> list[str]:
+def overrides_of(folder: Path, name: str, kind: str, *given: str) -> list[str]:
     tokenizer = f"model.tokenizer_name_or_path={folder / 'tokenizer'}"
-    given = f"{LOSSES[loss]} {BATCHES[batch]} {COMMON} {trainer} {tokenizer}".split()
-    run_dir = folder / name_of(group, kind, loss, batch)
-    return tiny_overrides(folder / kind, folder / "pairs", folder / "cache", run_dir, *given)
+    words = " ".join(given).split()
+    return tiny_overrides(folder / kind, folder / "pairs", folder / "cache", folder / name, tokenizer, *words)
+
+
+def launch(cases: list[list[str]], n: int) -> None:
+    """Train every case in one group of `n` processes."""
+    resolved: list[Any] = [OmegaConf.to_container(compose(case), resolve=True) for case in cases]
+    parallel.launch(train_in_group, (resolved,), n, None)
+
+
+def case(folder: Path, group: str, kind: str, loss: str, batch: str) -> list[str]:
+    trainer = GROUPS[group][1] if group in GROUPS else "trainer=BasicTrainer"
+    name = name_of(group, kind, loss, batch)
+    return overrides_of(folder, name, kind, LOSSES[loss], BATCHES[batch], COMMON, trainer)
 
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
-    kinds = {kind for _, _, kinds in GROUPS.values() for kind in kinds}
-    for run in runs(tuple(kinds)):
-        train_here(case(folder, "one", *run, "trainer=BasicTrainer"))
+    for run in sorted({run for group in GROUPS for run in runs(group)}):
+        train_here(case(folder, "one", *run))
     for n in (2, 4):
-        cases = [
-            case(folder, group, *run, trainer)
-            for group, (size, trainer, kinds) in GROUPS.items()
-            if size == n
-            for run in runs(kinds)
-        ]
-        parallel.launch(worker, (cases,), n, None)
+        launch([case(folder, group, *run) for group in GROUPS if GROUPS[group][0] == n for run in runs(group)], n)
     return folder
 
 
-def assert_same_run(found: Path, wanted: Path) -> None:
-    """Loss, rewards, gradient norm to a relative 1e-5, final weights to 1e-5.
+def assert_same_events(found: list[dict], wanted: list[dict]) -> None:
+    """Every number to a relative 1e-5.
 
     A reward is a difference of log-probabilities of some 60 nats, whose float32 rounding it keeps: that is its scale.
     """
-    for one, other in zip(read_jsonl(wanted / "metrics.jsonl"), read_jsonl(found / "metrics.jsonl"), strict=True):
+    for one, other in zip(wanted, found, strict=True):
         assert one.keys() == other.keys()
-        scale = max(abs(one[name]) for name in one if name.startswith("logps_train"))
+        scale = max(abs(one[name]) for name in one if name.startswith("logps"))
         for name in one.keys() - {"time", "examples_per_second"}:
             rounding = 1e-6 * scale if name.startswith(("rewards", "logratios")) else 0.0
-            assert other[name] == pytest.approx(one[name], rel=1e-5, abs=rounding), (name, one["counters/updates"])
+            assert other[name] == pytest.approx(one[name], rel=1e-5, abs=rounding), (name, one)
+
+
+def assert_same_run(found: Path, wanted: Path) -> None:
+    """The same events, and final weights to 1e-5."""
+    assert_same_events(read_jsonl(found / "metrics.jsonl"), read_jsonl(wanted / "metrics.jsonl"))
     final, expected = ((run / "LATEST").resolve() / "model.safetensors" for run in (found, wanted))
     there = load_file(expected)
     for name, tensor in load_file(final).items():
@@ -100,5 +125,131 @@ def assert_same_run(found: Path, wanted: Path) -> None:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_five_steps_equal_those_of_one_process(group: str, trained: Path) -> None:
-    for run in runs(GROUPS[group][2]):
+    for run in runs(group):
         assert_same_run(trained / name_of(group, *run), trained / name_of("one", *run))
+
+
+EVALUATED = "n_eval_examples=7 eval_batch_size=3 n_eval_model_samples=5 loss=dpo loss.beta=0.5 lr=0.1 optimizer=SGD"
+
+
+def test_evaluation_and_samples_are_those_of_one_process(folder: Path) -> None:
+    def given(name: str, trainer: str) -> list[str]:
+        return overrides_of(folder, name, "llama", EVALUATED, "batch_size=8", trainer)
+
+    train_here(given("evaluated", "trainer=BasicTrainer"))
+    launch([given("evaluated2", FSDP)], 2)
+    wanted, found = (read_jsonl(folder / name / "metrics.jsonl") for name in ("evaluated", "evaluated2"))
+    assert_same_events(found, wanted)
+    assert read_jsonl(folder / "evaluated" / "samples.jsonl") == read_jsonl(folder / "evaluated2" / "samples.jsonl")
+
+
+@pytest.mark.parametrize(("first", "then"), [(4, 2), (4, 1), (1, 4), (2, 4)])
+def test_a_run_goes_on_with_another_number_of_processes(first: int, then: int, folder: Path) -> None:
+    def run(name: str, n: int, *given: str) -> list[dict]:
+        more = "loss=dpo loss.beta=0.5 batch_size=5 optimizer=AdamW lr=1e-3 n_eval_examples=0 n_epochs=2 eval_every=10"
+        trainer = "trainer=BasicTrainer" if n == 1 else FSDP
+        overrides = overrides_of(folder, name, "gpt_neox", more, trainer, *given)
+        train_here(overrides) if n == 1 else launch([overrides], n)
+        return read_jsonl(folder / name / "metrics.jsonl")
+
+    whole = run(f"whole {first} {then}".replace(" ", "_"), first)
+    steps = folder / f"whole_{first}_{then}"
+    rest = run(f"rest_{first}_{then}", then, f"resume={steps}/step-24")
+    expected = [event for event in whole if event["counters/examples"] > 24]
+    assert len(rest) == 5
+    assert_same_events(rest, expected)
+
+
+def test_every_trainer_writes_the_bytes_of_save_pretrained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "gpt_neox")
+    model.save_pretrained(folder / "expected", max_shard_size="20KB")
+    given = "lr=0 n_examples=4 n_epochs=null n_eval_examples=0 optimizer=SGD"
+    monkeypatch.setattr(checkpoint, "MAX_FILE_SIZE", "20KB")
+    train_here(overrides_of(folder, "bytes1", "gpt_neox", given, "trainer=BasicTrainer"))
+    monkeypatch.setattr(parallel, "_start", _start_with_small_files)
+    launch([overrides_of(folder, "bytes2", "gpt_neox", given, FSDP)], 2)
+    launch([overrides_of(folder, "bytes4", "gpt_neox", given, f"{TENSOR} tensor_parallel_size=2")], 4)
+    files = sorted(path.name for path in (folder / "expected").glob("model*"))
+    assert len(files) > 3
+    for name in ("bytes1", "bytes2", "bytes4"):
+        assert sorted(path.name for path in (folder / name / "LATEST").glob("model*")) == files
+        for file in (*files, "config.json"):
+            assert (folder / name / "LATEST" / file).read_bytes() == (folder / "expected" / file).read_bytes(), file
+
+
+def _start_with_small_files(*arguments: Any) -> None:
+    checkpoint.MAX_FILE_SIZE = "20KB"
+    START(*arguments)
+
+
+START = parallel._start
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    end = time.time() + seconds
+    while time.time() < end:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError("timed out")
+
+
+def test_a_killed_worker_ends_the_job(folder: Path) -> None:
+    run_dir = folder / "killed"
+    given = "n_epochs=100000 eval_every=24 n_eval_examples=0 nproc=2 lr=1e-3"
+    command = [sys.executable, str(ROOT / "train.py"), *overrides_of(folder, "killed", "llama", given, FSDP)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (run_dir / "LATEST").exists())
+    workers = [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    assert len(workers) == 2
+    everything = psutil.Process(process.pid).children(recursive=True)
+    start = time.time()
+    workers[1].kill()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.time() - start < 30
+    assert "killed by SIGKILL" in stderr and "Traceback" not in stderr, stderr
+    wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in everything), 10)
+    AutoModelForCausalLM.from_pretrained(run_dir / "LATEST")
+    assert checkpoint.find_checkpoint(str(run_dir)).is_dir()
+
+
+def test_two_machines_under_torchrun(folder: Path) -> None:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    given = "n_examples=8 n_epochs=null n_eval_examples=4 n_eval_model_samples=2 loss=dpo loss.beta=0.1"
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}",
+             "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test", "--local-addr=localhost",
+             str(ROOT / "train.py"), *overrides_of(folder, "torchrun", "llama", given, FSDP)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    shown = [agent.communicate(timeout=240)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], shown
+    assert "2 processes: 2 shards" in "".join(shown)
+    assert len(read_jsonl(folder / "torchrun" / "metrics.jsonl")) == 4
+    AutoModelForCausalLM.from_pretrained(folder / "torchrun" / "LATEST")
+
+
+BAD_GROUPS = [
+    ("trainer=FSDPTrainer nproc=2 model.block_name=GPT2Block", "LlamaDecoderLayer"),
+    ("trainer=FSDPTrainer nproc=2 fsdp_replicate_size=3", "2 / (3 x 1) = 0.67"),
+    ("trainer=TensorParallelTrainer nproc=2 model.name_or_path={gpt2}", "transformers has no plan for it"),
+    ("trainer=TensorParallelTrainer nproc=3", "does not divide num_attention_heads=4"),
+    ("trainer=FSDPTrainer nproc=2 resume={pairs}", "so training cannot go on from it"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_GROUPS)
+def test_bad_groups_give_one_clear_message(given: str, message: str, folder: Path) -> None:
+    for name in ("gpt2", "pairs"):
+        given = given.replace("{" + name + "}", str(folder / name))
+    overrides = overrides_of(folder, "bad", "llama", given)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("error:") == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -18,8 +18,9 @@ SETTINGS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["sft", "dpo", "cdpo", "reffree", "ipo"])
+@pytest.mark.parametrize("run", ["sft", "dpo", "cdpo", "reffree", "ipo", "dpo trainer=FSDPTrainer nproc=2"])
 def test_trajectory_of_the_original(run: str, tmp_path: Path, cache_dir: Path) -> None:
+    run, *more = run.split()
     parity = real_data().parent / "parity"
     expected = json.loads((parity / "reference_trajectories.json").read_text())["runs"][run]
     source = tmp_path / "hh"
@@ -27,7 +28,7 @@ def test_trajectory_of_the_original(run: str, tmp_path: Path, cache_dir: Path) -
     for split in ("train", "test"):
         (source / f"{split}.jsonl").write_bytes((parity / "hh8.jsonl").read_bytes())
     folders = [f"local_run_dir={tmp_path / 'run'}", f"cache_dir={cache_dir}", f"dataset_sources.hh={source}"]
-    train_here([*SETTINGS.split(), *expected["overrides"].split(), *folders])
+    train_here([*SETTINGS.split(), *expected["overrides"].split(), *folders, *more])
 
     steps = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     beta = next((float(o.split("=")[1]) for o in expected["overrides"].split() if o.startswith("loss.beta")), 0.0)

@@ -13,7 +13,7 @@ LOSSES = sorted(path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml"))
 
 # The commands of the original README without "python -u train.py", one a line. The trainer is BasicTrainer where the
 # original names FSDPTrainer.
-BASE = "gradient_accumulation_steps=2 batch_size=64 eval_batch_size=32 trainer=BasicTrainer sample_during_eval=false"
+BASE = "gradient_accumulation_steps=2 batch_size=64 eval_batch_size=32 trainer=FSDPTrainer sample_during_eval=false"
 ORIGINAL_COMMANDS = [
     f"model=pythia69 datasets=[hh] loss=sft exp_name=anthropic_dpo_pythia69 {BASE}",
     "model=blank_model model.name_or_path=/PATH/TO/LLAMA/WEIGHTS model.block_name=LlamaDecoderLayer datasets=[hh,shp] "
@@ -155,6 +155,15 @@ def test_every_key_of_the_yaml_is_commented_and_typed() -> None:
         (["eval_every=0"], "eval_every=0"),
         (["max_grad_norm=0"], "more than 0"),
         (["debug=maybe"], "debug=maybe"),
+        (["nproc=2"], "nproc=2 does nothing with trainer=BasicTrainer"),
+        (["fsdp_cpu_offload=true"], "fsdp_cpu_offload=True does nothing"),
+        (["fsdp_replicate_size=2"], "does nothing"),
+        (["trainer=FSDPTrainer", "nproc=0"], "nproc=0 must be at least 1"),
+        (["trainer=FSDPTrainer", "tensor_parallel_size=2"], "needs trainer=TensorParallelTrainer"),
+        (["trainer=FSDPTrainer", "mixed_precision=float16"], "take bfloat16"),
+        (["trainer=FSDPTrainer", "model.device_map=balanced"], "is for BasicTrainer"),
+        (["trainer=FSDPTrainer", "device=mps"], "device=mps"),
+        (["activation_checkpointing_every=2"], "needs activation_checkpointing=true"),
     ],
 )
 def test_bad_values_are_named(overrides: list[str], message: str) -> None:

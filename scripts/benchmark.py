@@ -1,14 +1,20 @@
 """Measure the project's claims on this machine and write them, with hardware and versions, into benchmarks/.
 
     python scripts/benchmark.py data     160,800 HH-like pairs: time and memory to tokenise, and to start again
+    python scripts/benchmark.py start    host memory of 4 processes while FSDPTrainer loads the embedded 135M model
 
 `data` writes a file of synthetic dialogues with HH's token lengths, then loads it in fresh processes: once with an
 empty cache, then `--repeats` times with what the first left. Memory is the proportional set size (PSS) summed over the
 loading process and its workers, sampled every 0.1 s: pages that processes share count once. (Elsewhere than
 on Linux it is RSS, which counts them each time.)
+
+`start` (Linux) measures all processes in the same way, from the moment when they have imported everything and joined
+their group (the interpreters' own memory) to the moment when the policy is loaded and every weight has been written to
+once, as the first update does (until then weights are pages of their file). Pages of files are listed apart.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -19,11 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import psutil
 
 from utils import UserError, run_main
 
@@ -106,7 +115,6 @@ def load_once(source: Path, cache: Path, num_proc: int) -> None:
 
 def peak_memory(process: subprocess.Popen[str]) -> float:
     """Largest sum of PSS over `process` and its children while it runs, in GiB."""
-    import psutil
 
     peak = 0
     root = psutil.Process(process.pid)
@@ -168,6 +176,84 @@ def benchmark_data(rows: int, repeats: int, num_proc: int) -> None:
     print("\n".join(lines), f"\nwritten to {target}")
 
 
+def load_sharded(overrides: list[str], marks: str) -> None:
+    """What each process of `start` does: join, wait, load, wait; the main one leaves marks for the observer."""
+    import parallel
+    import trainers
+    from models import load_policy, pick_device, quiet_transformers
+    from settings import load_config
+
+    config = load_config(overrides)
+    quiet_transformers()
+    device = pick_device(config)
+    with parallel.group(device):
+        sharding = trainers.FSDPTrainer.sharding(config)
+        parallel.build_mesh(sharding, device)
+        for mark in ("ready", "loaded"):
+            policy = load_policy(config, device, sharding) if mark == "loaded" else None
+            for parameter in policy.parameters() if policy else ():
+                parallel.local(parameter.detach()).mul_(1)
+            parallel.gather(0)
+            if parallel.is_main():
+                (Path(marks) / mark).touch()
+            time.sleep(3)
+
+
+def memory_by_kind(processes: Sequence[psutil.Process]) -> tuple[float, float]:
+    """(PSS without files, PSS of mapped files) in MiB over `processes`."""
+    total = {"Pss_Anon": 0.0, "Pss_Shmem": 0.0, "Pss_File": 0.0}
+    for process in processes:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
+                name = line.partition(":")[0]
+                if name in total:
+                    total[name] += int(line.split()[1]) / 1024
+    return total["Pss_Anon"] + total["Pss_Shmem"], total["Pss_File"]
+
+
+def benchmark_start(n: int) -> None:
+    from models import load_policy, pick_device
+    from settings import load_config
+
+    overrides = ["exp_name=benchmark", "model=smollm2", "trainer=FSDPTrainer", "device=cpu"]
+    config = load_config(overrides)
+    whole = load_policy(config, pick_device(config))  # converts the embedded model, if this has not been done
+    copy = sum(p.numel() * p.element_size() for p in whole.parameters()) / 2**20
+    del whole
+    with tempfile.TemporaryDirectory() as marks:
+        command = [sys.executable, __file__, "workers", marks, str(n), *overrides]
+        job = subprocess.Popen(command)
+        before: list[tuple[float, float]] = []
+        after: list[tuple[float, float]] = []
+        while job.poll() is None:
+            found = memory_by_kind(psutil.Process(job.pid).children())
+            (after if (Path(marks) / "ready").exists() else before).append(found)
+            if len(after) == 1:
+                before.append(found)
+            time.sleep(0.02)
+    if job.returncode or not after:
+        raise UserError("the measured processes failed; see above")
+    own_memory, own_files = before[-1]
+    peak, files = max(memory for memory, _ in after), max(files for _, files in after)
+    lines = [
+        "# Host memory at the start",
+        "",
+        f"`python scripts/benchmark.py start --nproc {n}`; the method stands in the script.",
+        "",
+        *(f"- {key}: {value}" for key, value in machine().items()),
+        "",
+        f"| {n} processes, SmolLM2-135M in float32 | MiB | copies of the weights |",
+        "|---|---|---|",
+        f"| one copy of the weights | {copy:.0f} | 1 |",
+        f"| interpreters' own, all processes | {own_memory:.0f} | |",
+        f"| peak beyond that, all processes | {peak - own_memory:.0f} | {(peak - own_memory) / copy:.2f} |",
+        f"| cached pages of files beyond those before | {files - own_files:.0f} | {(files - own_files) / copy:.2f} |",
+    ]
+    target = ROOT / "benchmarks" / "start.md"
+    target.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines), f"\nwritten to {target}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
@@ -177,11 +263,23 @@ def main() -> None:
     load = commands.add_parser("load", help="the process that `data` measures")
     load.add_argument("source", type=Path)
     load.add_argument("cache", type=Path)
+    start = commands.add_parser("start", help="host memory while processes load a model")
+    start.add_argument("--nproc", type=int, default=4)
+    workers = commands.add_parser("workers", help="the job that `start` measures")
+    workers.add_argument("marks")
+    workers.add_argument("n", type=int)
+    workers.add_argument("overrides", nargs="*")
     for command in (data, load):
         command.add_argument("--num-proc", type=int, default=0, help="tokenising processes; 0: one per core")
     arguments = parser.parse_args()
     if arguments.command == "load":
         load_once(arguments.source, arguments.cache, arguments.num_proc)
+    elif arguments.command == "workers":
+        import parallel
+
+        parallel.launch(load_sharded, (arguments.overrides, arguments.marks), arguments.n, None)
+    elif arguments.command == "start":
+        benchmark_start(arguments.nproc)
     elif arguments.rows < 1 or arguments.repeats < 1:
         raise UserError("--rows and --repeats must be at least 1")
     else:

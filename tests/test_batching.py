@@ -10,7 +10,7 @@ from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching import IGNORED, Plan, chunks, epoch_order, eval_examples, make_batch, padded
+from batching import IGNORED, Plan, chunks, deal, epoch_order, eval_examples, make_batch, padded
 from evaluation import Scorer
 from losses import DPOLoss, SFTLoss, reduce_tokens
 from models import disable_dropout, response_logps
@@ -161,3 +161,20 @@ def test_gradients_do_not_depend_on_the_split(kind: str, sft: bool) -> None:
     assert whole.norm() > 0
     for steps in (2, 8):
         assert (gradient(policy, data, examples, 16 // steps, scorer) - whole).norm() <= 1e-5 * whole.norm()
+
+
+@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 4))
+def test_dealing_gives_every_example_once_and_every_process_as_many_passes(n: int, passes: int, ranks: int) -> None:
+    data = make_data()
+    examples = [(int(record), int(pair)) for record, pair in epoch_order(data, 0, 0)[:n]]
+    dealt = deal(data, examples, passes, ranks)
+    assert 1 <= len(dealt) <= passes and all(len(shares) == ranks for shares in dealt)
+    assert all(any(shares) for shares in dealt)
+    assert sorted(example for shares in dealt for share in shares for example in share) == sorted(examples)
+
+
+def test_dealing_balances_tokens_not_examples() -> None:
+    lengths = [100, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10]
+    data = Data([Record([1], [[2] * (n - 1)], []) for n in lengths], np.zeros(len(lengths), dtype=int))
+    ((long, short),) = deal(data, [(i, 0) for i in range(len(lengths))], 1, 2)
+    assert long == [(0, 0)] and len(short) == 10

@@ -263,3 +263,13 @@ def test_processes_that_cannot_be_arranged(monkeypatch: pytest.MonkeyPatch) -> N
     config = load_config(["exp_name=x", FSDP, "fsdp_replicate_size=3"])
     with pytest.raises(UserError, match=r"2 / \(3 x 1\) = 0.67"):
         trainers.FSDPTrainer.sharding(config)
+
+
+@pytest.mark.parametrize(("nodes", "first"), [("gpu[003-004,007]", "gpu003"), ("a1,b2", "a1"), ("solo", "solo")])
+def test_srun_tells_what_torchrun_would(nodes: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {
+        "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "70123",
+        "SLURM_STEP_NODELIST": nodes,
+    })  # fmt: skip
+    assert parallel.joined() and parallel.rank() == 3 and parallel.local_rank() == 1
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "20123")

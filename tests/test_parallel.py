@@ -1,6 +1,7 @@
 """Trainers of several processes, held to one process: gloo workers on the CPU, tiny models, real files."""
 
 import itertools
+import os
 import socket
 import subprocess
 import sys

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from utils import UserError
+from utils import UserError, n_cores
 
 T = TypeVar("T")
 
@@ -92,8 +92,7 @@ def parallel(function: Callable[[Any], T], chunks: Iterable[Any], num_proc: int)
     chunks = iter(chunks)
     first = list(itertools.islice(chunks, 2))
     chunks = itertools.chain(first, chunks)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n_workers = num_proc or cores
+    n_workers = num_proc or n_cores()
     if n_workers == 1 or len(first) < 2:
         yield from map(function, chunks)
         return

@@ -30,10 +30,11 @@ from utils import UserError
 
 STATE_FILE = "trainer_state.json"
 TRAINING_STATE = "training_state"
+LATEST = "LATEST"
 MAX_FILE_SIZE = "5GB"
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # One process needs no group to write its state.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-LATEST = "LATEST"
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,9 @@ def find_archive(name: str) -> Path:
         return path
     if path.name == "policy.pt":
         path = path.parent
-    if (path / LATEST).is_dir():
-        path = path / LATEST
+    path = _newest(path)
     if not path.exists():
         raise UserError(f"model.archive={name}: there is no such file or folder")
-    path = path.resolve()
     if not (path / "config.json").is_file():
         raise UserError(
             f"model.archive={name}: {path} holds no config.json; expected a checkpoint folder (step-<n> or LATEST), a "
@@ -105,10 +104,7 @@ def _read_policy_pt(path: Path) -> Archive:
 
 def find_checkpoint(name: str) -> Path:
     """The checkpoint that `resume=name` means: itself, or the LATEST of a run's folder. Raises UserError."""
-    path = Path(name).expanduser()
-    if (path / LATEST).is_dir():
-        path = path / LATEST
-    path = path.resolve()
+    path = _newest(Path(name).expanduser())
     if not path.is_dir():
         raise UserError(f"resume={name}: there is no such folder")
     if not (path / STATE_FILE).is_file() or not (path / TRAINING_STATE).is_dir():
@@ -117,6 +113,11 @@ def find_checkpoint(name: str) -> Path:
             "start a new run from its weights, set model.archive"
         )
     return path
+
+
+def _newest(path: Path) -> Path:
+    """The LATEST checkpoint of a run's folder; any other path itself."""
+    return (path / LATEST if (path / LATEST).is_dir() else path).resolve()
 
 
 def save_checkpoint(
@@ -188,24 +189,21 @@ def _write_texts(
 
 def _write_tensors(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> None:
     if optimizer is not None:
-        tensors = {
-            name: parallel.contiguous(t) for name, t in optimizer_state(model, optimizer).items() if _is_tensor(t)
-        }
         writer = HuggingFaceStorageWriter(str(folder / TRAINING_STATE), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=not parallel.active())
+        state = _contiguous_tensors(optimizer_state(model, optimizer))
+        dcp.save(state, storage_writer=writer, no_dist=not parallel.active())
     write_weights(model, folder)
 
 
 def optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state under parameter names, such as "state.lm_head.weight.exp_avg", and its settings."""
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    return get_optimizer_state_dict(model, optimizer, options=options)
+    return get_optimizer_state_dict(model, optimizer, options=FLAT)
 
 
 def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Fill the optimizer's state from a checkpoint, written by any number of processes. Settings stay."""
     state = optimizer_state(model, optimizer)
-    tensors = {name: parallel.contiguous(value) for name, value in state.items() if _is_tensor(value)}
+    tensors = _contiguous_tensors(state)
     reader = HuggingFaceStorageReader(str(folder / TRAINING_STATE))
     try:
         dcp.load(tensors, storage_reader=reader, no_dist=not parallel.active())
@@ -213,11 +211,11 @@ def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: torch.optim.
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"resume={folder}: its optimizer state does not fit this run's optimizer: {reason}") from error
     state |= {name: parallel.as_sharded(tensor, state[name]) for name, tensor in tensors.items()}
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    set_optimizer_state_dict(model, optimizer, state, options=FLAT)
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
+def _contiguous_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: parallel.contiguous(value) for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def write_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -270,7 +268,10 @@ def _write_files(model: PreTrainedModel, folder: Path, tensors: dict[str, Tensor
 
 def _check_space(run_dir: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> None:
     states = optimizer.state.values() if optimizer is not None else ()
-    tensors = [*model.parameters(), *(value for state in states for value in state.values() if _is_tensor(value))]
+    tensors = [
+        *model.parameters(),
+        *(value for state in states for value in state.values() if isinstance(value, Tensor)),
+    ]
     needed = sum(t.numel() * t.element_size() for t in tensors) + 16 * 2**20
     free = shutil.disk_usage(run_dir).free
     if free < needed:

@@ -35,7 +35,7 @@ from transformers.distributed.tensor_parallel import (
     apply_tensor_parallelism,
 )
 
-from utils import UserError
+from utils import UserError, n_cores
 
 T = TypeVar("T")
 # A dead process closes its connections, which the others see at once; this only bounds how long a slow one (which
@@ -64,11 +64,15 @@ class Sharding:
     replicate: int
     shard: int
     tensor: int
-    fsdp: bool = True
     block_name: str | None = None
     compute_dtype: torch.dtype = torch.float32
     reshard_after_forward: bool = True
     cpu_offload: bool = False
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether FSDP holds the parameters; tensor parallelism alone does without it."""
+        return self.tensor == 1 or self.shard * self.replicate > 1
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
@@ -96,8 +100,7 @@ def launch(worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port
     When one fails the others are ended. Raises SystemExit with its exit code where it has said why, and UserError where
     a signal killed it.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // n, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(n_cores() // n, 1)))
     try:
         store = dist.TCPStore("localhost", port or 0, is_master=True, wait_for_workers=False)
     except RuntimeError as error:

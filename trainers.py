@@ -293,7 +293,6 @@ def _sharding(config: Config, tensor: int) -> Sharding:
         replicate=replicate,
         shard=shard,
         tensor=tensor,
-        fsdp=tensor == 1 or shard * replicate > 1,
         block_name=config.model.block_name or config.model.block,
         compute_dtype=config.compute_dtype,
         reshard_after_forward=config.fsdp_reshard_after_forward,

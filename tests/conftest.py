@@ -49,6 +49,7 @@ def make_model(kind: str = "llama", hidden: int = 32) -> torch.nn.Module:
     sizes = {"vocab_size": 320, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": hidden // 4}
     more = {"gpt_neox": {"num_attention_heads": 4, "rotary_pct": 0.5}, "mistral": {**heads, "sliding_window": None}}
+    more["qwen3"] = {**heads, "tie_word_embeddings": True}
     arguments = {**sizes, **more.get(kind, heads), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **arguments))
 

@@ -3,6 +3,7 @@
 A cache folder's name holds a `digest` of all that its content depends on, so a name that exists is never wrong.
 """
 
+import ctypes
 import hashlib
 import itertools
 import json
@@ -73,6 +74,7 @@ def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[tuple[pa.Record
     return extras
 
 
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _function: Callable[[Any], Any]
 
 
@@ -80,6 +82,9 @@ def _set_function(function: Callable[[Any], Any]) -> None:
     global _function
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends its workers
+    if sys.platform == "linux":
+        # A parent that is killed cannot end them, and what they inherited of it (its pipes) would seem alive.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _function = function
 
 

@@ -234,7 +234,11 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
             model, folder, {name: tensors[names[id(tensor)]] for name, tensor in saved.items()}, parallel.rank()
         )
         return
-    whole = {name: parallel.full(tensor).cpu() for name, tensor in tensors.items()}
+    whole = {}
+    for name, tensor in tensors.items():
+        gathered = parallel.full(tensor)
+        if parallel.is_main():
+            whole[name] = gathered.cpu()
     if parallel.is_main():
         _write_files(model, folder, revert_weight_conversion(model, whole), None)
 

@@ -119,8 +119,8 @@ def sample(
 ) -> list[list[int]]:
     """One sampled response for each prompt, as token ids with EOS where the model ended it.
 
-    Sampled from the model's own distribution (temperature 1, no top-k or top-p) until a batch's longest prompt and its
-    response have `max_length` tokens together. The result depends on `seed`, the prompts and `batch_size`, and not on
+    Sampled from the model's own distribution (temperature 1, no top-k or top-p) until the longest prompt and a response
+    have `max_length` tokens together. The result depends on `seed`, the prompts and `batch_size`, and not on
     the number of processes, which take turns at the batches; other random state is left as it was.
     """
     device, end = input_device(model), tokenizer.eos_token_id
@@ -128,34 +128,37 @@ def sample(
     # generate() fills in what is not set from the model's own settings, such as a repetition penalty.
     own, model.generation_config = model.generation_config, plain
     batches, ranks = list(chunks(prompts, batch_size)), parallel.data_ranks()
+    # One width for all: processes that wait for each other then also have as many positions left.
+    width = max(map(len, prompts))
     mine: list[list[list[int]]] = []
     rng_devices = [device] if device.type == "cuda" else []
     try:
         with (
             torch.random.fork_rng(rng_devices),
-            autocast(device, compute_dtype, model.dtype),
+            autocast(model, compute_dtype),
             parallel.whole_logits(model),
         ):
             for start in progress(range(0, len(batches), ranks), desc="sampling", leave=False):
                 turn = start + parallel.data_rank()
                 some = batches[turn] if turn < len(batches) else batches[start]
                 torch.manual_seed(seed + turn)
-                ids, mask = left_padded(some, end)
-                room = max(max_length - ids.shape[1], 1)
+                ids, mask = left_padded(some, end, width)
                 # Processes end at different lengths; synced_gpus makes each go on with the others' forward passes.
                 out: Any = model.generate(  # type: ignore[operator]
-                    ids.to(device), attention_mask=mask.to(device), max_new_tokens=room, synced_gpus=parallel.active()
+                    ids.to(device),
+                    attention_mask=mask.to(device),
+                    max_new_tokens=max(max_length - width, 1),
+                    synced_gpus=parallel.active(),
                 )
-                mine.append([_until_end(row, end) for row in out[:, ids.shape[1] :].tolist()])
+                mine.append([_until_end(row, end) for row in out[:, width:].tolist()])
     finally:
         model.generation_config = own
     by_rank = parallel.gather_over_data(mine)
     return [response for i in range(len(batches)) for response in by_rank[i % ranks][i // ranks]]
 
 
-def left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 [prompts, longest], padded on the left for generation."""
-    width = max(map(len, prompts))
+def left_padded(prompts: Sequence[list[int]], pad: int, width: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 [prompts, width], padded on the left for generation."""
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids, mask

@@ -35,7 +35,7 @@ def pick_device(config: Config) -> torch.device:
         apple = torch.backends.mps.is_available() and not config.needs_group
         kind = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
     if kind == "cuda" and config.needs_group:
-        index, there = parallel.local_rank(), torch.cuda.device_count()
+        index, there = parallel.gpu_index(), torch.cuda.device_count()
         if index >= there:
             raise UserError(f"process {index} of this machine has no GPU: there are {there}; start that many processes")
         return torch.device("cuda", index)
@@ -46,7 +46,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The tokenizer of the configuration. Raises UserError where there is none, or it has no end-of-text token."""
     name = config.model.tokenizer_name_or_path or config.model.name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_local_folder(name, config.cache))
+        tokenizer = AutoTokenizer.from_pretrained(local_folder(name, config.cache))
     except _LOAD_ERRORS as error:
         raise UserError(
             f"no tokenizer could be read from {name} ({_first_line(error)}); give one with "
@@ -62,18 +62,19 @@ def load_policy(
     device: torch.device,
     sharding: Sharding | None = None,
     archive: str | None = None,
-    announce: bool = True,
+    trains: bool = True,
 ) -> PreTrainedModel:
     """The model, in model.policy_dtype, without dropout, with the weights of `archive` where one is given.
 
-    With `sharding` each process holds, and reads, only its shards. Raises UserError for a name, folder or archive that
-    cannot be read or does not fit.
+    Activation checkpointing is for a model that `trains`: it makes the embeddings require a gradient. With `sharding`
+    each process holds, and reads, only its shards. Raises UserError for a name, folder or archive that cannot be read
+    or does not fit.
     """
-    source = _local_folder(config.model.name_or_path, config.cache)
+    source = local_folder(config.model.name_or_path, config.cache)
     found = resolve_archive(archive) if archive else None
     if found is not None:
         _check_same_architecture(config.model.name_or_path, source, found)
-        if announce:
+        if trains:
             log(f"starting from the weights of {found.path}{found.describe()}")
     folder = found.path if found is not None and found.state is None else source
     state = found.state if found is not None else None
@@ -84,7 +85,7 @@ def load_policy(
             raise UserError(f"model.archive={found.path} is of another architecture: {_first_line(error)}") from error
         raise UserError(f"no model could be read from {folder}: {_first_line(error)}") from error
     disable_dropout(model)
-    if config.activation_checkpointing:
+    if trains and config.activation_checkpointing:
         try:
             model.activation_checkpointing_enable({"use_reentrant": False}, config.activation_checkpointing_every)
         except ValueError as error:
@@ -166,7 +167,7 @@ def _check_same_architecture(name: str, source: str | Path, archive: Archive) ->
             )
 
 
-def _local_folder(name: str, cache: Path) -> str | Path:
+def local_folder(name: str, cache: Path) -> str | Path:
     """`name` itself, or for a .gguf file the folder it is converted to. Raises UserError for a path without a model."""
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
@@ -230,7 +231,7 @@ def response_logps(model: PreTrainedModel, batch: Batch, compute_dtype: torch.dt
     labels = rows.labels[:, 1:]
     keep = (labels != IGNORED).any(0).nonzero().squeeze(1)
     device = input_device(model)
-    with autocast(device, compute_dtype, model.dtype):
+    with autocast(model, compute_dtype):
         inputs = {"input_ids": rows.input_ids.to(device), "attention_mask": rows.attention_mask.to(device)}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             logits = model(**inputs, logits_to_keep=keep.to(device), use_cache=False).logits
@@ -247,15 +248,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return parallel.device_of(weight)
 
 
-def autocast_dtype(model: PreTrainedModel, config: Config) -> torch.dtype:
-    """The compute type to ask `autocast` for: none but the weights' own where FSDP has cast them already."""
-    return model.dtype if parallel.casts_itself(model) else config.compute_dtype
-
-
 @contextlib.contextmanager
-def autocast(device: torch.device, compute: torch.dtype, weights: torch.dtype) -> Iterator[None]:
-    """Run matrix products in `compute` where it differs from the weights' type."""
-    with torch.autocast(device.type, compute) if compute != weights else contextlib.nullcontext():
+def autocast(model: PreTrainedModel, compute: torch.dtype) -> Iterator[None]:
+    """Run matrix products in `compute` where it differs from the weights' type, and FSDP does not cast these itself."""
+    needed = not parallel.casts_itself(model) and compute != model.dtype
+    with torch.autocast(input_device(model).type, compute) if needed else contextlib.nullcontext():
         yield
 
 

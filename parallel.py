@@ -166,7 +166,12 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """This process's number on its machine."""
-    return int(os.environ["LOCAL_RANK"]) if joined() else 0
+    return int(os.environ.get("LOCAL_RANK", "0")) if joined() else 0
+
+
+def gpu_index() -> int:
+    """Which of the GPUs that this process sees is its own; `srun --gpus-per-task` shows it no other."""
+    return 0 if "SLURM_GPUS_PER_TASK" in os.environ else local_rank()
 
 
 def is_main() -> bool:
@@ -418,6 +423,15 @@ def move_buffers(model: PreTrainedModel) -> PreTrainedModel:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(mesh_device(_mesh)))
     return model
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Free the gathered weights that a forward pass leaves for a backward pass, where none comes."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    if isinstance(model, FSDPModule):
+        model.reset_iter_state()
 
 
 def casts_itself(model: torch.nn.Module) -> bool:

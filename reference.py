@@ -3,6 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
+import parallel
 from batching import Batch
 from models import TokenLogps, response_logps
 
@@ -17,4 +18,7 @@ class LiveReference:
     def response_logps(self, batch: Batch) -> TokenLogps:
         """As models.response_logps. There are no gradients, as nothing requires one; under `no_grad` tensor parallelism
         would take other kernels than the policy's."""
-        return response_logps(self.model, batch, self.compute_dtype)
+        found = response_logps(self.model, batch, self.compute_dtype)
+        assert not found.logps.requires_grad
+        parallel.reshard(self.model)
+        return found

@@ -28,7 +28,14 @@ from omegaconf import DictConfig, OmegaConf
 import parallel
 import trainers
 from checkpoint import find_archive, find_checkpoint
-from models import autocast_dtype, check_fits, load_policy, load_tokenizer, pick_device, quiet_transformers
+from models import (
+    check_fits,
+    load_policy,
+    load_tokenizer,
+    local_folder,
+    pick_device,
+    quiet_transformers,
+)
 from preference_datasets import PreferenceData, format_funnel, load_data
 from reference import LiveReference
 from settings import Config, build_config, check_keys, data_settings, register_resolvers
@@ -180,20 +187,29 @@ def train_in_process(resolved: Any, overrides: list[str]) -> None:
             metrics.unlink()
 
 
+def with_found_paths(config: Config) -> Config:
+    """The configuration with what LATEST names now, in all processes, whatever another run makes of it later."""
+    archive = str(find_archive(config.model.archive)) if config.model.archive else None
+    resume = str(find_checkpoint(config.resume)) if config.resume else None
+    archive, resume = parallel.from_main((archive, resume))
+    return dataclasses.replace(config, resume=resume, model=dataclasses.replace(config.model, archive=archive))
+
+
 def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: Path) -> None:
     """Load tokenizer, data, policy and reference, and train."""
     device = pick_device(config)
     with parallel.one_per_machine_first():
         tokenizer = load_tokenizer(config)
         train_data, eval_data = load_splits(config, tokenizer, run_dir)
+        local_folder(config.model.name_or_path, config.cache)  # converts a .gguf file
     parallel.build_mesh(sharding, device)
-    checkpoint = find_checkpoint(config.resume) if config.resume else None
-    policy = load_policy(config, device, sharding, str(checkpoint or config.model.archive or ""))
+    config = with_found_paths(config)
+    policy = load_policy(config, device, sharding, config.resume or config.model.archive)
     check_fits(policy, tokenizer, config)
     reference = None
     if config.loss.build().needs_reference:
-        frozen = load_policy(config, device, sharding, config.model.archive, announce=checkpoint is not None)
-        reference = LiveReference(frozen, autocast_dtype(frozen, config))
+        frozen = load_policy(config, device, sharding, config.model.archive, trains=False)
+        reference = LiveReference(frozen, config.compute_dtype)
     n_parameters = sum(p.numel() for p in policy.parameters())
     log(
         f"policy: {n_parameters / 1e6:.1f}M parameters on {device} ({parallel.describe()}), "
@@ -204,8 +220,8 @@ def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: P
     try:
         trainer_class = getattr(trainers, config.trainer)
         trainer = trainer_class(config, policy, reference, tokenizer, train_data, eval_data, logger)
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
+        if config.resume:
+            trainer.resume(Path(config.resume))
         trainer.fit()
         failed = False
     finally:
@@ -217,10 +233,14 @@ def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: P
 def main(composed: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN and "local_run_dir" not in str(HydraConfig.get().overrides.task):
         composed.local_run_dir = HydraConfig.get().runtime.output_dir
-    run_main(lambda: train(composed, list(HydraConfig.get().overrides.task)), parallel.fails_first)
+    import train as module  # by this name other processes, Hydra's launchers' among them, find what they have to run
+
+    run_main(lambda: module.train(composed, list(HydraConfig.get().overrides.task)), parallel.fails_first)
 
 
 if __name__ == "__main__":
+    # Hydra's launchers start jobs in processes of their own, which have to find these modules.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.path[0], os.environ.get("PYTHONPATH"))))
     register_resolvers()
     run_main(lambda: check_keys(sys.argv[1:]), parallel.fails_first)
     main()

@@ -13,7 +13,6 @@ import checkpoint
 import parallel
 from batching import Example, Plan, eval_examples
 from evaluation import Metrics, SampleEvaluator, Scorer, evaluate_loss, extend_metrics, mean_metrics, prompts_of, shares
-from models import autocast_dtype
 from parallel import Sharding
 from preference_datasets import PreferenceData
 from reference import LiveReference
@@ -85,8 +84,7 @@ class BasicTrainer:
     ):
         self.config, self.policy, self.reference = config, policy, reference
         self.tokenizer, self.train_data, self.eval_data, self.logger = tokenizer, train_data, eval_data, logger
-        self.compute_dtype = autocast_dtype(policy, config)
-        self.scorer = Scorer(config.loss.build(), self.compute_dtype, reference)
+        self.scorer = Scorer(config.loss.build(), config.compute_dtype, reference)
         self.plan = plan_of(config)
         self.total_examples, self.total_steps = self.plan.size(train_data)
         # Examples in one forward pass of all processes, of which each has at least one.
@@ -106,7 +104,7 @@ class BasicTrainer:
         if not config.sample_during_eval or not prompts:
             return None
         settings = {"max_length": config.max_length, "batch_size": config.eval_batch_size, "seed": config.seed}
-        return SampleEvaluator(self.tokenizer, prompts, compute_dtype=self.compute_dtype, **settings)
+        return SampleEvaluator(self.tokenizer, prompts, compute_dtype=config.compute_dtype, **settings)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint, whose weights the policy has already. Raises UserError if it is of another run."""
@@ -155,8 +153,10 @@ class BasicTrainer:
         self.policy.train()
         (share,) = shares(self.train_data, first, 1)
         _, metrics = self.scorer(self.policy, share.batch, "train")
-        here = max(abs(v) for side in ("chosen", "rejected") for v in metrics[f"logratios_per_token_train/{side}"])
-        worst = max(parallel.gather(here))
+        parallel.reshard(self.policy)
+        sides = (metrics[f"logratios_per_token_train/{side}"] for side in ("chosen", "rejected"))
+        here = torch.tensor([*sides]).abs().max()  # which is not a number where any is not
+        worst = float(torch.stack(parallel.gather(here)).max())
         if 0 < worst <= ROUNDING:
             log(f"policy and reference differ by up to {worst:.2g} nats per token: rounding of this machine's kernels")
         elif worst != 0:
@@ -223,6 +223,7 @@ class BasicTrainer:
             sampled, rows = self.sampler(self.policy, self.reference.model if self.reference else None)
             metrics |= sampled
             self.logger.samples(rows, self.examples)
+        parallel.reshard(self.policy)
         self.eval_metrics = metrics
         self.logger.log(metrics, self.examples, always=True)
         shown = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
@@ -236,12 +237,10 @@ class BasicTrainer:
             return None
         if not parallel.all_finite(self.policy):
             raise UserError(f"the weights are not finite after {self.examples} examples: {DIVERGED}")
-        config = self.config
         state = {
             "examples": self.examples,
             "updates": self.updates,
             "metrics": self.eval_metrics,
-            "archive": str(Path(config.model.archive).resolve()) if config.model.archive else None,
             "command": command_line(),
             "scaler": self.scaler.state_dict(),
             **self._identity(),
@@ -256,10 +255,14 @@ class BasicTrainer:
         config = self.config
         return {
             "base_model": config.model.name_or_path,
+            "archive": config.model.archive,
             "loss": {k: v for k, v in vars(config.loss).items() if v is not None},
             "datasets": config.datasets,
             "seed": config.seed,
             "batch_size": config.batch_size,
+            "max_length": config.max_length,
+            "max_prompt_length": config.max_prompt_length,
+            "dataset_weights": config.dataset_weights,
             "optimizer": config.optimizer,
         }
 
@@ -289,7 +292,7 @@ def _sharding(config: Config, tensor: int) -> Sharding:
             f"FSDP shards: {processes} / ({replicate} x {tensor}) = {processes / (replicate * tensor):.2f}; "
             "change one of them, or nproc"
         )
-    return Sharding(
+    sharding = Sharding(
         replicate=replicate,
         shard=shard,
         tensor=tensor,
@@ -298,6 +301,12 @@ def _sharding(config: Config, tensor: int) -> Sharding:
         reshard_after_forward=config.fsdp_reshard_after_forward,
         cpu_offload=config.fsdp_cpu_offload,
     )
+    if not sharding.fsdp and (sharding.cpu_offload or not sharding.reshard_after_forward):
+        raise UserError(
+            f"fsdp_cpu_offload and fsdp_reshard_after_forward are FSDP's, and with tensor_parallel_size={tensor} of "
+            f"{processes} processes nothing is left for it: leave them out, or lower tensor_parallel_size"
+        )
+    return sharding
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, str]:

@@ -44,7 +44,9 @@ def make_model(kind: str = "llama", hidden: int = 32) -> torch.nn.Module:
     """A random causal language model of two layers, of the architecture (model_type) `kind`."""
     torch.manual_seed(0)
     if kind == "gpt2":
-        config = GPT2Config(vocab_size=320, n_embd=hidden, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+        config = GPT2Config(
+            vocab_size=320, n_positions=64, n_embd=hidden, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+        )
         return AutoModelForCausalLM.from_config(config)
     sizes = {"vocab_size": 320, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": hidden // 4}

@@ -135,17 +135,38 @@ def test_five_steps_equal_those_of_one_process(group: str, trained: Path) -> Non
 
 
 EVALUATED = "n_eval_examples=7 eval_batch_size=3 n_eval_model_samples=5 loss=dpo loss.beta=0.5 lr=0.1 optimizer=SGD"
+# GPT-2 here has no more positions than max_length, and processes finish sampling at different lengths.
+EVALUATIONS = {"gpt2": f"{FSDP} fsdp_reshard_after_forward=false", "qwen3": TENSOR}
 
 
 def test_evaluation_and_samples_are_those_of_one_process(folder: Path) -> None:
-    def given(name: str, trainer: str) -> list[str]:
-        return overrides_of(folder, name, "llama", EVALUATED, "batch_size=8", trainer)
+    def given(name: str, kind: str, trainer: str) -> list[str]:
+        return overrides_of(folder, name + kind, kind, EVALUATED, "batch_size=8", trainer)
 
-    train_here(given("evaluated", "trainer=BasicTrainer"))
-    launch([given("evaluated2", FSDP)], 2)
-    wanted, found = (read_jsonl(folder / name / "metrics.jsonl") for name in ("evaluated", "evaluated2"))
-    assert_same_events(found, wanted)
-    assert read_jsonl(folder / "evaluated" / "samples.jsonl") == read_jsonl(folder / "evaluated2" / "samples.jsonl")
+    for kind in EVALUATIONS:
+        train_here(given("evaluated", kind, "trainer=BasicTrainer"))
+    launch([given("evaluated2", kind, trainer) for kind, trainer in EVALUATIONS.items()], 2)
+    for kind in EVALUATIONS:
+        one, two = (folder / (name + kind) for name in ("evaluated", "evaluated2"))
+        assert_same_run(two, one)
+        assert read_jsonl(one / "samples.jsonl") == read_jsonl(two / "samples.jsonl")
+
+
+@pytest.mark.parametrize("key", ["mixed_precision", "model.policy_dtype"])
+def test_bfloat16_is_that_of_one_process_within_its_rounding(key: str, folder: Path) -> None:
+    def run(name: str) -> list[str]:
+        trainer = {"one": "trainer=BasicTrainer", "fsdp": FSDP, "tensor": TENSOR}[name]
+        given = f"{key}=bfloat16 loss=dpo loss.beta=0.5 batch_size=8 n_eval_examples=0 lr=1e-2 optimizer=SGD"
+        return overrides_of(folder, key + name, "llama", given, trainer)
+
+    train_here(run("one"))
+    launch([run("fsdp"), run("tensor")], 2)
+    wanted, *found = ([e["loss/train"] for e in read_jsonl(folder / (key + n) / "metrics.jsonl")] for n in NAMES)
+    for losses in found:
+        assert losses == pytest.approx(wanted, rel=3e-2)
+
+
+NAMES = ("one", "fsdp", "tensor")
 
 
 @pytest.mark.parametrize(("first", "then"), [(4, 2), (4, 1), (1, 4)])
@@ -159,6 +180,13 @@ def test_a_run_goes_on_with_another_number_of_processes(first: int, then: int, f
         return read_jsonl(folder / name / "metrics.jsonl")
 
     whole = run(f"whole_{first}", first)
+    with pytest.raises(UserError, match="was trained with archive=None"):
+        run(
+            f"another_{first}_{then}",
+            1,
+            f"resume={folder}/whole_{first}/step-20",
+            f"model.archive={folder}/whole_{first}",
+        )
     rest = run(f"rest_{first}_{then}", then, f"resume={folder}/whole_{first}/step-20")
     expected = [event for event in whole if event["counters/examples"] > 20]
     assert len(rest) == 6
@@ -216,6 +244,22 @@ def test_a_killed_worker_ends_the_job(folder: Path) -> None:
     wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in everything), 10)
     AutoModelForCausalLM.from_pretrained(run_dir / "LATEST")
     assert checkpoint.find_checkpoint(str(run_dir)).is_dir()
+
+
+def test_a_worker_killed_while_it_tokenises_ends_the_job(folder: Path) -> None:
+    write_pairs(folder / "many_pairs", n_train=40_000)
+    given = f"datasets=[{folder / 'many_pairs'}] num_proc=2 nproc=2"
+    command = [sys.executable, str(ROOT / "train.py"), *overrides_of(folder, "early", "llama", given, FSDP)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        first = wait_for(lambda: [p for p in psutil.Process(process.pid).children() if len(p.children()) == 2])[0]
+        everything = psutil.Process(process.pid).children(recursive=True)
+        first.kill()
+        _, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "killed by SIGKILL" in stderr, stderr
+    wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in everything), 10)
 
 
 def test_two_machines_under_torchrun(folder: Path) -> None:

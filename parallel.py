@@ -11,6 +11,7 @@ import math
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,6 +42,7 @@ T = TypeVar("T")
 # A dead process closes its connections, which the others see at once; this only bounds how long a slow one (which
 # tokenises a large data set, say) is waited for.
 TIMEOUT = timedelta(hours=4)
+SECONDS_TO_SPEAK = 30.0
 MESH = ("replicate", "shard", "tensor")
 # Styles of transformers' tensor-parallel plans that the tests hold to one process. Others (experts) are refused.
 TESTED_STYLES = {
@@ -182,7 +184,10 @@ def is_main() -> bool:
 def fails_first() -> bool:
     """Whether this process is the one that says why the group fails: the first that asks."""
     if not active():
-        return is_main()
+        if not is_main():
+            # If the main process fails in the same way, this one is ended meanwhile; else it has something to say.
+            time.sleep(SECONDS_TO_SPEAK)
+        return True
     try:
         return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
     except RuntimeError:  # the store is gone, and with it whoever held it

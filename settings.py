@@ -246,6 +246,7 @@ def _number_problems(c: Config) -> list[str]:
         *((key, lambda v: v >= 1, "at least 1") for key in at_least_1),
         *((key, lambda v: 0 <= v < math.inf, "0 or more") for key in (*at_least_0, "lr", "minimum_log_interval_secs")),
         ("seed", lambda v: v < 2**63, "less than 2^63"),
+        ("fsdp_port", lambda v: 0 < v < 2**16, "between 1 and 65535"),
         ("max_grad_norm", lambda v: v > 0, "more than 0"),
         ("lr_min_ratio", lambda v: 0 <= v <= 1, "between 0 and 1"),
         ("holdout_fraction", lambda v: 0 <= v < 1, "at least 0 and less than 1"),

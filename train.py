@@ -11,6 +11,7 @@ import functools
 import json
 import netrc
 import os
+import shutil
 import signal
 import sys
 import urllib.parse
@@ -159,7 +160,11 @@ def train(composed: DictConfig, overrides: list[str]) -> None:
     else:
         pick_device(config)
         n = config.nproc or (torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 2)
-        parallel.launch(work, (resolved, overrides), n, config.fsdp_port)
+        try:
+            parallel.launch(work, (resolved, overrides), n, config.fsdp_port)
+        except BaseException:  # Ctrl-C among them
+            leave(Path(config.local_run_dir))
+            raise
 
 
 def work(resolved: dict[str, Any], overrides: list[str]) -> None:
@@ -178,13 +183,24 @@ def train_in_process(resolved: Any, overrides: list[str]) -> None:
         be_quiet()
     sharding = getattr(trainers, config.trainer).sharding(config)
     run_dir = open_run(config, composed, overrides) if parallel.is_main() else Path(config.local_run_dir)
+    sys.argv = ["train.py", *overrides]  # which a checkpoint records: of a sweep, this job's own
     try:
         build_and_fit(config, sharding, run_dir)
-    finally:
-        metrics = run_dir / "metrics.jsonl"
-        # nothing was trained: the folder may be used again
-        if parallel.is_main() and metrics.exists() and not metrics.stat().st_size:
-            metrics.unlink()
+    except BaseException:
+        if parallel.is_main():
+            leave(run_dir)
+        raise
+
+
+def leave(run_dir: Path) -> None:
+    """Clear away what a run that failed left half done, and where nothing was trained let its folder be used again."""
+    for unfinished in run_dir.glob(".step-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.exists() and not metrics.stat().st_size:
+        metrics.unlink()
+    if run_dir.exists():
+        open_log(run_dir)  # for the reason, from whichever process
 
 
 def with_found_paths(config: Config) -> Config:
@@ -203,6 +219,8 @@ def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: P
         train_data, eval_data = load_splits(config, tokenizer, run_dir)
         local_folder(config.model.name_or_path, config.cache)  # converts a .gguf file
     parallel.build_mesh(sharding, device)
+    if not parallel.is_main():
+        open_log(run_dir)  # for an error of this process
     config = with_found_paths(config)
     policy = load_policy(config, device, sharding, config.resume or config.model.archive)
     check_fits(policy, tokenizer, config)

@@ -1,5 +1,6 @@
 """Small helpers without a home of their own: user-facing errors, the run's log and metric files, local folders."""
 
+import errno
 import functools
 import getpass
 import hashlib
@@ -75,6 +76,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     # torch's own type on CUDA, a plain RuntimeError elsewhere
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
         return f"error: out of memory: {text.splitlines()[0] if text else 'host'}\n{LESS_MEMORY}", 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"error: {text}", 1
     if re.search("gloo/transport|(closed|reset) by peer", text):
         return f"error: another process of the group is gone ({text.splitlines()[0]}); it says why, or was killed", 1
     return f"{traceback.format_exc()}\nerror: this is a defect of the program, not of your input; see above", 2

@@ -1,13 +1,13 @@
 """From records to batches: the stateless order of examples, prompt trees, and how a tree is laid on a model's rows."""
 
 import itertools
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from preference_datasets import PreferenceData
 from utils import UserError
@@ -16,7 +16,6 @@ Example = tuple[int, int]
 """(record, pair of that record); in SFT the second is 0: the record's one target."""
 
 T = TypeVar("T")
-IGNORED = -100
 EVAL_SEED = 0
 """The evaluation examples are the same whatever a run's seed, so that runs can be compared."""
 
@@ -63,34 +62,6 @@ def make_batch(data: PreferenceData, examples: Sequence[Example]) -> Batch:
         trees.append(Tree(content.prompt, [content.responses[response] for response in used]))
         n_responses += len(used)
     return Batch(trees, sides[:, 0].tolist(), sides[:, 1].tolist() if paired else None)
-
-
-@dataclass(frozen=True)
-class PaddedRows:
-    """The `padded` layout: one row for each response, prompt + response, padded on the right.
-
-    All are int64 of shape [responses, longest row]. `labels` holds the token ids of responses and IGNORED elsewhere.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-
-
-def padded(batch: Batch) -> PaddedRows:
-    """Lay a batch out as one row a response. This layout works for every model and defines what others must equal."""
-    rows = [(tree.prompt, response) for tree in batch.trees for response in tree.responses]
-    width = max(len(prompt) + len(response) for prompt, response in rows)
-    shape = (len(rows), width)
-    input_ids = torch.zeros(shape, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED, dtype=torch.long)
-    for row, (prompt, response) in enumerate(rows):
-        start, stop = len(prompt), len(prompt) + len(response)
-        input_ids[row, :stop] = torch.tensor(prompt + response)
-        attention_mask[row, :stop] = 1
-        labels[row, start:stop] = torch.tensor(response)
-    return PaddedRows(input_ids, attention_mask, labels)
 
 
 def epoch_order(data: PreferenceData, seed: int, epoch: int, weights: Sequence[float] | None = None) -> np.ndarray:
@@ -175,54 +146,107 @@ def eval_examples(data: PreferenceData, n: int) -> list[Example]:
     return [(int(record), int(pair)) for record, pair in epoch_order(data, EVAL_SEED, 0)[:n]]
 
 
-def deal(data: PreferenceData, examples: Sequence[Example], passes: int, ranks: int) -> list[list[list[Example]]]:
-    """Cut a global batch into at most `passes` forward passes of `ranks` processes: [pass][rank] -> examples.
-
-    Examples of a prompt stay together where the shares allow it. Sorted by length and cut so that the largest
-    micro-batch computes as few tokens as it can, those of one pass being about equally large. An empty one still has
-    to make the pass.
-    """
-    shares = passes * ranks
-    if shares == 1:
-        return [[list(examples)]]
-    groups = sorted(_groups(data, examples, -(-len(examples) // shares)), key=lambda g: -g.longest)
-    low, high = max(g.rows * g.longest for g in groups), sum(g.rows for g in groups) * groups[0].longest
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(_fill(groups, middle)) <= shares else (middle + 1, high)
-    parts = _fill(groups, low)
-    parts.sort(key=lambda part: -sum(g.rows for g in part) * part[0].longest)
-    dealt = [[example for g in part for example in g.examples] for part in parts]
-    return [[*some, *([[]] * (ranks - len(some)))] for some in chunks(dealt, ranks)]
-
-
 @dataclass(frozen=True)
-class _Group:
-    examples: Sequence[Example]
-    rows: int
-    longest: int
+class Cut:
+    """Into which micro-batches work is cut: at least `passes` forward passes of `ranks` processes, of up to `tokens`
+    tokens with padding in each process (None: no limit), under the layout `tree` or `padded`."""
+
+    layout: str
+    ranks: int
+    passes: int
+    tokens: int | None
+
+    def deal(self, sizes: Sequence[tuple[int, list[int]]]) -> list[list[list[int]]]:
+        """[pass][rank] -> indices of `sizes`, each the length of a prompt and those of its responses.
+
+        Sorted by length, so that rows of a micro-batch are about equally long and those of one pass about equally much
+        work. An empty micro-batch still has to make the pass. One that alone has more than `tokens` is left whole.
+        """
+        if self.layout == "tree":
+            items = [_Item(i, 1, prompt + sum(responses)) for i, (prompt, responses) in enumerate(sizes)]
+        else:
+            items = [_Item(i, len(responses), prompt + max(responses)) for i, (prompt, responses) in enumerate(sizes)]
+        items.sort(key=lambda item: -item.length)
+        limit = self.tokens
+        if limit is None or self.passes > 1:
+            limit = min(limit or sys.maxsize, _smallest_limit(items, self.passes * self.ranks))
+        parts = _fill(items, limit) if self.tokens is None else _least_padding(items, limit)
+        parts.sort(key=lambda part: -_tokens(part))
+        indices = [[item.index for item in part] for part in parts]
+        return [[*some, *([[]] * (self.ranks - len(some)))] for some in chunks(indices, self.ranks)]
 
 
-def _groups(data: PreferenceData, examples: Sequence[Example], most: int) -> Iterator[_Group]:
-    """Runs of up to `most` examples of one prompt, with their rows in the padded layout."""
+def deal(data: PreferenceData, examples: Sequence[Example], cut: Cut) -> list[list[list[Example]]]:
+    """Cut a global batch into micro-batches: [pass][rank] -> examples. A prompt's pairs stay together if they fit."""
+    most = -(-len(examples) // (cut.passes * cut.ranks))
+    groups: list[Sequence[Example]] = []
+    sizes: list[tuple[int, list[int]]] = []
     for index, run in itertools.groupby(examples, key=lambda example: example[0]):
         record = data[index]
         for some in chunks(list(run), most):
             used = {response for _, pair in some for response in (record.pairs[pair] if record.pairs else (0,))}
-            yield _Group(some, len(used), len(record.prompt) + max(len(record.responses[r]) for r in used))
+            groups.append(some)
+            sizes.append((len(record.prompt), [len(record.responses[r]) for r in used]))
+    return [[[e for i in part for e in groups[i]] for part in dealt] for dealt in cut.deal(sizes)]
 
 
-def _fill(groups: Sequence[_Group], capacity: int) -> list[list[_Group]]:
-    """Consecutive `groups` (longest first) in as few parts as `capacity`, in tokens with padding, allows."""
-    parts: list[list[_Group]] = []
+@dataclass(frozen=True)
+class _Item:
+    index: int
+    rows: int
+    length: int
+
+
+def _tokens(part: Sequence[_Item]) -> int:
+    """Tokens of a micro-batch with padding; its first item is the longest."""
+    return sum(item.rows for item in part) * part[0].length
+
+
+def _smallest_limit(items: Sequence[_Item], most: int) -> int:
+    """The fewest tokens a micro-batch may have for `items` to fit into `most` micro-batches."""
+    low, high = max(map(_tokens, zip(items))), sum(item.rows for item in items) * items[0].length
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_fill(items, middle)) <= most else (middle + 1, high)
+    return low
+
+
+def _fill(items: Sequence[_Item], limit: int) -> list[list[_Item]]:
+    """Consecutive `items` (longest first) in as few micro-batches of up to `limit` tokens as there can be."""
+    parts: list[list[_Item]] = []
     rows = 0
-    for g in groups:
-        if parts and (rows + g.rows) * parts[-1][0].longest <= capacity:
-            parts[-1].append(g)
-            rows += g.rows
+    for item in items:
+        rows += item.rows
+        if parts and rows * parts[-1][0].length <= limit:
+            parts[-1].append(item)
         else:
-            parts.append([g])
-            rows = g.rows
+            parts.append([item])
+            rows = item.rows
+    return parts
+
+
+def _least_padding(items: Sequence[_Item], limit: int) -> list[list[_Item]]:
+    """Consecutive `items` (longest first) in micro-batches of up to `limit` tokens with the least padding in all.
+
+    Dynamic programming over where the last micro-batch starts. Each also costs what limit / 128 tokens do, which is
+    what adding its gradients to the others' takes, so that short items are not computed one by one.
+    """
+    cost, starts = [0.0], [0]
+    for stop in range(1, len(items) + 1):
+        best, rows = (math.inf, 0), 0
+        for start in range(stop - 1, -1, -1):
+            rows += items[start].rows
+            tokens = rows * items[start].length
+            if tokens > limit and start < stop - 1:
+                break
+            best = min(best, (cost[start] + tokens + limit / 128, start))
+        cost.append(best[0])
+        starts.append(best[1])
+    parts: list[list[_Item]] = []
+    stop = len(items)
+    while stop:
+        parts.append(list(items[starts[stop] : stop]))
+        stop = starts[stop]
     return parts
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import parallel
-from batching import Batch, Example, chunks, deal, make_batch
+from batching import Batch, Cut, Example, chunks, deal, make_batch
 from losses import Loss, SequenceLogps, implicit_rewards, reduce_tokens
-from models import TokenLogps, autocast, input_device, response_logps
+from models import Computation, TokenLogps, autocast, input_device, response_logps
 from preference_datasets import PreferenceData
-from reference import LiveReference
+from reference import Reference
 from utils import progress
 
 Metrics = dict[str, list[float]]
@@ -25,8 +25,8 @@ class Scorer:
     """Computes the loss of a batch under a policy, and the metrics that go with it."""
 
     loss: Loss
-    compute_dtype: torch.dtype
-    reference: LiveReference | None
+    how: Computation
+    reference: Reference | None
 
     def __call__(self, policy: PreTrainedModel, batch: Batch, split: str) -> tuple[Tensor, Metrics]:
         """Returns the loss of each example, shape [n], with gradients, and the metrics of each example.
@@ -34,8 +34,9 @@ class Scorer:
         Metric names end in `split` ("train" or "eval") as in the original code. `logps_*` are sums over tokens, in
         nats, whatever the loss averages; rewards are beta times the log-ratio that the loss uses.
         """
-        tokens = response_logps(policy, batch, self.compute_dtype)
-        reference = self.reference.response_logps(batch) if self.reference is not None else None
+        tokens = response_logps(policy, batch, self.how)
+        device = tokens.logps.device
+        reference = self.reference.response_logps(batch).to(device) if self.reference is not None else None
         sums = self._sequences(batch, tokens, reference, average=False)
         means = self._sequences(batch, tokens, reference, average=True)
         logps = means if self.loss.average_log_prob else sums
@@ -72,11 +73,10 @@ class Share:
     counts: bool
 
 
-def shares(data: PreferenceData, examples: Sequence[Example], passes: int) -> Iterator[Share]:
+def shares(data: PreferenceData, examples: Sequence[Example], cut: Cut) -> list[Share]:
     """This process's micro-batches of a global batch, as many in every process."""
-    for dealt in deal(data, examples, passes, parallel.data_ranks()):
-        mine = dealt[parallel.data_rank()]
-        yield Share(make_batch(data, mine or examples[:1]), bool(mine))
+    mine = [dealt[parallel.data_rank()] for dealt in deal(data, examples, cut)]
+    return [Share(make_batch(data, some or examples[:1]), bool(some)) for some in mine]
 
 
 def extend_metrics(total: Metrics, more: Metrics, counts: bool = True) -> None:
@@ -94,16 +94,13 @@ def mean_metrics(metrics: Metrics) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate_loss(
-    scorer: Scorer, policy: PreTrainedModel, data: PreferenceData, examples: Sequence[Example], batch_size: int
+    scorer: Scorer, policy: PreTrainedModel, data: PreferenceData, examples: Sequence[Example], cut: Cut
 ) -> Iterator[tuple[str, float]]:
     """Yields each metric of `Scorer` as its mean over exactly `examples`."""
     total: Metrics = {}
-    for some in progress(
-        list(chunks(examples, max(batch_size, parallel.data_ranks()))), desc="evaluating", leave=False
-    ):
-        for share in shares(data, some, 1):
-            _, metrics = scorer(policy, share.batch, "eval")
-            extend_metrics(total, metrics, share.counts)
+    for share in progress(shares(data, examples, cut), desc="evaluating", leave=False):
+        _, metrics = scorer(policy, share.batch, "eval")
+        extend_metrics(total, metrics, share.counts)
     yield from mean_metrics(total).items()
 
 
@@ -181,14 +178,14 @@ class SampleEvaluator:
         self.tokenizer, self.prompts, self.settings = tokenizer, prompts, settings
         self._reference: list[list[int]] | None = None
 
-    def __call__(
-        self, policy: PreTrainedModel, reference: PreTrainedModel | None
-    ) -> tuple[dict[str, float], list[dict[str, str]]]:
+    def remember(self, reference: PreTrainedModel) -> None:
+        """Sample from the reference; `reference` may train from here on."""
+        self._reference = sample(reference, self.tokenizer, self.prompts, **self.settings)  # type: ignore[arg-type]
+
+    def __call__(self, policy: PreTrainedModel) -> tuple[dict[str, float], list[dict[str, str]]]:
         """Returns mean length (tokens) and share of samples that ended with EOS, and rows of prompt and responses."""
         sampled = {"policy": sample(policy, self.tokenizer, self.prompts, **self.settings)}  # type: ignore[arg-type]
-        if reference is not None:
-            if self._reference is None:
-                self._reference = sample(reference, self.tokenizer, self.prompts, **self.settings)  # type: ignore[arg-type]
+        if self._reference is not None:
             sampled["reference"] = self._reference
         end = self.tokenizer.eos_token_id
         metrics: dict[str, float] = {}

@@ -1,7 +1,8 @@
 """Load policy and tokenizer; log-probabilities of a batch's responses."""
 
 import contextlib
-import inspect
+import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,23 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import parallel
 from arrow_cache import cached
-from batching import IGNORED, Batch, padded
+from batching import Batch, Tree
 from checkpoint import Archive, resolve_archive
+from layouts import lay_out, model_inputs
 from parallel import Sharding
 from settings import Config
 from utils import UserError, file_hash, log
 
 # Buffers in a policy.pt of older versions of transformers, which today's models compute: causal masks and frequencies.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
+LOGITS_AT_ONCE = 2**25
+"""Logits (positions x vocabulary) that exist at a time: 128 MiB in float32."""
 # What from_pretrained raises for a name or folder it cannot use.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError)
 
@@ -49,7 +55,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(local_folder(name, config.cache))
     except _LOAD_ERRORS as error:
         raise UserError(
-            f"no tokenizer could be read from {name} ({_first_line(error)}); give one with "
+            f"no tokenizer could be read from {name} ({first_line(error)}); give one with "
             "model.tokenizer_name_or_path=<hub id or folder>"
         ) from error
     if tokenizer.eos_token_id is None:
@@ -82,14 +88,15 @@ def load_policy(
         model = _from_pretrained(folder, state, _loading_options(config, device, sharding), sharding)
     except _LOAD_ERRORS as error:
         if found is not None and state is not None:
-            raise UserError(f"model.archive={found.path} is of another architecture: {_first_line(error)}") from error
-        raise UserError(f"no model could be read from {folder}: {_first_line(error)}") from error
+            raise UserError(f"model.archive={found.path} is of another architecture: {first_line(error)}") from error
+        raise UserError(f"no model could be read from {folder}: {first_line(error)}") from error
     disable_dropout(model)
     if trains and config.activation_checkpointing:
         try:
             model.activation_checkpointing_enable({"use_reentrant": False}, config.activation_checkpointing_every)
         except ValueError as error:
-            raise UserError(f"activation_checkpointing=true: {_first_line(error)}") from error
+            raise UserError(f"activation_checkpointing=true: {first_line(error)}") from error
+    add_token_logps(model)
     if sharding is not None:
         return parallel.move_buffers(model)
     if not config.model.device_map:
@@ -157,7 +164,7 @@ def _check_same_architecture(name: str, source: str | Path, archive: Archive) ->
         try:
             configs.append(AutoConfig.from_pretrained(place))
         except _LOAD_ERRORS as error:
-            raise UserError(f"model.{key}={place}: its config cannot be read: {_first_line(error)}") from error
+            raise UserError(f"model.{key}={place}: its config cannot be read: {first_line(error)}") from error
     for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         wanted, given = (getattr(config, key, None) for config in configs)
         if wanted != given:
@@ -189,7 +196,7 @@ def _convert_gguf(path: Path, cache: Path) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         except _LOAD_ERRORS as error:
-            raise UserError(f"{path} could not be read as a GGUF model: {_first_line(error)}") from error
+            raise UserError(f"{path} could not be read as a GGUF model: {first_line(error)}") from error
         # The weights are no longer quantised; transformers refuses to save a model that says they are.
         del model.config.quantization_config
         model.hf_quantizer = None  # type: ignore[assignment]
@@ -209,36 +216,150 @@ def disable_dropout(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """log p(token | all before it) in nats, float32 [responses, positions]; `mask` is true at response tokens."""
+    """log p(token | all before it) in nats, float32 [responses, longest response]; `mask` is true where one exists."""
 
     logps: Tensor
     mask: Tensor
 
+    def to(self, device: torch.device) -> "TokenLogps":
+        """The same on `device`."""
+        return TokenLogps(self.logps.to(device), self.mask.to(device))
 
-def response_logps(model: PreTrainedModel, batch: Batch, compute_dtype: torch.dtype) -> TokenLogps:
+
+class _Output(BaseModelOutputWithPast):
+    def __getattr__(self, name: str) -> None:
+        """Some models ask for more than there is without a cache: cross-attentions, logits of a router."""
+
+
+class _Given:
+    """Stands in for a model's body: gives hidden states that are there already."""
+
+    def __init__(self, hidden: Tensor):
+        self.output = _Output(last_hidden_state=hidden)
+
+    def __call__(self, *inputs: Any, **more: Any) -> _Output:
+        return self.output
+
+    def __getattr__(self, name: str) -> "_Given":
+        return self
+
+
+def add_token_logps(model: PreTrainedModel) -> PreTrainedModel:
+    """Let `model(sources=..., targets=..., **inputs)` return log p(targets) [n], read at the slots `sources` [n].
+
+    Logits exist only for these slots and for CHUNK / vocabulary of them at a time, and are computed again in backward.
+    They come from the model's own forward with its body replaced, so that one that scales or caps them still does.
+    As a part of the model's forward, this finds the weights that FSDP has gathered for it.
+    """
+    own, body = model.forward, model.base_model_prefix
+    step = max(LOGITS_AT_ONCE // model.config.get_text_config().vocab_size, 1)
+
+    def logps(hidden: Tensor, targets: Tensor) -> Tensor:
+        module = model._modules[body]
+        model._modules[body] = _Given(hidden[None])  # type: ignore[assignment]
+        try:
+            logits = own(use_cache=False).logits
+        finally:
+            model._modules[body] = module
+        return parallel.label_logps(logits, targets[None].to(hidden.device))[0]
+
+    @functools.wraps(own)
+    def forward(*args: Any, sources: Tensor | None = None, targets: Tensor | None = None, **inputs: Any) -> Any:
+        if sources is None or targets is None:
+            return own(*args, **inputs)
+        states = model.get_decoder()(*args, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
+        states = states[sources.to(states.device)]
+        chunks = zip(states.split(step), targets.split(step), strict=True)
+        return torch.cat([checkpoint(logps, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
+    model.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+@dataclass(frozen=True)
+class Computation:
+    """How log-probabilities are computed: the type of matrix products, and how trees are laid on rows."""
+
+    dtype: torch.dtype
+    layout: str = "padded"
+    tolerance: float = 1e-4
+    """By how much two ways of computing the same may differ, as the mean over tokens in nats: rounding of `dtype`."""
+
+
+def pick_computation(model: PreTrainedModel, config: Config) -> Computation:
+    """What the configuration asks for: layout `auto` is `tree` for every model that computes it as it does `padded`.
+
+    The two are compared on made-up trees as long as the data's can be, so that a window or a learned position that is
+    counted along the row shows. Raises UserError for `tree` where it differs.
+    """
+    dtype = config.compute_dtype
+    exact = dtype == torch.float32 and not (input_device(model).type == "cuda" and config.allow_tf32)
+    padded = Computation(dtype, "padded", 1e-4 if exact else 0.1)
+    found = head_difference(model, dtype)
+    if found > padded.tolerance:
+        raise UserError(
+            f"{type(model).__name__} is not supported: its log-probabilities, computed a part at a time, differ by "
+            f"{found:.2g} nats per token from those of its own logits"
+        )
+    if config.layout == "padded":
+        return padded
+    try:
+        found = layout_difference(model, dtype, config.max_prompt_length, config.max_length)
+        if found <= padded.tolerance:
+            return dataclasses.replace(padded, layout="tree")
+        reason = f"log-probabilities differ by {found:.2g} nats per token, more than {padded.tolerance}"
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = first_line(error)
+    if config.layout == "tree":
+        raise UserError(f"layout=tree is not exact for {type(model).__name__}: {reason}; set layout=padded")
+    log(f"layout=padded: {type(model).__name__} cannot share the computation of prompts ({reason})")
+    return padded
+
+
+@torch.no_grad()
+def head_difference(model: PreTrainedModel, dtype: torch.dtype) -> float:
+    """Mean absolute difference of `response_logps` from the log-softmax of the model's own logits, nats per token."""
+    ids = list(range(8))
+    found = response_logps(model, Batch([Tree(ids[:1], [ids[1:]])], [], None), Computation(dtype))
+    device = input_device(model)
+    with autocast(model, dtype):
+        logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
+    own = parallel.label_logps(logits[:, :-1], torch.tensor([ids[1:]], device=logits.device))
+    return float((found.logps - own).abs().mean())
+
+
+@torch.no_grad()
+def layout_difference(model: PreTrainedModel, dtype: torch.dtype, prompt_length: int, length: int) -> float:
+    """Mean absolute difference of the two layouts' log-probabilities on a tree of random tokens, in nats per token."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (2 * length,), generator=generator).tolist()
+    long, short = ids[prompt_length:length], ids[length : length + max((length - prompt_length) // 2, 1)]
+    batch = Batch([Tree(ids[:prompt_length], [long, short, long[::-1]]), Tree(ids[:1], [short])], [], None)
+    tree, padded = (response_logps(model, batch, Computation(dtype, layout)) for layout in ("tree", "padded"))
+    return float((tree.logps - padded.logps)[padded.mask].abs().mean())
+
+
+def response_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> TokenLogps:
     """Log-probability of each token of the batch's responses, in the order of its trees.
 
-    Logits are computed only at positions that predict a response token in some row. The log-softmax is float32 whatever
-    the model's type. The first token of a response has none where there is neither prompt nor BOS before it.
+    The log-softmax is float32 whatever the model's type. The first token of a response has none where there is neither
+    prompt nor BOS before it.
     """
-    rows = padded(batch)
-    labels = rows.labels[:, 1:]
-    keep = (labels != IGNORED).any(0).nonzero().squeeze(1)
     device = input_device(model)
-    with autocast(model, compute_dtype):
-        inputs = {"input_ids": rows.input_ids.to(device), "attention_mask": rows.attention_mask.to(device)}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            logits = model(**inputs, logits_to_keep=keep.to(device), use_cache=False).logits
-        else:
-            logits = model(**inputs, use_cache=False).logits[:, keep.to(device)]
-    labels = labels[:, keep].to(logits.device)
-    return TokenLogps(parallel.label_logps(logits, labels, IGNORED), labels != IGNORED)
+    rows = lay_out(batch, how.layout).to(device)
+    inputs = model_inputs(rows, how.layout, model.config.get_text_config(), how.dtype)
+    with autocast(model, how.dtype):
+        found = model(**inputs, sources=rows.sources, targets=rows.targets)
+    places = rows.places.to(found.device)
+    logps = found.new_zeros(rows.shape).flatten().index_put((places,), found)
+    mask = torch.zeros(logps.shape, dtype=torch.bool, device=found.device).index_fill(0, places, True)
+    return TokenLogps(logps.view(rows.shape), mask.view(rows.shape))
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

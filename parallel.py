@@ -462,13 +462,13 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
     return total
 
 
-def label_logps(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
-    """log softmax(logits)[label] in nats, float32 of the labels' shape; 0 where the label is `ignored`.
+def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    """log softmax(logits)[label] in nats, float32 of the labels' shape.
 
     Logits whose vocabulary is sharded stay so: the ranks exchange one maximum, one sum and one logit a position.
     """
     if not isinstance(logits, DTensor):
-        flat = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=ignored)
+        flat = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
         return -flat.view(labels.shape)
     mesh, shard = logits.device_mesh, logits.to_local().float()
 
@@ -481,8 +481,7 @@ def label_logps(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
     index = labels - math.ceil(logits.shape[-1] / mesh.size()) * mesh.get_local_rank()
     here = (index >= 0) & (index < shard.shape[-1])
     logit = shifted.gather(-1, index.clamp(0, shard.shape[-1] - 1)[..., None]).squeeze(-1)
-    logps = total(torch.where(here, logit, 0.0)) - total(shifted.exp().sum(-1)).log()
-    return torch.where(labels == ignored, 0.0, logps)
+    return total(torch.where(here, logit, 0.0)) - total(shifted.exp().sum(-1)).log()
 
 
 @contextlib.contextmanager

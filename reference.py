@@ -1,24 +1,242 @@
-"""Log-probabilities of the frozen reference: the policy before its first update."""
+"""Log-probabilities of the frozen reference: the policy before its first update.
 
+They are computed once, by the policy itself before it trains, and kept in files under what they depend on: the model's
+weights and configuration, the type of matrix products, and the token ids of prompt and response as they are after
+truncation. Another beta, loss, learning rate, seed or layout reads the same entries; nothing else can.
+"""
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from transformers import PreTrainedModel
 
 import parallel
-from batching import Batch
-from models import TokenLogps, response_logps
+from batching import Batch, Cut, Example, Tree
+from models import Computation, TokenLogps, response_logps
+from preference_datasets import PreferenceData
+from utils import UserError, log, progress
+
+SECONDS_PER_SHARD = 60.0
+# Parts of a model's configuration that say nothing about what it computes.
+NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
 
 
 class LiveReference:
     """A second, frozen model in memory, computed on the same rows and in the same precision as the policy."""
 
-    def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype):
+    def __init__(self, model: PreTrainedModel, how: Computation):
         self.model = model.requires_grad_(False).eval()
-        self.compute_dtype = compute_dtype
+        self.how = how
 
     def response_logps(self, batch: Batch) -> TokenLogps:
         """As models.response_logps. There are no gradients, as nothing requires one; under `no_grad` tensor parallelism
         would take other kernels than the policy's."""
-        found = response_logps(self.model, batch, self.compute_dtype)
+        found = response_logps(self.model, batch, self.how)
         assert not found.logps.requires_grad
         parallel.reshard(self.model)
         return found
+
+
+class StoredReference:
+    """Entries of float32 log-probabilities, one for each response, read from the files of a folder.
+
+    A file is called by the hash of its content and written under another name first, so that several processes, jobs
+    and interrupted runs can add to a folder: what is there under its right name is complete.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.entries: dict[bytes, np.ndarray] = {}
+        self._new: dict[bytes, np.ndarray] = {}
+        self._written = time.monotonic()
+        self._read: set[str] = set()
+
+    def read(self) -> None:
+        """Take in the files that have come since the last time; one that is damaged is removed."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name in self._read:
+                continue
+            content = path.read_bytes()
+            try:
+                if _hash(content) != path.stem:
+                    raise ValueError
+                shard = load(content)
+            except (SafetensorError, ValueError):
+                log(f"{path} is damaged; its log-probabilities are computed again")
+                path.unlink(missing_ok=True)
+                continue
+            self._read.add(path.name)
+            ends = np.cumsum(shard["lengths"])[:-1]
+            keys = (key.tobytes() for key in shard["keys"])
+            self.entries.update(zip(keys, np.split(shard["logps"], ends), strict=True))
+
+    def add(self, key: bytes, logps: np.ndarray) -> None:
+        self._new[key] = logps
+        if time.monotonic() - self._written > SECONDS_PER_SHARD:
+            self.write()
+
+    def write(self) -> None:
+        """Put the entries added since the last time into a file. Raises UserError where the disk refuses."""
+        if self._new:
+            shard: dict[str, np.ndarray] = {
+                "keys": np.frombuffer(b"".join(self._new), dtype=np.uint8).reshape(len(self._new), -1),
+                "lengths": np.array([len(logps) for logps in self._new.values()], dtype=np.int32),
+                "logps": np.concatenate(list(self._new.values())),
+            }
+            content = save(shard)
+            temporary = self.folder / f".{uuid.uuid4().hex}"
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.rename(self.folder / f"{_hash(content)}.safetensors")
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                raise UserError(
+                    f"reference log-probabilities cannot be written to {self.folder}: {error}; free space, set "
+                    "cache_dir, or set reference.mode=live"
+                ) from error
+        self._new, self._written = {}, time.monotonic()
+
+    def response_logps(self, batch: Batch) -> TokenLogps:
+        """As models.response_logps, from the entries."""
+        found = [self.entries[entry_key(tree.prompt, r)] for tree in batch.trees for r in tree.responses]
+        starts = [0 if tree.prompt else 1 for tree in batch.trees for _ in tree.responses]
+        logps = torch.zeros(len(found), max(map(len, found)))
+        mask = torch.zeros(logps.shape, dtype=torch.bool)
+        for i, (first, entry) in enumerate(zip(starts, found, strict=True)):
+            logps[i, : len(entry)] = torch.from_numpy(entry)
+            mask[i, first : len(entry)] = True
+        return TokenLogps(logps, mask)
+
+
+Reference = LiveReference | StoredReference
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def entry_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
+    """Sixteen bytes that stand for these token ids, parted here."""
+    ids = np.array([len(prompt), *prompt, *response], dtype=np.int32)
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+def model_key(model: PreTrainedModel, how: Computation) -> str:
+    """A name for what a model computes: its weights bit by bit, its configuration, and the type of matrix products.
+
+    A collective: process i hashes every n-th tensor. The same for any sharding.
+    """
+    left_out = set(model.all_tied_weights_keys or {})
+    mine: dict[str, str] = {}
+    for turn, (name, tensor) in enumerate(sorted(model.state_dict().items())):
+        if name in left_out:
+            continue
+        whole = parallel.full(tensor)
+        if turn % parallel.world_size() == parallel.rank():
+            content = whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            mine[name] = f"{whole.dtype} {tuple(whole.shape)} {hashlib.sha256(content).hexdigest()}"
+    weights = {name: digest for found in parallel.gather(mine) for name, digest in found.items()}
+    config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_COMPUTED}
+    described = json.dumps([weights, config, str(how.dtype)], sort_keys=True, default=str)
+    return hashlib.sha256(described.encode()).hexdigest()[:24]
+
+
+Wanted = tuple[PreferenceData, int, list[int]]
+"""Data, a record of it, and responses of that record."""
+
+
+def wanted_by(data: PreferenceData, examples: Iterable[Example]) -> list[Wanted]:
+    """The responses that `examples` need, by record."""
+    needed: dict[int, set[int]] = {}
+    for record, pair in examples:
+        needed.setdefault(record, set()).update(data[record].pairs[pair])
+    return [(data, record, sorted(responses)) for record, responses in needed.items()]
+
+
+def build_reference(
+    model: PreTrainedModel, how: Computation, cut: Cut, folder: Path, wanted: Sequence[Wanted]
+) -> StoredReference:
+    """The entries that a run wants: from `folder` where they are there, else computed by `model` and added to it.
+
+    A collective: the processes share the work, sorted by length over the whole run. Raises UserError where entries of
+    the folder are not what `model` computes.
+    """
+    folder = folder / model_key(model, how)
+    folder.mkdir(parents=True, exist_ok=True)
+    reference = StoredReference(folder)
+    reference.read()
+    present, missing = _split(wanted, parallel.from_main(set(reference.entries)))
+    if present:
+        _check(model, how, reference, _tree(*present[len(present) // 2]))
+    n_missing, n_present = (sum(len(responses) for *_, responses in some) for some in (missing, present))
+    log(f"reference log-probabilities: {n_missing} to compute, {n_present} found in {folder}")
+    with progress(total=n_missing, desc="reference", unit="responses") as bar:
+        for tree, logps in _computed(model, how, cut, missing):
+            for response, entry in zip(tree.responses, logps, strict=True):
+                reference.add(entry_key(tree.prompt, response), entry)
+            bar.update(len(tree.responses) * cut.ranks)
+    reference.write()
+    parallel.gather(None)
+    reference.read()
+    return reference
+
+
+def _tree(data: PreferenceData, record: int, responses: list[int]) -> Tree:
+    content = data[record]
+    return Tree(content.prompt, [content.responses[response] for response in responses])
+
+
+def _split(wanted: Sequence[Wanted], there: set[bytes]) -> tuple[list[Wanted], list[Wanted]]:
+    """What of `wanted` is there, and what is not."""
+    present: list[Wanted] = []
+    missing: list[Wanted] = []
+    for data, record, responses in wanted:
+        tree = _tree(data, record, responses)
+        found = [entry_key(tree.prompt, response) in there for response in tree.responses]
+        for some, value in ((present, True), (missing, False)):
+            if value in found:
+                some.append((data, record, [r for r, f in zip(responses, found) if f is value]))
+    return present, missing
+
+
+@torch.no_grad()
+def _computed(
+    model: PreTrainedModel, how: Computation, cut: Cut, wanted: Sequence[Wanted]
+) -> Iterator[tuple[Tree, list[np.ndarray]]]:
+    """This process's share of the trees, each with the log-probabilities of its responses."""
+    sizes = []
+    for data, record, responses in wanted:
+        tree = _tree(data, record, responses)
+        sizes.append((len(tree.prompt), [len(response) for response in tree.responses]))
+    for dealt in cut.deal(sizes) if sizes else []:
+        mine = dealt[parallel.data_rank()]
+        trees = [_tree(*wanted[i]) for i in mine or dealt[0][:1]]
+        logps = iter(response_logps(model, Batch(trees, [], None), how).logps.cpu().numpy())
+        for tree in trees if mine else []:
+            yield tree, [next(logps)[: len(response)].copy() for response in tree.responses]
+
+
+@torch.no_grad()
+def _check(model: PreTrainedModel, how: Computation, reference: StoredReference, tree: Tree) -> None:
+    """Raise UserError unless the entries of `tree` are what `model` computes, up to rounding."""
+    batch = Batch([tree], [], None)
+    computed, stored = response_logps(model, batch, how), reference.response_logps(batch)
+    difference = float((computed.logps.cpu() - stored.logps).abs()[stored.mask].mean())
+    if difference > how.tolerance:
+        raise UserError(
+            f"the reference log-probabilities in {reference.folder} differ from those this model computes by "
+            f"{difference:.3g} nats per token (allowed for rounding: {how.tolerance}): remove the folder, or set "
+            "reference.mode=live"
+        )

@@ -24,6 +24,8 @@ TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_DTYPES = ("float32", "bfloat16")  # float16 weights overflow; mixed_precision=float16 keeps float32 weights
 LR_SCHEDULES = ("constant", "linear", "cosine")
+LAYOUTS = ("auto", "tree", "padded")
+REFERENCE_MODES = ("stored", "live")
 CHAT_FORMATS = ("auto", "template", "hh")
 CONFIG_DIR = Path(__file__).parent / "config"
 
@@ -59,6 +61,13 @@ class LossConfig:
 
 
 @dataclass
+class ReferenceConfig:
+    """How the reference's log-probabilities come about; see config.yaml."""
+
+    mode: str = ""
+
+
+@dataclass
 class WandbConfig:
     enabled: bool = True
     entity: str | None = None
@@ -83,6 +92,7 @@ class Config:
     drop_bad_rows: bool = False
     num_proc: int = 0
     cache_dir: str | None = None
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False
     local_dirs: list[str] = field(default_factory=list)
@@ -96,6 +106,8 @@ class Config:
     lr_min_ratio: float = 0.0
     warmup_steps: int = 0
     gradient_accumulation_steps: int = 1
+    microbatch_tokens: int | None = None
+    layout: str = ""
     max_grad_norm: float = 0.0
     max_length: int = 0
     max_prompt_length: int = 0
@@ -138,7 +150,7 @@ class Config:
         return Path(self.cache_dir) if self.cache_dir else get_local_dir(self.local_dirs)
 
 
-GROUPS = {"model": ModelConfig, "loss": LossConfig, "wandb": WandbConfig}
+GROUPS = {"model": ModelConfig, "loss": LossConfig, "wandb": WandbConfig, "reference": ReferenceConfig}
 
 
 def register_resolvers() -> None:
@@ -239,7 +251,7 @@ def _number_problems(c: Config) -> list[str]:
     at_least_1 = (
         *("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length"),
         *("eval_every", "n_epochs", "n_examples", "nproc", "tensor_parallel_size", "fsdp_replicate_size"),
-        "activation_checkpointing_every",
+        *("activation_checkpointing_every", "microbatch_tokens"),
     )
     at_least_0 = ("seed", "n_eval_examples", "n_eval_model_samples", "warmup_steps", "num_proc", "weight_decay")
     rules = [
@@ -258,6 +270,8 @@ def _number_problems(c: Config) -> list[str]:
 def _choice_problems(c: Config) -> list[str]:
     choices: list[tuple[str, str | None, tuple[str, ...]]] = [
         ("trainer", c.trainer, TRAINERS),
+        ("layout", c.layout, LAYOUTS),
+        ("reference.mode", c.reference.mode, REFERENCE_MODES),
         ("lr_schedule", c.lr_schedule, LR_SCHEDULES),
         ("chat_format", c.chat_format, CHAT_FORMATS),
         ("mixed_precision", c.mixed_precision, DTYPES),

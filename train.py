@@ -29,16 +29,8 @@ from omegaconf import DictConfig, OmegaConf
 import parallel
 import trainers
 from checkpoint import find_archive, find_checkpoint
-from models import (
-    check_fits,
-    load_policy,
-    load_tokenizer,
-    local_folder,
-    pick_device,
-    quiet_transformers,
-)
+from models import load_policy, load_tokenizer, local_folder, pick_device, quiet_transformers
 from preference_datasets import PreferenceData, format_funnel, load_data
-from reference import LiveReference
 from settings import Config, build_config, check_keys, data_settings, register_resolvers
 from utils import RunLogger, SilentLogger, UserError, be_quiet, log, make_dir, open_log, run_main
 
@@ -212,7 +204,7 @@ def with_found_paths(config: Config) -> Config:
 
 
 def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: Path) -> None:
-    """Load tokenizer, data, policy and reference, and train."""
+    """Load tokenizer, data and model, and train."""
     device = pick_device(config)
     with parallel.one_per_machine_first():
         tokenizer = load_tokenizer(config)
@@ -222,24 +214,19 @@ def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: P
     if not parallel.is_main():
         open_log(run_dir)  # for an error of this process
     config = with_found_paths(config)
-    policy = load_policy(config, device, sharding, config.resume or config.model.archive)
-    check_fits(policy, tokenizer, config)
-    reference = None
-    if config.loss.build().needs_reference:
-        frozen = load_policy(config, device, sharding, config.model.archive, trains=False)
-        reference = LiveReference(frozen, config.compute_dtype)
-    n_parameters = sum(p.numel() for p in policy.parameters())
-    log(
-        f"policy: {n_parameters / 1e6:.1f}M parameters on {device} ({parallel.describe()}), "
-        f"a {config.model.name_or_path}"
-    )
     logger = open_logger(config, run_dir)
     failed = True
     try:
         trainer_class = getattr(trainers, config.trainer)
-        trainer = trainer_class(config, policy, reference, tokenizer, train_data, eval_data, logger)
+        load = functools.partial(load_policy, config, device, sharding)
+        trainer = trainer_class(config, load, tokenizer, train_data, eval_data, logger)
         if config.resume:
             trainer.resume(Path(config.resume))
+        n_parameters = sum(p.numel() for p in trainer.policy.parameters())
+        log(
+            f"policy: {n_parameters / 1e6:.1f}M parameters on {device} ({parallel.describe()}), "
+            f"a {config.model.name_or_path}, layout {trainer.scorer.how.layout}"
+        )
         trainer.fit()
         failed = False
     finally:

@@ -1,8 +1,10 @@
 """The training loop: one `fit`, one `train_step`, one `evaluate`. The trainers differ in where the model lies."""
 
+import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoint
 import parallel
-from batching import Example, Plan, eval_examples
+from batching import Cut, Example, Plan, eval_examples
 from evaluation import Metrics, SampleEvaluator, Scorer, evaluate_loss, extend_metrics, mean_metrics, prompts_of, shares
+from models import check_fits, pick_computation
 from parallel import Sharding
 from preference_datasets import PreferenceData
-from reference import LiveReference
+from reference import LiveReference, Reference, build_reference, wanted_by
 from settings import Config, command_line
 from utils import Every, RunLogger, UserError, log, progress
 
@@ -75,49 +78,81 @@ class BasicTrainer:
     def __init__(
         self,
         config: Config,
-        policy: PreTrainedModel,
-        reference: LiveReference | None,
+        load: Callable[..., PreTrainedModel],
         tokenizer: PreTrainedTokenizerBase,
         train_data: PreferenceData,
         eval_data: PreferenceData | None,
         logger: RunLogger,
     ):
-        self.config, self.policy, self.reference = config, policy, reference
-        self.tokenizer, self.train_data, self.eval_data, self.logger = tokenizer, train_data, eval_data, logger
-        self.scorer = Scorer(config.loss.build(), config.compute_dtype, reference)
+        """`load(archive, trains=True)` gives a new model with the weights of `archive`; None: the base model's."""
+        self.config, self.load, self.tokenizer, self.logger = config, load, tokenizer, logger
+        self.train_data, self.eval_data = train_data, eval_data
         self.plan = plan_of(config)
         self.total_examples, self.total_steps = self.plan.size(train_data)
-        # Examples in one forward pass of all processes, of which each has at least one.
-        self.pass_size = max(config.batch_size // config.gradient_accumulation_steps, parallel.data_ranks())
-        self.optimizer = build_optimizer(policy, config)
-        scaled = config.compute_dtype == torch.float16 and policy.dtype == torch.float32
-        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=scaled)
+        self.eval_examples = eval_examples(eval_data, config.n_eval_examples) if eval_data is not None else []
         self.examples = self.updates = self.skipped_in_a_row = 0
         self.eval_metrics: dict[str, float] = {}
-        if eval_data is not None:
-            self.eval_examples = eval_examples(eval_data, config.n_eval_examples)
-            self.sampler = self._sampler(eval_data)
+        self.use(load(config.model.archive))
+        check_fits(self.policy, tokenizer, config)
+        self.scorer = Scorer(config.loss.build(), pick_computation(self.policy, config), None)
+        self.sampler = self._sampler()
+        self.reference_seconds = 0.0
+        if self.scorer.loss.needs_reference:
+            self.prepare_reference()
+        parallel.reshard(self.policy)
 
-    def _sampler(self, eval_data: PreferenceData) -> SampleEvaluator | None:
+    def use(self, policy: PreTrainedModel) -> None:
+        """Train `policy` from here on, with a fresh optimizer."""
+        self.policy = policy
+        self.optimizer = build_optimizer(policy, self.config)
+        scaled = self.config.compute_dtype == torch.float16 and policy.dtype == torch.float32
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=scaled)
+
+    def prepare_reference(self) -> None:
+        """Take what is needed of the reference, which the policy still is: log-probabilities, and samples."""
+        config, start = self.config, time.perf_counter()
+        if self.sampler is not None:
+            self.sampler.remember(self.policy)
+        reference: Reference
+        if config.reference.mode == "live":
+            reference = LiveReference(self.load(config.model.archive, False), self.scorer.how)
+        else:
+            planned = (example for batch in self.plan.batches(self.train_data) for example in batch)
+            wanted = wanted_by(self.train_data, planned)
+            wanted += wanted_by(self.eval_data, self.eval_examples) if self.eval_data is not None else []
+            cut = self.cut(len(wanted), len(wanted) if config.microbatch_tokens else config.eval_batch_size)
+            reference = build_reference(self.policy, self.scorer.how, cut, config.cache / "reference", wanted)
+        self.scorer = dataclasses.replace(self.scorer, reference=reference)
+        self.reference_seconds = time.perf_counter() - start
+
+    def _sampler(self) -> SampleEvaluator | None:
         config = self.config
-        prompts = prompts_of(eval_data, self.eval_examples, config.n_eval_model_samples)
+        prompts = prompts_of(self.eval_data, self.eval_examples, config.n_eval_model_samples) if self.eval_data else []
         if not config.sample_during_eval or not prompts:
             return None
         settings = {"max_length": config.max_length, "batch_size": config.eval_batch_size, "seed": config.seed}
-        return SampleEvaluator(self.tokenizer, prompts, compute_dtype=config.compute_dtype, **settings)
+        return SampleEvaluator(self.tokenizer, prompts, compute_dtype=self.scorer.how.dtype, **settings)
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint, whose weights the policy has already. Raises UserError if it is of another run."""
+        """Go on from a checkpoint. Raises UserError if it is of another run."""
         state = json.loads((folder / checkpoint.STATE_FILE).read_text())
         for key, value in self._identity().items():
             if state.get(key) != value:
                 raise UserError(
                     f"resume={folder} was trained with {key}={state.get(key)}, and this run has {key}={value}"
                 )
+        del self.policy, self.optimizer  # before there are others
+        self.use(self.load(str(folder)))
         self.examples, self.updates = state["examples"], state["updates"]
         checkpoint.load_optimizer(folder, self.policy, self.optimizer)
         self.scaler.load_state_dict(state["scaler"])
         log(f"resuming {folder} after {self.examples} examples and {self.updates} updates")
+
+    def cut(self, n: int, pass_size: int | None = None) -> Cut:
+        """How `n` examples are cut into passes, of about `pass_size` examples or as training's are."""
+        config, ranks = self.config, parallel.data_ranks()
+        size = max(pass_size or config.batch_size // config.gradient_accumulation_steps, ranks)
+        return Cut(self.scorer.how.layout, ranks, -(-n // size), config.microbatch_tokens)
 
     def fit(self) -> None:
         """Train to the end of the plan, evaluating and saving on the way."""
@@ -147,11 +182,11 @@ class BasicTrainer:
         They run the same kernels on the same numbers, so they differ by nothing or, where a kernel splits its sums
         by the memory and threads that it finds, by the last digit of float32.
         """
-        if self.reference is None:
+        if self.scorer.reference is None:
             return
-        first = next(self.plan.batches(self.train_data))[: self.pass_size]
+        first = next(self.plan.batches(self.train_data))
         self.policy.train()
-        (share,) = shares(self.train_data, first, 1)
+        share = shares(self.train_data, first, self.cut(len(first)))[0]
         _, metrics = self.scorer(self.policy, share.batch, "train")
         parallel.reshard(self.policy)
         sides = (metrics[f"logratios_per_token_train/{side}"] for side in ("chosen", "rejected"))
@@ -173,7 +208,7 @@ class BasicTrainer:
         start = time.perf_counter()
         self.policy.train()
         total: Metrics = {}
-        for share in shares(self.train_data, examples, -(-len(examples) // self.pass_size)):
+        for share in shares(self.train_data, examples, self.cut(len(examples))):
             losses, metrics = self.scorer(self.policy, share.batch, "train")
             self.scaler.scale(losses.sum() * share.counts / len(examples)).backward()
             extend_metrics(total, metrics, share.counts)
@@ -186,7 +221,8 @@ class BasicTrainer:
         self.eval_metrics = {}  # they were of other weights
         speed = len(examples) / (time.perf_counter() - start)
         counters = {"counters/examples": self.examples, "counters/updates": self.updates}
-        return means | {"grad_norm": grad_norm, "lr": lr, "examples_per_second": speed} | counters
+        spent = {"examples_per_second": speed, "reference_seconds": self.reference_seconds}
+        return means | {"grad_norm": grad_norm, "lr": lr} | spent | counters
 
     def update(self, loss: float) -> float:
         """Clip the accumulated gradients, step, and clear them. Returns the gradient's L2 norm before clipping.
@@ -214,13 +250,13 @@ class BasicTrainer:
         if self.eval_data is None:
             return {}
         self.policy.eval()
-        batch_size = self.config.eval_batch_size
-        metrics = dict(evaluate_loss(self.scorer, self.policy, self.eval_data, self.eval_examples, batch_size))
+        cut = self.cut(len(self.eval_examples), self.config.eval_batch_size)
+        metrics = dict(evaluate_loss(self.scorer, self.policy, self.eval_data, self.eval_examples, cut))
         broken = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             raise UserError(f"evaluation after {self.examples} examples gave {', '.join(broken)}: {DIVERGED}")
         if self.sampler is not None:
-            sampled, rows = self.sampler(self.policy, self.reference.model if self.reference else None)
+            sampled, rows = self.sampler(self.policy)
             metrics |= sampled
             self.logger.samples(rows, self.examples)
         parallel.reshard(self.policy)

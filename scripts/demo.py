@@ -28,7 +28,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from batching import Batch, Tree
 from evaluation import sample
 from losses import reduce_tokens
-from models import load_policy, load_tokenizer, pick_device, quiet_transformers, response_logps
+from models import Computation, load_policy, load_tokenizer, pick_device, quiet_transformers, response_logps
 from preference_datasets import load_data
 from settings import Config, data_settings, load_config
 from utils import UserError, log, make_dir, run_main
@@ -103,7 +103,7 @@ def sequence_logps(
     result: list[float] = []
     for start in range(0, len(prompts), 64):
         trees = [Tree(p, [r]) for p, r in zip(prompts[start : start + 64], responses[start : start + 64])]
-        tokens = response_logps(model, Batch(trees, list(range(len(trees))), None), config.compute_dtype)
+        tokens = response_logps(model, Batch(trees, list(range(len(trees))), None), Computation(config.compute_dtype))
         result += reduce_tokens(tokens.logps, tokens.mask, average=False).tolist()
     return result
 

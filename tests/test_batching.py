@@ -10,10 +10,11 @@ from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching import IGNORED, Plan, chunks, deal, epoch_order, eval_examples, make_batch, padded
+from batching import Cut, Plan, chunks, deal, epoch_order, eval_examples, make_batch
 from evaluation import Scorer
+from layouts import PADDING, lay_out
 from losses import DPOLoss, SFTLoss, reduce_tokens
-from models import disable_dropout, response_logps
+from models import Computation, add_token_logps, disable_dropout, response_logps
 from preference_datasets import Record
 from reference import LiveReference
 
@@ -109,20 +110,23 @@ def test_a_batch_holds_each_prompt_and_each_response_once() -> None:
 
 def test_padded_rows_are_prompt_and_response() -> None:
     data = make_data()
-    rows = padded(make_batch(data, [(4, 0), (5, 0)]))
+    rows = lay_out(make_batch(data, [(4, 0), (5, 0)]), "padded")
     responses = [(r, t.prompt) for t in make_batch(data, [(4, 0), (5, 0)]).trees for r in t.responses]
+    width = rows.input_ids.shape[1]
     for i, (response, prompt) in enumerate(responses):
         n = len(prompt) + len(response)
         assert rows.input_ids[i, :n].tolist() == prompt + response
-        assert rows.attention_mask[i].tolist() == [1] * n + [0] * (rows.input_ids.shape[1] - n)
-        assert rows.labels[i][rows.labels[i] != IGNORED].tolist() == response
+        assert (rows.branch[i] != PADDING).tolist() == [True] * n + [False] * (width - n)
+        here = rows.sources // width == i
+        assert rows.targets[here].tolist() == response
+        assert (rows.sources[here] % width).tolist() == list(range(len(prompt) - 1, n - 1))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_log_probabilities_equal_a_loop_in_float64(kind: str) -> None:
-    model, data = make_model(kind).double().eval(), make_data()
+    model, data = add_token_logps(make_model(kind).double().eval()), make_data()
     batch = make_batch(data, [(4, 0), (2, 0), (7, 1)])
-    tokens = response_logps(model, batch, torch.float64)
+    tokens = response_logps(model, batch, Computation(torch.float64, "tree"))
     sums = reduce_tokens(tokens.logps, tokens.mask, average=False)
     rows = [(tree.prompt, response) for tree in batch.trees for response in tree.responses]
     for i, (prompt, response) in enumerate(rows):
@@ -146,16 +150,16 @@ def gradient(model: torch.nn.Module, data: Data, examples: list, micro: int, sco
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("sft", [True, False])
 def test_gradients_do_not_depend_on_the_split(kind: str, sft: bool) -> None:
-    data, policy = make_data(16, sft), make_model(kind)
+    data, policy = make_data(16, sft), add_token_logps(make_model(kind))
     disable_dropout(policy)
     reference = None
     if not sft:
-        other = make_model(kind).eval()
+        other = add_token_logps(make_model(kind)).eval()
         with torch.no_grad():
             for p in other.parameters():
                 p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-        reference = LiveReference(other, torch.float32)
-    scorer = Scorer(SFTLoss() if sft else DPOLoss(0.1), torch.float32, reference)
+        reference = LiveReference(other, Computation(torch.float32))
+    scorer = Scorer(SFTLoss() if sft else DPOLoss(0.1), Computation(torch.float32), reference)
     examples = next(Plan(0, 16, 1, None).batches(data))
     whole = gradient(policy, data, examples, 16, scorer)
     assert whole.norm() > 0
@@ -163,12 +167,20 @@ def test_gradients_do_not_depend_on_the_split(kind: str, sft: bool) -> None:
         assert (gradient(policy, data, examples, 16 // steps, scorer) - whole).norm() <= 1e-5 * whole.norm()
 
 
-@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 4))
-def test_dealing_gives_every_example_once_and_every_process_as_many_passes(n: int, passes: int, ranks: int) -> None:
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 4), st.none() | st.integers(1, 200))
+def test_dealing_gives_every_example_once_and_every_process_as_many_passes(
+    layout: str, n: int, passes: int, ranks: int, tokens: int | None
+) -> None:
     data = make_data()
     examples = [(int(record), int(pair)) for record, pair in epoch_order(data, 0, 0)[:n]]
-    dealt = deal(data, examples, passes, ranks)
-    assert 1 <= len(dealt) <= passes and all(len(shares) == ranks for shares in dealt)
+    dealt = deal(data, examples, Cut(layout, ranks, passes, tokens))
+    assert len(dealt) >= 1 and all(len(shares) == ranks for shares in dealt)
+    if tokens is None:
+        assert len(dealt) <= passes
+    else:
+        rows = [lay_out(make_batch(data, share), layout).input_ids for shares in dealt for share in shares if share]
+        assert all(ids.numel() <= tokens or len(ids) <= len(data[0].responses) + 4 for ids in rows)
     assert all(any(shares) for shares in dealt)
     assert sorted(example for shares in dealt for share in shares for example in share) == sorted(examples)
 
@@ -176,5 +188,5 @@ def test_dealing_gives_every_example_once_and_every_process_as_many_passes(n: in
 def test_dealing_balances_tokens_not_examples() -> None:
     lengths = [100, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10]
     data = Data([Record([1], [[2] * (n - 1)], []) for n in lengths], np.zeros(len(lengths), dtype=int))
-    ((long, short),) = deal(data, [(i, 0) for i in range(len(lengths))], 1, 2)
+    ((long, short),) = deal(data, [(i, 0) for i in range(len(lengths))], Cut("padded", 2, 1, None))
     assert long == [(0, 0)] and len(short) == 10

@@ -1,0 +1,154 @@
+"""Prompt trees against one row a response: log-probabilities and gradients, for models of many kinds."""
+
+import functools
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_batching import Data, make_data
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import models
+from batching import Batch, Cut, Tree, epoch_order
+from evaluation import Scorer, shares
+from layouts import PADDING, lay_out, visible
+from losses import DPOLoss
+from models import Computation, add_token_logps, disable_dropout, head_difference, pick_computation, response_logps
+from preference_datasets import Record
+from reference import LiveReference, build_reference, wanted_by
+from settings import load_config
+from utils import UserError
+
+SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+OTHERS = {
+    "mistral of a window": ("mistral", {**SIZES, **HEADS, "sliding_window": 5}),
+    "gemma2": ("gemma2", {**SIZES, **HEADS, "sliding_window": 5}),  # windows in every second layer, capped logits
+    "cohere": ("cohere", {**SIZES, **HEADS, "logit_scale": 0.25}),
+    "gpt_oss": ("gpt_oss", {**SIZES, **HEADS, "sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "gpt_neo": ("gpt_neo", {"vocab_size": 320, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 5,
+                            "attention_types": [[["global", "local"], 1]], "eos_token_id": 0, "bos_token_id": 0}),
+    "bloom": ("bloom", {"vocab_size": 320, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+}  # fmt: skip
+EXACT = ("llama", "gpt_neox", "gpt2", "qwen3", "mistral of a window", "gemma2", "cohere", "gpt_oss")
+
+
+@functools.cache
+def model_of(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if kind not in OTHERS:
+        model = make_model(kind)
+    else:
+        name, arguments = OTHERS[kind]
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **arguments))
+    for parameter in model.parameters():  # so that what a token sees moves its log-probabilities
+        parameter.data.mul_(3 if parameter.ndim > 1 else 1)
+    disable_dropout(model)
+    return add_token_logps(model.train())
+
+
+token = st.integers(0, 319)
+trees = st.builds(
+    Tree, st.lists(token, max_size=9), st.lists(st.lists(token, min_size=1, max_size=9), min_size=1, max_size=6)
+)
+
+
+def computed(model: PreTrainedModel, batch: Batch, layout: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities, their mask, and the gradient of a sum of them that no two tokens enter alike."""
+    model.zero_grad()
+    tokens = response_logps(model, batch, Computation(torch.float32, layout))
+    weights = torch.linspace(-1, 1, tokens.logps.numel()).view(tokens.logps.shape)
+    (tokens.logps * weights).sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return tokens.logps.detach(), tokens.mask, gradient
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@settings(max_examples=12, deadline=None)
+@given(forest=st.lists(trees, min_size=1, max_size=4), repeat=st.booleans())
+def test_trees_equal_one_row_a_response(kind: str, forest: list[Tree], repeat: bool) -> None:
+    if repeat:
+        forest = [Tree(tree.prompt, [*tree.responses[:5], tree.responses[0]]) for tree in forest]
+    model, batch = model_of(kind), Batch(forest, [], None)
+    wanted, mask, gradient = computed(model, batch, "padded")
+    found, same_mask, same_gradient = computed(model, batch, "tree")
+    assert torch.equal(mask, same_mask)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert (same_gradient - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(trees, min_size=1, max_size=4), st.none() | st.integers(1, 6))
+def test_a_token_sees_what_it_would_see_alone(forest: list[Tree], window: int | None) -> None:
+    rows = lay_out(Batch(forest, [], None), "tree")
+    sees = visible(rows, window)[:, 0]
+    for row, tree in enumerate(forest):
+        stops = np.cumsum([len(tree.prompt), *map(len, tree.responses)])
+        for start, stop in itertools.pairwise(stops):
+            alone = [*range(len(tree.prompt)), *range(start, stop)]
+            for place in range(len(tree.prompt), len(alone)):
+                first = 0 if window is None else max(place - window + 1, 0)
+                seen = sees[row, alone[place]].nonzero().flatten().tolist()
+                assert seen == alone[first : place + 1]
+    assert not sees[rows.branch[:, :, None].expand_as(sees) != PADDING][
+        (rows.branch[:, None, :].expand_as(sees) == PADDING)[rows.branch[:, :, None].expand_as(sees) != PADDING]
+    ].any()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
+def test_log_probabilities_are_those_of_the_models_own_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "LOGITS_AT_ONCE", 3 * 320)
+    own = model_of(kind)
+    model = type(own)(own.config)
+    model.load_state_dict(own.state_dict())
+    assert head_difference(add_token_logps(model.train()), torch.float32) < 1e-6
+
+
+def test_layouts_that_are_not_exact_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = ["exp_name=x", "max_length=24", "max_prompt_length=12"]
+    assert pick_computation(model_of("gpt_oss"), load_config(lengths)).layout == "tree"
+    for kind, reason in (("gpt_neo", "differ by"), ("bloom", "unpack")):
+        assert pick_computation(model_of(kind), load_config(lengths)).layout == "padded"
+        assert reason in capsys.readouterr().out
+        with pytest.raises(UserError, match="layout=tree is not exact"):
+            pick_computation(model_of(kind), load_config([*lengths, "layout=tree"]))
+
+
+def gradient(policy: PreTrainedModel, data: Data, scorer: Scorer, cut: Cut) -> tuple[float, torch.Tensor, int]:
+    examples = [(int(record), int(pair)) for record, pair in epoch_order(data, 0, 0)]
+    policy.zero_grad()
+    total, passes = 0.0, shares(data, examples, cut)
+    for share in passes:
+        losses, _ = scorer(policy, share.batch, "train")
+        (losses.sum() / len(examples)).backward()
+        total += float(losses.sum()) / len(examples)
+    return total, torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]), len(passes)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen3", "mistral of a window"])
+def test_everything_on_gives_the_gradient_of_everything_off(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, policy = make_data(16), model_of(kind)
+    data.records.append(Record([], [[5], [7, 8, 9]], [(0, 1)]))
+    data.source = np.array([*data.source, 0])
+    other = type(policy)(policy.config)
+    other.load_state_dict({k: v + 0.01 * v.abs().mean() * torch.randn_like(v) for k, v in policy.state_dict().items()})
+    disable_dropout(other)
+    add_token_logps(other)
+    plain, tree = Computation(torch.float32), Computation(torch.float32, "tree")
+    slow = Scorer(DPOLoss(0.1), plain, LiveReference(other, plain))
+    loss, wanted, passes = gradient(policy, data, slow, Cut("padded", 1, 1, None))
+    assert passes == 1
+    examples = [(int(record), int(pair)) for record, pair in epoch_order(data, 0, 0)]
+    cut = Cut("tree", 1, 1, 60)
+    stored = build_reference(other, tree, cut, tmp_path, wanted_by(data, examples))
+    again, found, passes = gradient(policy, data, Scorer(DPOLoss(0.1), tree, stored), cut)
+    assert passes > 3
+    assert again == pytest.approx(loss, rel=1e-5)
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()

@@ -1,7 +1,11 @@
 """Measure the project's claims on this machine and write them, with hardware and versions, into benchmarks/.
 
+    python scripts/benchmark.py dpo      pairs per second of the original's formulation, and with each of our ideas
     python scripts/benchmark.py data     160,800 HH-like pairs: time and memory to tokenise, and to start again
     python scripts/benchmark.py start    host memory of 4 processes while FSDPTrainer loads the embedded 135M model
+
+`dpo` computes the same global batch in each way in turn, in one process, and checks that all give the same loss and
+gradient: on the embedded model unless overrides say otherwise. `--sweep` does so for four betas as a whole.
 
 `data` writes a file of synthetic dialogues with HH's token lengths, then loads it in fresh processes: once with an
 empty cache, then `--repeats` times with what the first left. Memory is the proportional set size (PSS) summed over the
@@ -156,24 +160,16 @@ def benchmark_data(rows: int, repeats: int, num_proc: int) -> None:
         measured_load(warm_up, Path(folder) / "cache", num_proc)
         runs = [measured_load(source, Path(folder) / "cache", num_proc) for _ in range(1 + repeats)]
     first, later = runs[0], {key: statistics.median(run[key] for run in runs[1:]) for key in runs[1]}
-    lines = [
-        "# Data pipeline",
-        "",
-        f"`python scripts/benchmark.py data --rows {rows} --repeats {repeats} --num-proc {num_proc}`; the method "
-        "stands in the script. Second start: the median of the repeats.",
-        "",
-        *(f"- {key}: {value}" for key, value in machine().items()),
-        f"- input: {rows} HH-like pairs, {size:.0f} MiB of JSON lines, default max_length 512",
-        "",
-        "| | first start | second start |",
-        "|---|---|---|",
-        *(f"| {key} | {first[key]:.4g} | {later[key]:.4g} |" for key in first if key != "pairs"),
-        f"| pairs | {first['pairs']} | {later['pairs']:.0f} |",
-    ]
-    target = ROOT / "benchmarks" / "data.md"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines), f"\nwritten to {target}")
+    method = (
+        f"`python scripts/benchmark.py data --rows {rows} --repeats {repeats} --num-proc {num_proc}`; the method stands in "
+        "the script. Second start: the median of the repeats."
+    )
+    facts = {"input": f"{rows} HH-like pairs, {size:.0f} MiB of JSON lines, default max_length 512"}
+    table = [["", "first start", "second start"]]
+    table += [[key, f"{first[key]:.4g}", f"{later[key]:.4g}"] for key in first if key != "pairs"]
+    write_table(
+        "data", "Data pipeline", method, facts, [*table, ["pairs", str(first["pairs"]), f"{later['pairs']:.0f}"]]
+    )
 
 
 def load_sharded(overrides: list[str], marks: str) -> None:
@@ -235,28 +231,84 @@ def benchmark_start(n: int) -> None:
         raise UserError("the measured processes failed; see above")
     own_memory, own_files = before[-1]
     peak, files = max(memory for memory, _ in after), max(files for _, files in after)
-    lines = [
-        "# Host memory at the start",
-        "",
-        f"`python scripts/benchmark.py start --nproc {n}`; the method stands in the script.",
-        "",
-        *(f"- {key}: {value}" for key, value in machine().items()),
-        "",
-        f"| {n} processes, SmolLM2-135M in float32 | MiB | copies of the weights |",
-        "|---|---|---|",
-        f"| one copy of the weights | {copy:.0f} | 1 |",
-        f"| interpreters' own, all processes | {own_memory:.0f} | |",
-        f"| peak beyond that, all processes | {peak - own_memory:.0f} | {(peak - own_memory) / copy:.2f} |",
-        f"| cached pages of files beyond those before | {files - own_files:.0f} | {(files - own_files) / copy:.2f} |",
+    table = [
+        [f"{n} processes, SmolLM2-135M in float32", "MiB", "copies of the weights"],
+        ["one copy of the weights", f"{copy:.0f}", "1"],
+        ["interpreters' own, all processes", f"{own_memory:.0f}", ""],
+        ["peak beyond that, all processes", f"{peak - own_memory:.0f}", f"{(peak - own_memory) / copy:.2f}"],
+        ["cached pages of files beyond those before", f"{files - own_files:.0f}", f"{(files - own_files) / copy:.2f}"],
     ]
-    target = ROOT / "benchmarks" / "start.md"
+    method = f"`python scripts/benchmark.py start --nproc {n}`; the method stands in the script."
+    write_table("start", "Host memory at the start", method, {}, table)
+
+
+def write_table(name: str, title: str, method: str, facts: dict[str, str], rows: Sequence[Sequence[str]]) -> None:
+    """Write benchmarks/<name>.md: how it was measured, on what, and a table whose first row is its head."""
+    described = {**machine(), **facts}
+    lines = [f"# {title}", "", method, "", *(f"- {key}: {value}" for key, value in described.items()), ""]
+    lines += [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    target = ROOT / "benchmarks" / f"{name}.md"
+    target.parent.mkdir(exist_ok=True)
     target.write_text("\n".join(lines) + "\n")
     print("\n".join(lines), f"\nwritten to {target}")
+
+
+def benchmark_dpo(arguments: argparse.Namespace) -> None:
+    import speed
+    from settings import load_config
+
+    given = ["exp_name=benchmark", "loss=dpo", "loss.beta=0.1", "n_eval_examples=0", *arguments.overrides]
+    work = speed.prepare(load_config(given), arguments.pairs, arguments.micro)
+    if arguments.memory:
+        print(speed.peak_memory(work, arguments.memory))
+        return
+    peaks = {name: measured_peak(name, arguments) for name in (speed.ORIGINAL, speed.OURS)}
+    steps = speed.sweeps(work, (0.05, 0.1, 0.3, 1.0)) if arguments.sweep else speed.variants(work)
+    exact = 1e-4 if work.config.compute_dtype.itemsize == 4 else 0.05
+    seconds = speed.compare(work, steps, arguments.repeats, exact)
+    base = statistics.median(seconds[speed.ORIGINAL])
+    pairs = arguments.pairs * (4 if arguments.sweep else 1)
+    rows = [["", "seconds", "pairs/s", "ratio to the original", "peak of one micro-batch, MiB"]]
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        peak = f"{peaks[name]:.0f}" if name in peaks else ""
+        rows.append([name, f"{median:.1f}", f"{pairs / median:.3f}", f"{base / median:.2f}", peak])
+    counts = speed.tokens(work)
+    facts = {
+        "model": f"{work.config.model.name_or_path}, {work.config.compute_dtype} on {work.policy.device}",
+        "work": f"{arguments.pairs} pairs of {', '.join(map(str, work.config.datasets))}"
+        + (", once for each of four betas" if arguments.sweep else ""),
+        "tokens": ", ".join(f"{value} {key}" for key, value in counts.items())
+        + f"; of ours {counts['distinct'] / counts['ours']:.3f} are distinct",
+    }
+    name = arguments.name or ("sweep" if arguments.sweep else "dpo")
+    command = f"python scripts/benchmark.py {' '.join(sys.argv[1:])}"
+    method = (
+        f"`{command}`; medians of {arguments.repeats} runs in turn; all gave the same loss and gradient (relative "
+        f"{exact:g}). The original's micro-batches have {arguments.micro} pairs, ours up to "
+        f"{work.config.microbatch_tokens} tokens. `{speed.OURS}` counts the time to compute it."
+    )
+    write_table(name, "Speed of DPO", method, facts, rows)
+
+
+def measured_peak(name: str, arguments: argparse.Namespace) -> float:
+    """Peak memory of one micro-batch in a process of its own, beyond that of the interpreter."""
+    few = ["--pairs", str(arguments.micro), "--micro", str(arguments.micro), "--memory", name]
+    command = [sys.executable, __file__, "dpo", *few, *arguments.overrides, "microbatch_tokens=null"]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
+    dpo = commands.add_parser("dpo", help="speed of a DPO step, and of a sweep")
+    dpo.add_argument("--pairs", type=int, default=64)
+    dpo.add_argument("--micro", type=int, default=8, help="pairs of the original's micro-batches")
+    dpo.add_argument("--repeats", type=int, default=3)
+    dpo.add_argument("--sweep", action="store_true", help="time four betas as a whole")
+    dpo.add_argument("--name", help="of the file in benchmarks/")
+    dpo.add_argument("--memory", help=argparse.SUPPRESS)
+    dpo.add_argument("overrides", nargs="*", help="of the configuration: model=..., datasets=[...], device=...")
     data = commands.add_parser("data", help="tokenise and reload a training set")
     data.add_argument("--rows", type=int, default=160_800)
     data.add_argument("--repeats", type=int, default=3)
@@ -272,6 +324,9 @@ def main() -> None:
     for command in (data, load):
         command.add_argument("--num-proc", type=int, default=0, help="tokenising processes; 0: one per core")
     arguments = parser.parse_args()
+    for name in ("rows", "repeats", "pairs", "micro"):
+        if getattr(arguments, name, 1) < 1:
+            raise UserError(f"--{name} must be at least 1")
     if arguments.command == "load":
         load_once(arguments.source, arguments.cache, arguments.num_proc)
     elif arguments.command == "workers":
@@ -280,8 +335,8 @@ def main() -> None:
         parallel.launch(load_sharded, (arguments.overrides, arguments.marks), arguments.n, None)
     elif arguments.command == "start":
         benchmark_start(arguments.nproc)
-    elif arguments.rows < 1 or arguments.repeats < 1:
-        raise UserError("--rows and --repeats must be at least 1")
+    elif arguments.command == "dpo":
+        benchmark_dpo(arguments)
     else:
         benchmark_data(arguments.rows, arguments.repeats, arguments.num_proc)
 

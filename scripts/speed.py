@@ -1,0 +1,219 @@
+"""What `scripts/benchmark.py dpo` times: one DPO step in the original's formulation, with each idea in turn, in TRL."""
+
+import dataclasses
+import functools
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from batching import Batch, Cut, Example, epoch_order, make_batch
+from evaluation import Scorer, Share, shares
+from layouts import lay_out
+from models import Computation, load_policy, load_tokenizer, pick_computation, pick_device, quiet_transformers
+from preference_datasets import PreferenceData, load_data
+from reference import LiveReference, StoredReference, build_reference, wanted_by
+from settings import Config, data_settings
+from utils import UserError
+
+ORIGINAL, OURS = "original", "+ stored reference"
+
+
+@dataclasses.dataclass
+class Work:
+    """One global batch: a policy that has moved a little from its reference, and the pairs it is to learn from."""
+
+    config: Config
+    policy: PreTrainedModel
+    reference: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: PreferenceData
+    examples: list[Example]
+    micro: int
+    how: Computation
+
+    @property
+    def pairs(self) -> int:
+        return len(self.examples)
+
+    def micro_batches(self) -> list[Batch]:
+        """In the given order, `micro` pairs each."""
+        parts = (self.examples[i : i + self.micro] for i in range(0, self.pairs, self.micro))
+        return [make_batch(self.data, part) for part in parts]
+
+
+def prepare(config: Config, pairs: int, micro: int) -> Work:
+    """Load what is timed. Raises UserError where there are too few pairs."""
+    quiet_transformers()
+    torch.manual_seed(0)
+    device, tokenizer = pick_device(config), load_tokenizer(config)
+    data = load_data(data_settings(config), tokenizer, "train")
+    examples = [(int(record), int(pair)) for record, pair in epoch_order(data, config.seed, 0)[:pairs]]
+    if len(examples) < pairs:
+        raise UserError(f"--pairs {pairs}, and the data has {len(examples)}")
+    policy, reference = (load_policy(config, device, archive=config.model.archive) for _ in range(2))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std().nan_to_num(0), alpha=1e-3)
+    how = pick_computation(policy, config)
+    return Work(config, policy.train(), reference.requires_grad_(False).eval(), tokenizer, data, examples, micro, how)
+
+
+def original_logps(model: PreTrainedModel, ids: Tensor, attends: Tensor, labels: Tensor) -> Tensor:
+    """Sum of log-probabilities of each row's labels from the whole of its logits, as the original code has it."""
+    logits = model(input_ids=ids, attention_mask=attends).logits.to(torch.float32)[:, :-1]
+    labels = labels[:, 1:].clone()
+    counts = labels != -100
+    labels[~counts] = 0
+    return (torch.gather(logits.log_softmax(-1), 2, labels[..., None]).squeeze(-1) * counts).sum(-1)
+
+
+def original_step(work: Work) -> float:
+    """Chosen rows, then rejected rows, padded to the longest of `micro` pairs; policy and reference on all of them."""
+    total, beta, device = 0.0, work.config.loss.beta or 0.1, work.policy.device
+    for start in range(0, work.pairs, work.micro):
+        rows = []
+        for side in (0, 1):
+            for record, pair in work.examples[start : start + work.micro]:
+                content = work.data[record]
+                rows.append((content.prompt, content.responses[content.pairs[pair][side]]))
+        width = max(len(prompt) + len(response) for prompt, response in rows)
+        ids, attends = torch.zeros(2, len(rows), width, dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        for i, (prompt, response) in enumerate(rows):
+            ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+            attends[i, : len(prompt) + len(response)] = 1
+            labels[i, len(prompt) : len(prompt) + len(response)] = torch.tensor(response)
+        inputs = [tensor.to(device) for tensor in (ids, attends, labels)]
+        policy = original_logps(work.policy, *inputs)
+        with torch.no_grad():
+            reference = original_logps(work.reference, *inputs)
+        chosen, rejected = (policy - reference).chunk(2)
+        loss = -F.logsigmoid(beta * (chosen - rejected)).sum() / work.pairs
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def our_step(work: Work, scorer: Scorer, micro_batches: Iterable[Share]) -> float:
+    total = 0.0
+    for share in micro_batches:
+        losses, _ = scorer(work.policy, share.batch, "train")
+        loss = losses.sum() / work.pairs
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def store(work: Work) -> StoredReference:
+    """Compute the reference of all pairs, from nothing."""
+    cut = Cut(work.how.layout, 1, 1, work.config.microbatch_tokens)
+    with tempfile.TemporaryDirectory() as empty:
+        return build_reference(work.reference, work.how, cut, Path(empty), wanted_by(work.data, work.examples))
+
+
+def variants(work: Work) -> dict[str, Callable[[], float]]:
+    """Steps by name, each with one more idea than the one before."""
+    loss, tokens = work.config.loss.build(), work.config.microbatch_tokens
+    padded = dataclasses.replace(work.how, layout="padded")
+
+    def live(how: Computation) -> Scorer:
+        return Scorer(loss, how, LiveReference(work.reference, how))
+
+    def cut(how: Computation) -> list[Share]:
+        return shares(work.data, work.examples, Cut(how.layout, 1, 1, tokens))
+
+    given = [Share(batch, True) for batch in work.micro_batches()]
+    return {
+        ORIGINAL: lambda: original_step(work),
+        "logits at responses only": lambda: our_step(work, live(padded), given),
+        "+ sorted, cut by tokens": lambda: our_step(work, live(padded), cut(padded)),
+        "+ prompt trees": lambda: our_step(work, live(work.how), cut(work.how)),
+        OURS: lambda: our_step(work, Scorer(loss, work.how, store(work)), cut(work.how)),
+    }
+
+
+def sweeps(work: Work, betas: Sequence[float]) -> dict[str, Callable[[], float]]:
+    """A step of each beta, as a whole."""
+
+    def with_beta(beta: float) -> Work:
+        loss = dataclasses.replace(work.config.loss, beta=beta)
+        return dataclasses.replace(work, config=dataclasses.replace(work.config, loss=loss))
+
+    def ours() -> float:
+        stored, some = store(work), Cut(work.how.layout, 1, 1, work.config.microbatch_tokens)
+        scorers = [Scorer(with_beta(beta).config.loss.build(), work.how, stored) for beta in betas]
+        return sum(our_step(work, scorer, shares(work.data, work.examples, some)) for scorer in scorers)
+
+    return {ORIGINAL: lambda: sum(original_step(with_beta(beta)) for beta in betas), OURS: ours}
+
+
+def gradient(model: PreTrainedModel) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def compare(work: Work, steps: dict[str, Callable[[], float]], repeats: int, exact: float) -> dict[str, list[float]]:
+    """Seconds of every step, `repeats` times in turn. Raises UserError where one gives another loss or gradient.
+
+    Each ends with an optimizer step of learning rate 0, which costs what any does.
+    """
+    optimizer = torch.optim.RMSprop(work.policy.parameters(), lr=0)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    wanted: tuple[float, Tensor] | None = None
+    for _ in range(repeats):
+        for name, step in steps.items():
+            optimizer.zero_grad()
+            start = time.perf_counter()
+            loss = step()
+            optimizer.step()
+            if work.policy.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+            found = gradient(work.policy)
+            wanted = wanted or (loss, found)
+            off = float((found - wanted[1]).norm() / wanted[1].norm()), abs(loss / wanted[0] - 1)
+            print(f"{name}: {seconds[name][-1]:.2f} s, loss {loss:.6f}, gradient off by {off[0]:.1e}", flush=True)
+            if max(off) > exact:
+                raise UserError(f"{name} computes another loss or gradient: off by {off[1]:.2g} and {off[0]:.2g}")
+    return seconds
+
+
+def tokens(work: Work) -> dict[str, int]:
+    """Tokens that the formulations compute of one global batch, and how many of them are distinct."""
+    trees = make_batch(work.data, work.examples).trees
+    cut = shares(work.data, work.examples, Cut(work.how.layout, 1, 1, work.config.microbatch_tokens))
+    given = (lay_out(batch, "padded").input_ids for batch in work.micro_batches())
+    return {
+        "original": sum(ids.numel() for ids in given),
+        "ours": sum(lay_out(share.batch, work.how.layout).input_ids.numel() for share in cut),
+        "distinct": sum(len(tree.prompt) + sum(map(len, tree.responses)) for tree in trees),
+    }
+
+
+def peak_memory(work: Work, name: str) -> float:
+    """Most memory in MiB that a step of one micro-batch takes, with weights and gradients (Linux, CUDA)."""
+    cuda = work.policy.device.type == "cuda"
+    if name == OURS:
+        how, reference = work.how, store(work)
+        del work.reference  # the policy computed them
+        step = functools.partial(our_step, work, Scorer(work.config.loss.build(), how, reference))
+        micro = [Share(make_batch(work.data, work.examples), True)]
+        run: Callable[[], float] = lambda: step(micro)  # noqa: E731
+    else:
+        run = lambda: original_step(work)  # noqa: E731
+    gc.collect()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    run()
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024

@@ -3,7 +3,7 @@
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -26,6 +26,11 @@ class Tree:
 
     prompt: list[int]
     responses: list[list[int]]
+
+
+def n_tokens(prompt: int, responses: Iterable[int]) -> int:
+    """Tokens of a tree that have to be computed, from the lengths of prompt and responses: a last one predicts none."""
+    return prompt + sum(length - 1 for length in responses)
 
 
 @dataclass(frozen=True)
@@ -163,9 +168,9 @@ class Cut:
         work. An empty micro-batch still has to make the pass. One that alone has more than `tokens` is left whole.
         """
         if self.layout == "tree":
-            items = [_Item(i, 1, prompt + sum(responses)) for i, (prompt, responses) in enumerate(sizes)]
+            items = [_Item(i, 1, n_tokens(*size)) for i, size in enumerate(sizes)]
         else:
-            items = [_Item(i, len(responses), prompt + max(responses)) for i, (prompt, responses) in enumerate(sizes)]
+            items = [_Item(i, len(rest), n_tokens(prompt, [max(rest)])) for i, (prompt, rest) in enumerate(sizes)]
         items.sort(key=lambda item: -item.length)
         limit = self.tokens
         if limit is None or self.passes > 1:

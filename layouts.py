@@ -1,7 +1,8 @@
 """How prompt trees are laid on a model's rows: `padded` is one row for each response, `tree` one for each prompt.
 
 In a tree a response's tokens attend to the prompt and to their own past, and their positions go on from the prompt's:
-each token sees what it would see in a row of its own, so that both layouts compute the same function.
+each token sees what it would see in a row of its own, so that both layouts compute the same function. The last token of
+a response predicts nothing and is left out.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from batching import Batch
+from batching import Batch, n_tokens
 
 PROMPT, PADDING = 0, -1
 
@@ -46,7 +47,7 @@ def lay_out(batch: Batch, layout: str) -> Rows:
     if layout == "padded":
         trees = [(prompt, [response]) for prompt, responses in trees for response in responses]
     lengths = [len(response) for _, responses in trees for response in responses]
-    width = max(len(prompt) + sum(map(len, responses)) for prompt, responses in trees)
+    width = max(1, *(n_tokens(len(prompt), map(len, responses)) for prompt, responses in trees))
     input_ids, positions = torch.zeros(2, len(trees), width, dtype=torch.long)
     branch = torch.full((len(trees), width), PADDING)
     sources: list[int] = []
@@ -59,11 +60,11 @@ def lay_out(batch: Batch, layout: str) -> Rows:
         branch[row, : len(prompt)] = PROMPT
         start = len(prompt)
         for k, response in enumerate(responses, 1):
-            stop = start + len(response)
-            input_ids[row, start:stop] = torch.tensor(response)
-            positions[row, start:stop] = torch.arange(len(prompt), len(prompt) + len(response))
+            stop = start + len(response) - 1
+            input_ids[row, start:stop] = torch.tensor(response[:-1])
+            positions[row, start:stop] = torch.arange(len(prompt), len(prompt) + len(response) - 1)
             branch[row, start:stop] = k
-            before = [len(prompt) - 1, *range(start, stop - 1)]
+            before = [len(prompt) - 1, *range(start, stop)]
             known = 0 if prompt else 1  # without a prompt nothing predicts the first token
             sources += [row * width + column for column in before[known:]]
             targets += response[known:]

@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -97,6 +98,9 @@ def load_policy(
         except ValueError as error:
             raise UserError(f"activation_checkpointing=true: {first_line(error)}") from error
     add_token_logps(model)
+    if config.compile:
+        for block in parallel.blocks(model, config.model.block_name or config.model.block):
+            block.compile(dynamic=True)
     if sharding is not None:
         return parallel.move_buffers(model)
     if not config.model.device_map:
@@ -301,7 +305,10 @@ def pick_computation(model: PreTrainedModel, config: Config) -> Computation:
     dtype = config.compute_dtype
     exact = dtype == torch.float32 and not (input_device(model).type == "cuda" and config.allow_tf32)
     padded = Computation(dtype, "padded", 1e-4 if exact else 0.1)
-    found = head_difference(model, dtype)
+    try:
+        found = head_difference(model, dtype)
+    except TorchDynamoException as error:
+        raise UserError(f"compile=true: the blocks cannot be compiled here: {first_line(error)}") from error
     if found > padded.tolerance:
         raise UserError(
             f"{type(model).__name__} is not supported: its log-probabilities, computed a part at a time, differ by "

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -310,7 +309,7 @@ def shard_model(model: PreTrainedModel, sharding: Sharding) -> PreTrainedModel:
     }
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     tied = bool(getattr(model, "all_tied_weights_keys", None))
-    for module in [*_blocks(model, sharding.block_name), *([] if tied else ends), model]:
+    for module in [*blocks(model, sharding.block_name), *([] if tied else ends), model]:
         fully_shard(module, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # gradients are sums over processes: the loss is divided by the global batch
@@ -319,7 +318,7 @@ def shard_model(model: PreTrainedModel, sharding: Sharding) -> PreTrainedModel:
     return model
 
 
-def _blocks(model: PreTrainedModel, name: str | None) -> list[torch.nn.Module]:
+def blocks(model: PreTrainedModel, name: str | None) -> list[torch.nn.Module]:
     names = {name} if name else set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
@@ -462,14 +461,30 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
     return total
 
 
+class _LabelLogps(torch.autograd.Function):
+    """log softmax(logits)[label] with one more tensor of the logits' size, which backward turns into their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        logps = torch.log_softmax(logits, -1, dtype=torch.float32)
+        ctx.save_for_backward(logps, labels)
+        ctx.dtype = logits.dtype
+        return logps.gather(-1, labels[..., None]).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        logps, labels = ctx.saved_tensors
+        ours = logps.exp_().mul_(-grad[..., None])
+        return ours.scatter_add_(-1, labels[..., None], grad[..., None]).to(ctx.dtype), None
+
+
 def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """log softmax(logits)[label] in nats, float32 of the labels' shape.
 
     Logits whose vocabulary is sharded stay so: the ranks exchange one maximum, one sum and one logit a position.
     """
     if not isinstance(logits, DTensor):
-        flat = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-        return -flat.view(labels.shape)
+        return _LabelLogps.apply(logits, labels)
     mesh, shard = logits.device_mesh, logits.to_local().float()
 
     def total(part: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ class Config:
     gradient_accumulation_steps: int = 1
     microbatch_tokens: int | None = None
     layout: str = ""
+    compile: bool = False
     max_grad_norm: float = 0.0
     max_length: int = 0
     max_prompt_length: int = 0

@@ -161,8 +161,8 @@ def benchmark_data(rows: int, repeats: int, num_proc: int) -> None:
         runs = [measured_load(source, Path(folder) / "cache", num_proc) for _ in range(1 + repeats)]
     first, later = runs[0], {key: statistics.median(run[key] for run in runs[1:]) for key in runs[1]}
     method = (
-        f"`python scripts/benchmark.py data --rows {rows} --repeats {repeats} --num-proc {num_proc}`; the method stands in "
-        "the script. Second start: the median of the repeats."
+        f"`python scripts/benchmark.py data --rows {rows} --repeats {repeats} --num-proc {num_proc}`; the method "
+        "stands in the script. Second start: the median of the repeats."
     )
     facts = {"input": f"{rows} HH-like pairs, {size:.0f} MiB of JSON lines, default max_length 512"}
     table = [["", "first start", "second start"]]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from batching import Batch, Cut, Example, epoch_order, make_batch
+from batching import Batch, Cut, Example, epoch_order, make_batch, n_tokens
 from evaluation import Scorer, Share, shares
 from layouts import lay_out
 from models import Computation, load_policy, load_tokenizer, pick_computation, pick_device, quiet_transformers
@@ -192,7 +192,7 @@ def tokens(work: Work) -> dict[str, int]:
     return {
         "original": sum(ids.numel() for ids in given),
         "ours": sum(lay_out(share.batch, work.how.layout).input_ids.numel() for share in cut),
-        "distinct": sum(len(tree.prompt) + sum(map(len, tree.responses)) for tree in trees),
+        "distinct": sum(n_tokens(len(tree.prompt), map(len, tree.responses)) for tree in trees),
     }
 
 

@@ -114,12 +114,12 @@ def test_padded_rows_are_prompt_and_response() -> None:
     responses = [(r, t.prompt) for t in make_batch(data, [(4, 0), (5, 0)]).trees for r in t.responses]
     width = rows.input_ids.shape[1]
     for i, (response, prompt) in enumerate(responses):
-        n = len(prompt) + len(response)
-        assert rows.input_ids[i, :n].tolist() == prompt + response
+        n = len(prompt) + len(response) - 1  # the last token predicts nothing
+        assert rows.input_ids[i, :n].tolist() == (prompt + response)[:-1]
         assert (rows.branch[i] != PADDING).tolist() == [True] * n + [False] * (width - n)
         here = rows.sources // width == i
         assert rows.targets[here].tolist() == response
-        assert (rows.sources[here] % width).tolist() == list(range(len(prompt) - 1, n - 1))
+        assert (rows.sources[here] % width).tolist() == list(range(len(prompt) - 1, n))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -187,6 +187,6 @@ def test_dealing_gives_every_example_once_and_every_process_as_many_passes(
 
 def test_dealing_balances_tokens_not_examples() -> None:
     lengths = [100, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10]
-    data = Data([Record([1], [[2] * (n - 1)], []) for n in lengths], np.zeros(len(lengths), dtype=int))
+    data = Data([Record([1], [[2] * n], []) for n in lengths], np.zeros(len(lengths), dtype=int))
     ((long, short),) = deal(data, [(i, 0) for i in range(len(lengths))], Cut("padded", 2, 1, None))
     assert long == [(0, 0)] and len(short) == 10

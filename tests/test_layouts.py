@@ -88,7 +88,7 @@ def test_a_token_sees_what_it_would_see_alone(forest: list[Tree], window: int | 
     rows = lay_out(Batch(forest, [], None), "tree")
     sees = visible(rows, window)[:, 0]
     for row, tree in enumerate(forest):
-        stops = np.cumsum([len(tree.prompt), *map(len, tree.responses)])
+        stops = np.cumsum([len(tree.prompt), *(len(response) - 1 for response in tree.responses)])
         for start, stop in itertools.pairwise(stops):
             alone = [*range(len(tree.prompt)), *range(start, stop)]
             for place in range(len(tree.prompt), len(alone)):

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from conftest import (
+    COSTS,
     ROOT,
     compose,
     make_model,
@@ -114,7 +115,7 @@ def assert_same_events(found: list[dict], wanted: list[dict]) -> None:
     for one, other in zip(wanted, found, strict=True):
         assert one.keys() == other.keys()
         scale = max(abs(one[name]) for name in one if name.startswith("logps"))
-        for name in one.keys() - {"time", "examples_per_second"}:
+        for name in one.keys() - COSTS:
             rounding = 1e-6 * scale if name.startswith(("rewards", "logratios")) else 0.0
             assert other[name] == pytest.approx(one[name], rel=1e-5, abs=rounding), (name, one)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_model, read_jsonl, train_here
+from conftest import COSTS, ROOT, make_model, read_jsonl, train_here
 from safetensors.numpy import load, save
 from test_batching import Data, make_data
 from transformers import PreTrainedModel
@@ -201,7 +201,7 @@ def test_stored_and_live_train_the_same_and_a_sweep_computes_nothing_twice(
     assert computed == 0
     for one, other in zip(stored, live, strict=True):
         assert one.keys() == other.keys()
-        for name in one.keys() - {"time", "examples_per_second", "reference_seconds"}:
+        for name in one.keys() - COSTS:
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=2e-5), name
     sampled = [read_jsonl(tmp_path / name / "samples.jsonl") for name in ("stored", "live")]
     assert sampled[0] == sampled[1]

@@ -1,0 +1,70 @@
+"""What a step costs: tokens, floating-point operations, memory."""
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+import parallel
+from batching import Batch, n_tokens
+
+# Dense peak of matrix products in bfloat16, FLOP/s, from the makers' data sheets.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "RTX 4090": 165e12}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Tokens of some batches: to compute each once, with padding, as a row for each response, and of responses."""
+
+    distinct: int = 0
+    computed: int = 0
+    alone: int = 0
+    predicted: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def cost_of(batch: Batch, layout: str) -> Cost:
+    """What `batch` costs under `layout`."""
+    trees = [n_tokens(len(tree.prompt), map(len, tree.responses)) for tree in batch.trees]
+    rows = [n_tokens(len(tree.prompt), [len(r)]) for tree in batch.trees for r in tree.responses]
+    laid = trees if layout == "tree" else rows
+    return Cost(
+        sum(trees), len(laid) * max(laid), sum(rows), sum(len(r) for tree in batch.trees for r in tree.responses)
+    )
+
+
+def throughput(model: PreTrainedModel, cost: Cost, seconds: float) -> dict[str, float]:
+    """Metrics of a step of all processes that took `seconds`.
+
+    Operations are 6 for each weight and each token that passes through it, as usual (Kaplan et al. 2020, section 2.1):
+    those of the body for distinct tokens, those of the head for response tokens; attention scores, padding and what is
+    computed twice are left out. `mfu` is their share of the device's peak in bfloat16, where that is known.
+    """
+    names = ("distinct", "computed", "alone", "predicted")
+    total = Cost(*map(int, parallel.sum_over_data([getattr(cost, name) for name in names])))
+    ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    body = sum(p.numel() for p in model.parameters() if id(p) not in ends)
+    head = model.get_output_embeddings().weight.numel()
+    flops = 6 * (body * total.distinct + head * total.predicted) / seconds
+    device = torch.cuda.get_device_name() if parallel.device_of(next(model.parameters())).type == "cuda" else ""
+    peak = next((value for name, value in PEAKS.items() if name in device), None)
+    return {
+        "tokens_per_second": total.distinct / seconds,
+        "tokens_distinct_over_computed": total.distinct / total.computed,
+        "tokens_alone_over_distinct": total.alone / total.distinct,
+        "flops_per_second": flops,
+        "peak_memory_mib": peak_memory(bool(device)),
+        **({"mfu": flops / peak / parallel.world_size()} if peak else {}),
+    }
+
+
+def peak_memory(cuda: bool) -> float:
+    """Most memory that this process has had: allocated on its GPU, or resident, in MiB."""
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -258,9 +258,10 @@ def benchmark_dpo(arguments: argparse.Namespace) -> None:
     from settings import load_config
 
     given = ["exp_name=benchmark", "loss=dpo", "loss.beta=0.1", "n_eval_examples=0", *arguments.overrides]
+    own = speed.resident()
     work = speed.prepare(load_config(given), arguments.pairs, arguments.micro)
     if arguments.memory:
-        print(speed.peak_memory(work, arguments.memory))
+        print(speed.peak_memory(work, arguments.memory) - (own if work.policy.device.type == "cpu" else 0))
         return
     peaks = {name: measured_peak(name, arguments) for name in (speed.ORIGINAL, speed.OURS)}
     steps = speed.sweeps(work, (0.05, 0.1, 0.3, 1.0)) if arguments.sweep else speed.variants(work)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -196,8 +197,13 @@ def tokens(work: Work) -> dict[str, int]:
     }
 
 
+def resident() -> float:
+    """Resident memory of this process in MiB."""
+    return psutil.Process().memory_info().rss / 2**20
+
+
 def peak_memory(work: Work, name: str) -> float:
-    """Most memory in MiB that a step of one micro-batch takes, with weights and gradients (Linux, CUDA)."""
+    """Most memory in MiB during a step of one micro-batch, weights and gradients included (Linux, CUDA)."""
     cuda = work.policy.device.type == "cuda"
     if name == OURS:
         how, reference = work.how, store(work)

@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, read_jsonl, train_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batching import Data, make_data
@@ -22,6 +24,7 @@ from models import Computation, add_token_logps, disable_dropout, head_differenc
 from preference_datasets import Record
 from reference import LiveReference, build_reference, wanted_by
 from settings import load_config
+from throughput import cost_of
 from utils import UserError
 
 SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
@@ -152,3 +155,26 @@ def test_everything_on_gives_the_gradient_of_everything_off(
     assert passes > 3
     assert again == pytest.approx(loss, rel=1e-5)
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(trees, min_size=1, max_size=4))
+def test_costs_are_those_of_the_rows(forest: list[Tree]) -> None:
+    batch = Batch(forest, [], None)
+    tree, padded = (lay_out(batch, layout) for layout in ("tree", "padded"))
+    for rows, layout in ((tree, "tree"), (padded, "padded")):
+        cost = cost_of(batch, layout)
+        assert max(cost.computed, len(rows.input_ids)) == rows.input_ids.numel()
+        assert cost.distinct == (tree.branch != PADDING).sum()
+        assert cost.alone == (padded.branch != PADDING).sum()
+        assert cost.predicted == sum(len(response) for tree in forest for response in tree.responses)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_compiled_blocks_compute_the_same(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    def losses(name: str, *given: str) -> list[float]:
+        given = ("loss=dpo", "loss.beta=0.5", "n_eval_examples=0", f"local_run_dir={tmp_path / name}", *given)
+        train_here(overrides(*given))
+        return [event["loss/train"] for event in read_jsonl(tmp_path / name / "metrics.jsonl")]
+
+    assert losses("compiled", "compile=true") == pytest.approx(losses("eager"), rel=1e-4)

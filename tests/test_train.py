@@ -14,6 +14,7 @@ from conftest import COSTS, ROOT, RunTrain, make_model, make_tokenizer, read_jso
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainers
+from models import add_token_logps
 from utils import UserError, run_main
 
 Overrides = Callable[..., list[str]]
@@ -131,11 +132,11 @@ def test_a_reference_that_differs_stops_the_run(overrides: Overrides, monkeypatc
         with torch.no_grad():
             model.lm_head.weight.add_(1e-3 * len(loaded) * torch.randn(model.lm_head.weight.shape))
         loaded.append(model)
-        return model
+        return add_token_logps(model)
 
     monkeypatch.setattr(train, "load_policy", load)
     with pytest.raises(UserError, match="differ before the first update"):
-        train_here(overrides(*DPO))
+        train_here(overrides(*DPO, "reference.mode=live"))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

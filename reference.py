@@ -65,7 +65,10 @@ class StoredReference:
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name in self._read:
                 continue
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:  # another process found it damaged
+                continue
             try:
                 if _hash(content) != path.stem:
                     raise ValueError
@@ -177,7 +180,9 @@ def build_reference(
     folder.mkdir(parents=True, exist_ok=True)
     reference = StoredReference(folder)
     reference.read()
-    present, missing = _split(wanted, parallel.from_main(set(reference.entries)))
+    there = parallel.from_main(set(reference.entries))
+    reference.read()  # what other jobs may have added before the main process looked
+    present, missing = _split(wanted, there)
     if present:
         _check(model, how, reference, _tree(*present[len(present) // 2]))
     n_missing, n_present = (sum(len(responses) for *_, responses in some) for some in (missing, present))

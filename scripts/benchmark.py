@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +41,7 @@ import psutil
 
 from utils import UserError, run_main
 
-PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "tokenizers", "numpy")
+PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "tokenizers", "numpy", "trl")
 WORDS = """
     the a of and to in is that it for you was with on as are have be at or from can this what how would people think
     make time know just about which their will some could other into more very your like because should really
@@ -60,7 +61,7 @@ def machine() -> dict[str, str]:
     return {
         "processor": f"{cpu}, {os.cpu_count()} cores",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES if find_spec(name)),
         "commit": (commit.stdout.strip() or "none") + (" with changes" if dirty else ""),
         "date": datetime.date.today().isoformat(),
     }
@@ -265,9 +266,10 @@ def benchmark_dpo(arguments: argparse.Namespace) -> None:
         return
     peaks = {name: measured_peak(name, arguments) for name in (speed.ORIGINAL, speed.OURS)}
     steps = speed.sweeps(work, (0.05, 0.1, 0.3, 1.0)) if arguments.sweep else speed.variants(work)
+    steps = {name: step for name, step in steps.items() if not arguments.only or name in arguments.only.split(",")}
     exact = 1e-4 if work.config.compute_dtype.itemsize == 4 else 0.05
     seconds = speed.compare(work, steps, arguments.repeats, exact)
-    base = statistics.median(seconds[speed.ORIGINAL])
+    base = statistics.median(next(iter(seconds.values())))
     pairs = arguments.pairs * (4 if arguments.sweep else 1)
     rows = [["", "seconds", "pairs/s", "ratio to the original", "peak of one micro-batch, MiB"]]
     for name, times in seconds.items():
@@ -276,8 +278,8 @@ def benchmark_dpo(arguments: argparse.Namespace) -> None:
         rows.append([name, f"{median:.1f}", f"{pairs / median:.3f}", f"{base / median:.2f}", peak])
     counts = speed.tokens(work)
     facts = {
-        "model": f"{work.config.model.name_or_path}, {work.config.compute_dtype} on {work.policy.device}",
-        "work": f"{arguments.pairs} pairs of {', '.join(map(str, work.config.datasets))}"
+        "model": f"{Path(work.config.model.name_or_path).name}, {work.config.compute_dtype} on {work.policy.device}",
+        "work": f"{arguments.pairs} pairs of {', '.join(Path(name).name for name in work.config.datasets)}"
         + (", once for each of four betas" if arguments.sweep else ""),
         "tokens": ", ".join(f"{value} {key}" for key, value in counts.items())
         + f"; of ours {counts['distinct'] / counts['ours']:.3f} are distinct",
@@ -307,6 +309,7 @@ def main() -> None:
     dpo.add_argument("--micro", type=int, default=8, help="pairs of the original's micro-batches")
     dpo.add_argument("--repeats", type=int, default=3)
     dpo.add_argument("--sweep", action="store_true", help="time four betas as a whole")
+    dpo.add_argument("--only", help="comma-separated names of what to time, as in the table; the first is the base")
     dpo.add_argument("--name", help="of the file in benchmarks/")
     dpo.add_argument("--memory", help=argparse.SUPPRESS)
     dpo.add_argument("overrides", nargs="*", help="of the configuration: model=..., datasets=[...], device=...")

@@ -112,6 +112,57 @@ def our_step(work: Work, scorer: Scorer, micro_batches: Iterable[Share]) -> floa
     return total
 
 
+def trl_step(work: Work) -> Callable[[], float] | None:
+    """The same token ids through TRL's DPOTrainer, in the given order; None where TRL is not installed."""
+    try:
+        import trl
+    except ImportError:
+        return None
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import TrainerCallback
+
+    rows = []
+    for record, pair in work.examples:
+        content = work.data[record]
+        chosen, rejected = (content.responses[side] for side in content.pairs[pair])
+        rows.append({"prompt_ids": content.prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+
+    class SameTokens(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset: Dataset, *arguments: object) -> Dataset:
+            return dataset
+
+        def _get_train_sampler(self, dataset: Dataset | None = None) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
+    class KeepGradients(TrainerCallback):
+        def on_pre_optimizer_step(self, *arguments: object, **more: object) -> None:
+            kept.extend((p, p.grad.clone()) for p in work.policy.parameters() if p.grad is not None)
+
+    kept: list[tuple[torch.nn.Parameter, Tensor]] = []
+    arguments = trl.DPOConfig(
+        tempfile.mkdtemp(), max_steps=1, per_device_train_batch_size=work.micro,
+        gradient_accumulation_steps=work.pairs // work.micro, learning_rate=0.0, beta=work.config.loss.beta,
+        max_length=None, bf16=work.how.dtype == torch.bfloat16, use_cpu=work.policy.device.type == "cpu",
+        max_grad_norm=0.0, gradient_checkpointing=False, optim="rmsprop", report_to=[], save_strategy="no",
+        disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    work.tokenizer.pad_token = work.tokenizer.pad_token or work.tokenizer.eos_token
+
+    def step() -> float:
+        kept.clear()
+        trainer = SameTokens(
+            work.policy, work.reference, arguments, train_dataset=Dataset.from_list(rows),
+            processing_class=work.tokenizer, callbacks=[KeepGradients()],
+        )  # fmt: skip
+        loss = trainer.train().training_loss
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+        return loss
+
+    return step
+
+
 def store(work: Work) -> StoredReference:
     """Compute the reference of all pairs, from nothing."""
     cut = Cut(work.how.layout, 1, 1, work.config.microbatch_tokens)
@@ -131,13 +182,15 @@ def variants(work: Work) -> dict[str, Callable[[], float]]:
         return shares(work.data, work.examples, Cut(how.layout, 1, 1, tokens))
 
     given = [Share(batch, True) for batch in work.micro_batches()]
-    return {
+    steps = {
         ORIGINAL: lambda: original_step(work),
         "logits at responses only": lambda: our_step(work, live(padded), given),
         "+ sorted, cut by tokens": lambda: our_step(work, live(padded), cut(padded)),
         "+ prompt trees": lambda: our_step(work, live(work.how), cut(work.how)),
         OURS: lambda: our_step(work, Scorer(loss, work.how, store(work)), cut(work.how)),
     }
+    trl = trl_step(work)
+    return steps | {"TRL": trl} if trl else steps
 
 
 def sweeps(work: Work, betas: Sequence[float]) -> dict[str, Callable[[], float]]:

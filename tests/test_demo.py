@@ -10,6 +10,7 @@ from conftest import make_model, make_tokenizer
 
 import demo
 from demo import Measured
+from models import add_token_logps
 from utils import UserError
 
 
@@ -53,7 +54,7 @@ def test_sampled_logratio_is_that_of_the_sampled_tokens(tiny_model_dir: Path) ->
 
     lengths = ["max_length=12", "max_prompt_length=8"]
     config = load_config(["exp_name=x", "model=blank_model", f"model.name_or_path={tiny_model_dir}", *lengths])
-    model, other = make_model().eval(), make_model().eval()
+    model, other = (add_token_logps(make_model()).eval() for _ in range(2))
     with torch.no_grad():
         other.lm_head.weight.mul_(1.5)
     task = demo.Task(config, make_tokenizer(), [[5, 6, 7], [9]], ["a", "b"])

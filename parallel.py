@@ -307,9 +307,10 @@ def shard_model(model: PreTrainedModel, sharding: Sharding) -> PreTrainedModel:
         "offload_policy": CPUOffloadPolicy() if sharding.cpu_offload else OffloadPolicy(),
         "reshard_after_forward": sharding.reshard_after_forward,
     }
-    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     tied = bool(getattr(model, "all_tied_weights_keys", None))
-    for module in [*blocks(model, sharding.block_name), *([] if tied else ends), model]:
+    # The head stays with the model as a whole: it runs several times in a forward pass, and would be gathered as often.
+    embeddings: list[Any] = [] if tied else [model.get_input_embeddings()]
+    for module in [*blocks(model, sharding.block_name), *embeddings, model]:
         fully_shard(module, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # gradients are sums over processes: the loss is divided by the global batch

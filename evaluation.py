@@ -16,6 +16,7 @@ from preference_datasets import PreferenceData
 from reference import Reference
 from utils import progress
 
+ROUNDING = 1e-6
 Metrics = dict[str, list[float]]
 """Metric name -> one value for each example."""
 
@@ -42,13 +43,15 @@ class Scorer:
         logps = means if self.loss.average_log_prob else sums
         losses = self.loss(logps)
         metrics = {f"logps_{split}/chosen": sums.policy_chosen, f"loss/{split}": losses}
-        if sums.policy_rejected is not None:
+        if logps.policy_rejected is not None and sums.policy_rejected is not None:
             chosen, rejected = implicit_rewards(logps, self.loss.beta)
             chosen_change, rejected_change = implicit_rewards(means, 1.0)
+            # Of log-probabilities in float32; where policy and reference agree up to that, nothing is preferred yet.
+            rounding = ROUNDING * self.loss.beta * (logps.policy_chosen.abs() + logps.policy_rejected.abs()).detach()
             metrics |= {
                 f"rewards_{split}/chosen": chosen,
                 f"rewards_{split}/rejected": rejected,
-                f"rewards_{split}/accuracies": (chosen > rejected).float(),
+                f"rewards_{split}/accuracies": (chosen - rejected > rounding).float(),
                 f"rewards_{split}/margins": chosen - rejected,
                 f"logps_{split}/rejected": sums.policy_rejected,
                 f"logratios_per_token_{split}/chosen": chosen_change,

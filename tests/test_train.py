@@ -116,10 +116,22 @@ def test_one_seed_one_run_and_another_seed_another(overrides: Overrides, tmp_pat
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_margin_is_exactly_zero_before_the_first_update(precision: str, overrides: Overrides, tmp_path: Path) -> None:
-    train_here(overrides(*DPO, f"mixed_precision={precision}", "n_eval_examples=8", "lr=1e-3", "batch_size=8"))
+    train_here(
+        overrides(
+            *DPO, f"mixed_precision={precision}", "n_eval_examples=8", "lr=1e-3", "batch_size=8", "reference.mode=live"
+        )
+    )
     events = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert events[0]["rewards_eval/margins"] == events[0]["rewards_eval/chosen"] == 0
     assert events[1]["rewards_train/margins"] == 0 and events[-1]["loss/eval"] < events[0]["loss/eval"]
+
+
+def test_margin_is_rounding_before_the_first_update_with_a_stored_reference(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    train_here(overrides(*DPO, "n_eval_examples=8", "batch_size=8", "gradient_accumulation_steps=4"))
+    for event, split in zip(read_jsonl(tmp_path / "run" / "metrics.jsonl"), ("eval", "train")):
+        assert abs(event[f"rewards_{split}/margins"]) < 1e-6 and event[f"rewards_{split}/accuracies"] == 0
 
 
 def test_a_reference_that_differs_stops_the_run(overrides: Overrides, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,9 +242,12 @@ def tokens(work: Work) -> dict[str, int]:
     """Tokens that the formulations compute of one global batch, and how many of them are distinct."""
     trees = make_batch(work.data, work.examples).trees
     cut = shares(work.data, work.examples, Cut(work.how.layout, 1, 1, work.config.microbatch_tokens))
-    given = (lay_out(batch, "padded").input_ids for batch in work.micro_batches())
+    longest = [
+        max(len(tree.prompt) + len(r) for tree in batch.trees for r in tree.responses) for batch in work.micro_batches()
+    ]
+    sizes = [2 * min(work.micro, work.pairs - start) for start in range(0, work.pairs, work.micro)]
     return {
-        "original": sum(ids.numel() for ids in given),
+        "original": sum(rows * width for rows, width in zip(sizes, longest, strict=True)),
         "ours": sum(lay_out(share.batch, work.how.layout).input_ids.numel() for share in cut),
         "distinct": sum(n_tokens(len(tree.prompt), map(len, tree.responses)) for tree in trees),
     }

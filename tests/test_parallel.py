@@ -54,7 +54,7 @@ GROUPS: dict[str, tuple[int, str, dict[str, tuple[tuple[str, str], ...]]]] = {
     "FSDP 2": (2, FSDP, {"llama": ALL, "gpt_neox": MOST, "gpt2": MOST}),
     "FSDP 4": (4, FSDP, {"llama": MOST, "gpt_neox": SOME, "gpt2": SOME}),
     "HSDP 2x2": (4, f"{FSDP} fsdp_replicate_size=2 fsdp_reshard_after_forward=false", {"llama": HARDEST}),
-    "TP 2": (2, TENSOR, {"llama": ALL, "gpt_neox": MOST}),
+    "TP 2": (2, TENSOR, {"llama": MOST, "gpt_neox": MOST}),
     "TP 2 other models": (2, TENSOR, dict.fromkeys(("qwen2", "qwen3", "mistral", "olmo2"), HARDEST)),
     "FSDP 2 x TP 2": (4, f"{TENSOR} tensor_parallel_size=2", {"llama": MOST, "gpt_neox": SOME, "qwen3": HARDEST}),
 }

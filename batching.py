@@ -1,4 +1,4 @@
-"""From records to batches: the stateless order of examples, prompt trees, and how a tree is laid on a model's rows."""
+"""From records to batches: the stateless order of examples, prompt trees, and how batches are cut."""
 
 import itertools
 import math

@@ -16,7 +16,7 @@ from preference_datasets import PreferenceData
 from reference import Reference
 from utils import progress
 
-ROUNDING = 1e-6
+ROUNDING = 1e-6  # relative, of a float32 log-probability
 Metrics = dict[str, list[float]]
 """Metric name -> one value for each example."""
 
@@ -46,7 +46,7 @@ class Scorer:
         if logps.policy_rejected is not None and sums.policy_rejected is not None:
             chosen, rejected = implicit_rewards(logps, self.loss.beta)
             chosen_change, rejected_change = implicit_rewards(means, 1.0)
-            # Of log-probabilities in float32; where policy and reference agree up to that, nothing is preferred yet.
+            # Where policy and reference agree up to rounding, nothing is preferred yet.
             rounding = ROUNDING * self.loss.beta * (logps.policy_chosen.abs() + logps.policy_rejected.abs()).detach()
             metrics |= {
                 f"rewards_{split}/chosen": chosen,

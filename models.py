@@ -56,7 +56,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(local_folder(name, config.cache))
     except _LOAD_ERRORS as error:
         raise UserError(
-            f"no tokenizer could be read from {name} ({first_line(error)}); give one with "
+            f"no tokenizer could be read from {name} ({_first_line(error)}); give one with "
             "model.tokenizer_name_or_path=<hub id or folder>"
         ) from error
     if tokenizer.eos_token_id is None:
@@ -89,14 +89,14 @@ def load_policy(
         model = _from_pretrained(folder, state, _loading_options(config, device, sharding), sharding)
     except _LOAD_ERRORS as error:
         if found is not None and state is not None:
-            raise UserError(f"model.archive={found.path} is of another architecture: {first_line(error)}") from error
-        raise UserError(f"no model could be read from {folder}: {first_line(error)}") from error
+            raise UserError(f"model.archive={found.path} is of another architecture: {_first_line(error)}") from error
+        raise UserError(f"no model could be read from {folder}: {_first_line(error)}") from error
     disable_dropout(model)
     if trains and config.activation_checkpointing:
         try:
             model.activation_checkpointing_enable({"use_reentrant": False}, config.activation_checkpointing_every)
         except ValueError as error:
-            raise UserError(f"activation_checkpointing=true: {first_line(error)}") from error
+            raise UserError(f"activation_checkpointing=true: {_first_line(error)}") from error
     add_token_logps(model)
     if config.compile:
         for block in parallel.blocks(model, config.model.block_name or config.model.block):
@@ -168,7 +168,7 @@ def _check_same_architecture(name: str, source: str | Path, archive: Archive) ->
         try:
             configs.append(AutoConfig.from_pretrained(place))
         except _LOAD_ERRORS as error:
-            raise UserError(f"model.{key}={place}: its config cannot be read: {first_line(error)}") from error
+            raise UserError(f"model.{key}={place}: its config cannot be read: {_first_line(error)}") from error
     for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         wanted, given = (getattr(config, key, None) for config in configs)
         if wanted != given:
@@ -200,7 +200,7 @@ def _convert_gguf(path: Path, cache: Path) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         except _LOAD_ERRORS as error:
-            raise UserError(f"{path} could not be read as a GGUF model: {first_line(error)}") from error
+            raise UserError(f"{path} could not be read as a GGUF model: {_first_line(error)}") from error
         # The weights are no longer quantised; transformers refuses to save a model that says they are.
         del model.config.quantization_config
         model.hf_quantizer = None  # type: ignore[assignment]
@@ -220,7 +220,7 @@ def disable_dropout(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def first_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
@@ -257,7 +257,7 @@ class _Given:
 def add_token_logps(model: PreTrainedModel) -> PreTrainedModel:
     """Let `model(sources=..., targets=..., **inputs)` return log p(targets) [n], read at the slots `sources` [n].
 
-    Logits exist only for these slots and for CHUNK / vocabulary of them at a time, and are computed again in backward.
+    Logits exist only for these slots, LOGITS_AT_ONCE of them at a time, and are computed again in backward.
     They come from the model's own forward with its body replaced, so that one that scales or caps them still does.
     As a part of the model's forward, this finds the weights that FSDP has gathered for it.
     """
@@ -308,7 +308,7 @@ def pick_computation(model: PreTrainedModel, config: Config) -> Computation:
     try:
         found = head_difference(model, dtype)
     except TorchDynamoException as error:
-        raise UserError(f"compile=true: the blocks cannot be compiled here: {first_line(error)}") from error
+        raise UserError(f"compile=true: the blocks cannot be compiled here: {_first_line(error)}") from error
     if found > padded.tolerance:
         raise UserError(
             f"{type(model).__name__} is not supported: its log-probabilities, computed a part at a time, differ by "
@@ -322,7 +322,7 @@ def pick_computation(model: PreTrainedModel, config: Config) -> Computation:
             return dataclasses.replace(padded, layout="tree")
         reason = f"log-probabilities differ by {found:.2g} nats per token, more than {padded.tolerance}"
     except (ValueError, TypeError, RuntimeError) as error:
-        reason = first_line(error)
+        reason = _first_line(error)
     if config.layout == "tree":
         raise UserError(f"layout=tree is not exact for {type(model).__name__}: {reason}; set layout=padded")
     log(f"layout=padded: {type(model).__name__} cannot share the computation of prompts ({reason})")

@@ -321,15 +321,15 @@ def shard_model(model: PreTrainedModel, sharding: Sharding) -> PreTrainedModel:
 
 def blocks(model: PreTrainedModel, name: str | None) -> list[torch.nn.Module]:
     names = {name} if name else set(getattr(model, "_no_split_modules", None) or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if not blocks:
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
         lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
         there = sorted({type(module).__name__ for modules in lists for module in modules})
         raise UserError(
             f"model.block_name={name}: {type(model).__name__} has no such module; its repeated blocks are "
             f"{', '.join(there)}" + ("; leave model.block_name=null to take the model's own" if name else "")
         )
-    return blocks
+    return found
 
 
 class _SharedByHeads(TensorParallelLayer):

@@ -23,7 +23,7 @@ import parallel
 from batching import Batch, Cut, Example, Tree
 from models import Computation, TokenLogps, response_logps
 from preference_datasets import PreferenceData
-from utils import UserError, log, progress
+from utils import UserError, log, make_dir, progress
 
 SECONDS_PER_SHARD = 60.0
 # Parts of a model's configuration that say nothing about what it computes.
@@ -164,8 +164,12 @@ def wanted_by(data: PreferenceData, examples: Iterable[Example]) -> list[Wanted]
     """The responses that `examples` need, by record."""
     needed: dict[int, set[int]] = {}
     for record, pair in examples:
-        needed.setdefault(record, set()).update(data[record].pairs[pair])
-    return [(data, record, sorted(responses)) for record, responses in needed.items()]
+        needed.setdefault(record, set()).add(pair)
+    wanted: list[Wanted] = []
+    for record, pairs in needed.items():
+        sides = data[record].pairs
+        wanted.append((data, record, sorted({response for pair in pairs for response in sides[pair]})))
+    return wanted
 
 
 def build_reference(
@@ -176,19 +180,18 @@ def build_reference(
     A collective: the processes share the work, sorted by length over the whole run. Raises UserError where entries of
     the folder are not what `model` computes.
     """
-    folder = folder / model_key(model, how)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_dir(folder / model_key(model, how), "cache_dir")
     reference = StoredReference(folder)
     reference.read()
     there = parallel.from_main(set(reference.entries))
     reference.read()  # what other jobs may have added before the main process looked
-    present, missing = _split(wanted, there)
+    present, missing, sizes = _split(wanted, there)
     if present:
         _check(model, how, reference, _tree(*present[len(present) // 2]))
     n_missing, n_present = (sum(len(responses) for *_, responses in some) for some in (missing, present))
     log(f"reference log-probabilities: {n_missing} to compute, {n_present} found in {folder}")
     with progress(total=n_missing, desc="reference", unit="responses") as bar:
-        for tree, logps in _computed(model, how, cut, missing):
+        for tree, logps in _computed(model, how, missing, cut.deal(sizes) if sizes else []):
             for response, entry in zip(tree.responses, logps, strict=True):
                 reference.add(entry_key(tree.prompt, response), entry)
             bar.update(len(tree.responses) * cut.ranks)
@@ -203,31 +206,33 @@ def _tree(data: PreferenceData, record: int, responses: list[int]) -> Tree:
     return Tree(content.prompt, [content.responses[response] for response in responses])
 
 
-def _split(wanted: Sequence[Wanted], there: set[bytes]) -> tuple[list[Wanted], list[Wanted]]:
-    """What of `wanted` is there, and what is not."""
+def _split(
+    wanted: Sequence[Wanted], there: set[bytes]
+) -> tuple[list[Wanted], list[Wanted], list[tuple[int, list[int]]]]:
+    """What of `wanted` is there, what is not, and the latter's lengths as `Cut.deal` takes them."""
     present: list[Wanted] = []
     missing: list[Wanted] = []
+    sizes: list[tuple[int, list[int]]] = []
     for data, record, responses in wanted:
         tree = _tree(data, record, responses)
         found = [entry_key(tree.prompt, response) in there for response in tree.responses]
         for some, value in ((present, True), (missing, False)):
             if value in found:
                 some.append((data, record, [r for r, f in zip(responses, found) if f is value]))
-    return present, missing
+        lengths = [len(response) for response, f in zip(tree.responses, found) if not f]
+        if lengths:
+            sizes.append((len(tree.prompt), lengths))
+    return present, missing, sizes
 
 
 @torch.no_grad()
 def _computed(
-    model: PreTrainedModel, how: Computation, cut: Cut, wanted: Sequence[Wanted]
+    model: PreTrainedModel, how: Computation, wanted: Sequence[Wanted], dealt: list[list[list[int]]]
 ) -> Iterator[tuple[Tree, list[np.ndarray]]]:
     """This process's share of the trees, each with the log-probabilities of its responses."""
-    sizes = []
-    for data, record, responses in wanted:
-        tree = _tree(data, record, responses)
-        sizes.append((len(tree.prompt), [len(response) for response in tree.responses]))
-    for dealt in cut.deal(sizes) if sizes else []:
-        mine = dealt[parallel.data_rank()]
-        trees = [_tree(*wanted[i]) for i in mine or dealt[0][:1]]
+    for shares in dealt:
+        mine = shares[parallel.data_rank()]
+        trees = [_tree(*wanted[i]) for i in mine or shares[0][:1]]
         logps = iter(response_logps(model, Batch(trees, [], None), how).logps.cpu().numpy())
         for tree in trees if mine else []:
             yield tree, [next(logps)[: len(response)].copy() for response in tree.responses]

@@ -2,7 +2,8 @@
 
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ class Cost:
     predicted: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def cost_of(batch: Batch, layout: str) -> Cost:
@@ -44,8 +45,7 @@ def throughput(model: PreTrainedModel, cost: Cost, seconds: float) -> dict[str, 
     those of the body for distinct tokens, those of the head for response tokens; attention scores, padding and what is
     computed twice are left out. `mfu` is their share of the device's peak in bfloat16, where that is known.
     """
-    names = ("distinct", "computed", "alone", "predicted")
-    total = Cost(*map(int, parallel.sum_over_data([getattr(cost, name) for name in names])))
+    total = Cost(*map(int, parallel.sum_over_data(astuple(cost))))
     ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     body = sum(p.numel() for p in model.parameters() if id(p) not in ends)
     head = model.get_output_embeddings().weight.numel()
@@ -66,5 +66,8 @@ def peak_memory(cuda: bool) -> float:
     """Most memory that this process has had: allocated on its GPU, or resident, in MiB."""
     if cuda:
         return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose ru_maxrss also counts what the parent had when it started this process
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -151,11 +151,15 @@ def train(composed: DictConfig, overrides: list[str]) -> None:
             train_in_process(*parallel.from_main((resolved, overrides)))
     else:
         pick_device(config)
+        run_dir = Path(config.local_run_dir)
+        ours = not (run_dir / "metrics.jsonl").exists()
         n = config.nproc or (torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 2)
         try:
             parallel.launch(work, (resolved, overrides), n, config.fsdp_port)
         except BaseException:  # Ctrl-C among them
-            leave(Path(config.local_run_dir))
+            if ours and run_dir.exists():
+                leave(run_dir)
+                open_log(run_dir)  # for the reason, where no process could give one
             raise
 
 
@@ -191,8 +195,6 @@ def leave(run_dir: Path) -> None:
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists() and not metrics.stat().st_size:
         metrics.unlink()
-    if run_dir.exists():
-        open_log(run_dir)  # for the reason, from whichever process
 
 
 def with_found_paths(config: Config) -> Config:

@@ -24,7 +24,7 @@ from throughput import Cost, cost_of, throughput
 from utils import Every, RunLogger, UserError, log, progress
 
 MOST_SKIPPED = 25  # in a row: from its start at 2^16, the loss scale is then far below 1
-ROUNDING = 1e-5  # nats per token
+ROUNDING = 1e-5  # nats per token, of a live reference
 DIVERGED = (
     "training stopped, and nothing of this state was saved. Lower lr, compute in float32 (mixed_precision=null), or "
     "look at the data with scripts/inspect_data.py"

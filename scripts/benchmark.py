@@ -262,7 +262,7 @@ def benchmark_dpo(arguments: argparse.Namespace) -> None:
     own = speed.resident()
     work = speed.prepare(load_config(given), arguments.pairs, arguments.micro)
     if arguments.memory:
-        print(speed.peak_memory(work, arguments.memory) - (own if work.policy.device.type == "cpu" else 0))
+        print(speed.step_memory(work, arguments.memory) - (own if work.policy.device.type == "cpu" else 0))
         return
     peaks = {name: measured_peak(name, arguments) for name in (speed.ORIGINAL, speed.OURS)}
     steps = speed.sweeps(work, (0.05, 0.1, 0.3, 1.0)) if arguments.sweep else speed.variants(work)
@@ -298,7 +298,10 @@ def measured_peak(name: str, arguments: argparse.Namespace) -> float:
     """Peak memory of one micro-batch in a process of its own, beyond that of the interpreter."""
     few = ["--pairs", str(arguments.micro), "--micro", str(arguments.micro), "--memory", name]
     command = [sys.executable, __file__, "dpo", *few, *arguments.overrides, "microbatch_tokens=null"]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError("the measured process failed; see above")
+    return float(done.stdout.split()[-1])
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """What `scripts/benchmark.py dpo` times: one DPO step in the original's formulation, with each idea in turn, in TRL."""
 
 import dataclasses
-import functools
 import gc
 import tempfile
 import time
@@ -14,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from batching import Batch, Cut, Example, epoch_order, make_batch, n_tokens
+from batching import Batch, Cut, Example, epoch_order, make_batch
 from evaluation import Scorer, Share, shares
-from layouts import lay_out
 from models import Computation, load_policy, load_tokenizer, pick_computation, pick_device, quiet_transformers
 from preference_datasets import PreferenceData, load_data
 from reference import LiveReference, StoredReference, build_reference, wanted_by
 from settings import Config, data_settings
+from throughput import cost_of, peak_memory
 from utils import UserError
 
-ORIGINAL, OURS = "original", "+ stored reference"
+ORIGINAL, TRIMMED, OURS = "original", "padded to the longest of a micro-batch", "+ stored reference"
 
 
 @dataclasses.dataclass
@@ -42,6 +41,19 @@ class Work:
     @property
     def pairs(self) -> int:
         return len(self.examples)
+
+    def cut(self, how: Computation) -> Cut:
+        return Cut(how.layout, 1, 1, self.config.microbatch_tokens)
+
+    def shares(self, how: Computation) -> list[Share]:
+        """Sorted, and cut by tokens."""
+        return shares(self.data, self.examples, self.cut(how))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and response."""
+        trees = make_batch(self.data, self.examples).trees
+        return max(len(tree.prompt) + len(response) for tree in trees for response in tree.responses)
 
     def micro_batches(self) -> list[Batch]:
         """In the given order, `micro` pairs each."""
@@ -75,8 +87,12 @@ def original_logps(model: PreTrainedModel, ids: Tensor, attends: Tensor, labels:
     return (torch.gather(logits.log_softmax(-1), 2, labels[..., None]).squeeze(-1) * counts).sum(-1)
 
 
-def original_step(work: Work) -> float:
-    """Chosen rows, then rejected rows, padded to the longest of `micro` pairs; policy and reference on all of them."""
+def original_step(work: Work, width: int | None) -> float:
+    """Chosen rows, then rejected rows, of `micro` pairs at a time; policy and reference on all of them.
+
+    The original code pads to the longest row of the global batch and then slices it into micro-batches (`get_collate_fn`
+    and `slice_and_move_batch_for_device` there): to `width`. None: to the longest row of each micro-batch.
+    """
     total, beta, device = 0.0, work.config.loss.beta or 0.1, work.policy.device
     for start in range(0, work.pairs, work.micro):
         rows = []
@@ -84,8 +100,8 @@ def original_step(work: Work) -> float:
             for record, pair in work.examples[start : start + work.micro]:
                 content = work.data[record]
                 rows.append((content.prompt, content.responses[content.pairs[pair][side]]))
-        width = max(len(prompt) + len(response) for prompt, response in rows)
-        ids, attends = torch.zeros(2, len(rows), width, dtype=torch.long)
+        columns = width or max(len(prompt) + len(response) for prompt, response in rows)
+        ids, attends = torch.zeros(2, len(rows), columns, dtype=torch.long)
         labels = torch.full_like(ids, -100)
         for i, (prompt, response) in enumerate(rows):
             ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
@@ -165,29 +181,27 @@ def trl_step(work: Work) -> Callable[[], float] | None:
 
 def store(work: Work) -> StoredReference:
     """Compute the reference of all pairs, from nothing."""
-    cut = Cut(work.how.layout, 1, 1, work.config.microbatch_tokens)
     with tempfile.TemporaryDirectory() as empty:
-        return build_reference(work.reference, work.how, cut, Path(empty), wanted_by(work.data, work.examples))
+        wanted = wanted_by(work.data, work.examples)
+        return build_reference(work.reference, work.how, work.cut(work.how), Path(empty), wanted)
 
 
 def variants(work: Work) -> dict[str, Callable[[], float]]:
     """Steps by name, each with one more idea than the one before."""
-    loss, tokens = work.config.loss.build(), work.config.microbatch_tokens
+    loss = work.config.loss.build()
     padded = dataclasses.replace(work.how, layout="padded")
 
     def live(how: Computation) -> Scorer:
         return Scorer(loss, how, LiveReference(work.reference, how))
 
-    def cut(how: Computation) -> list[Share]:
-        return shares(work.data, work.examples, Cut(how.layout, 1, 1, tokens))
-
     given = [Share(batch, True) for batch in work.micro_batches()]
     steps = {
-        ORIGINAL: lambda: original_step(work),
+        ORIGINAL: lambda: original_step(work, work.longest),
+        TRIMMED: lambda: original_step(work, None),
         "logits at responses only": lambda: our_step(work, live(padded), given),
-        "+ sorted, cut by tokens": lambda: our_step(work, live(padded), cut(padded)),
-        "+ prompt trees": lambda: our_step(work, live(work.how), cut(work.how)),
-        OURS: lambda: our_step(work, Scorer(loss, work.how, store(work)), cut(work.how)),
+        "+ sorted, cut by tokens": lambda: our_step(work, live(padded), work.shares(padded)),
+        "+ prompt trees": lambda: our_step(work, live(work.how), work.shares(work.how)),
+        OURS: lambda: our_step(work, Scorer(loss, work.how, store(work)), work.shares(work.how)),
     }
     trl = trl_step(work)
     return steps | {"TRL": trl} if trl else steps
@@ -201,11 +215,11 @@ def sweeps(work: Work, betas: Sequence[float]) -> dict[str, Callable[[], float]]
         return dataclasses.replace(work, config=dataclasses.replace(work.config, loss=loss))
 
     def ours() -> float:
-        stored, some = store(work), Cut(work.how.layout, 1, 1, work.config.microbatch_tokens)
+        stored = store(work)
         scorers = [Scorer(with_beta(beta).config.loss.build(), work.how, stored) for beta in betas]
-        return sum(our_step(work, scorer, shares(work.data, work.examples, some)) for scorer in scorers)
+        return sum(our_step(work, scorer, work.shares(work.how)) for scorer in scorers)
 
-    return {ORIGINAL: lambda: sum(original_step(with_beta(beta)) for beta in betas), OURS: ours}
+    return {ORIGINAL: lambda: sum(original_step(with_beta(beta), work.longest) for beta in betas), OURS: ours}
 
 
 def gradient(model: PreTrainedModel) -> Tensor:
@@ -240,16 +254,15 @@ def compare(work: Work, steps: dict[str, Callable[[], float]], repeats: int, exa
 
 def tokens(work: Work) -> dict[str, int]:
     """Tokens that the formulations compute of one global batch, and how many of them are distinct."""
-    trees = make_batch(work.data, work.examples).trees
-    cut = shares(work.data, work.examples, Cut(work.how.layout, 1, 1, work.config.microbatch_tokens))
     longest = [
         max(len(tree.prompt) + len(r) for tree in batch.trees for r in tree.responses) for batch in work.micro_batches()
     ]
     sizes = [2 * min(work.micro, work.pairs - start) for start in range(0, work.pairs, work.micro)]
     return {
-        "original": sum(rows * width for rows, width in zip(sizes, longest, strict=True)),
-        "ours": sum(lay_out(share.batch, work.how.layout).input_ids.numel() for share in cut),
-        "distinct": sum(n_tokens(len(tree.prompt), map(len, tree.responses)) for tree in trees),
+        "original": 2 * work.pairs * work.longest,
+        TRIMMED: sum(rows * width for rows, width in zip(sizes, longest, strict=True)),
+        "ours": sum(cost_of(share.batch, work.how.layout).computed for share in work.shares(work.how)),
+        "distinct": cost_of(make_batch(work.data, work.examples), "tree").distinct,
     }
 
 
@@ -258,24 +271,21 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / 2**20
 
 
-def peak_memory(work: Work, name: str) -> float:
+def step_memory(work: Work, name: str) -> float:
     """Most memory in MiB during a step of one micro-batch, weights and gradients included (Linux, CUDA)."""
     cuda = work.policy.device.type == "cuda"
+    stored = None
     if name == OURS:
-        how, reference = work.how, store(work)
-        del work.reference  # the policy computed them
-        step = functools.partial(our_step, work, Scorer(work.config.loss.build(), how, reference))
-        micro = [Share(make_batch(work.data, work.examples), True)]
-        run: Callable[[], float] = lambda: step(micro)  # noqa: E731
-    else:
-        run = lambda: original_step(work)  # noqa: E731
-    gc.collect()
+        stored = store(work)
+        del work.reference
+        gc.collect()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
-    run()
-    if cuda:
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    if stored is None:
+        original_step(work, None)
+    else:
+        one = [Share(make_batch(work.data, work.examples), True)]
+        our_step(work, Scorer(work.config.loss.build(), work.how, stored), one)
+    return peak_memory(cuda)

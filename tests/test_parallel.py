@@ -307,6 +307,17 @@ def test_bad_groups_give_one_clear_message(given: str, message: str, folder: Pat
     assert done.stderr.count("error:") == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+def test_a_folder_that_holds_a_run_is_left_as_it_is(folder: Path) -> None:
+    (folder / "taken" / ".step-8-1").mkdir(parents=True)
+    (folder / "taken" / "metrics.jsonl").touch()
+    overrides = overrides_of(folder, "taken", "llama", FSDP, "nproc=2")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and "already holds a run" in done.stderr, done.stderr
+    assert sorted(path.name for path in (folder / "taken").iterdir()) == [".step-8-1", "metrics.jsonl"]
+
+
 def test_processes_that_cannot_be_arranged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "world_size", lambda: 2)
     config = load_config(["exp_name=x", FSDP, "fsdp_replicate_size=3"])

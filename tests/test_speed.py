@@ -20,7 +20,7 @@ def test_all_formulations_agree(work: speed.Work) -> None:
     assert len(speed.compare(work, speed.sweeps(work, (0.1, 0.5)), 1, 1e-5)) == 2
     counts = speed.tokens(work)
     assert counts["distinct"] <= counts["ours"] < counts["original"]
-    assert all(speed.peak_memory(work, name) > 0 for name in (speed.ORIGINAL, speed.OURS))
+    assert all(speed.step_memory(work, name) > 0 for name in (speed.ORIGINAL, speed.OURS))
 
 
 def test_a_formulation_that_differs_is_refused(work: speed.Work) -> None:

@@ -149,7 +149,7 @@ def model_key(model: PreTrainedModel, how: Computation) -> str:
         whole = parallel.full(tensor)
         if turn % parallel.world_size() == parallel.rank():
             content = whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            mine[name] = f"{whole.dtype} {tuple(whole.shape)} {hashlib.sha256(content).hexdigest()}"
+            mine[name] = f"{whole.dtype} {tuple(whole.shape)} {hashlib.blake2b(content, digest_size=32).hexdigest()}"
     weights = {name: digest for found in parallel.gather(mine) for name, digest in found.items()}
     config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_COMPUTED}
     described = json.dumps([weights, config, str(how.dtype)], sort_keys=True, default=str)

@@ -90,8 +90,8 @@ def original_logps(model: PreTrainedModel, ids: Tensor, attends: Tensor, labels:
 def original_step(work: Work, width: int | None) -> float:
     """Chosen rows, then rejected rows, of `micro` pairs at a time; policy and reference on all of them.
 
-    The original code pads to the longest row of the global batch and then slices it into micro-batches (`get_collate_fn`
-    and `slice_and_move_batch_for_device` there): to `width`. None: to the longest row of each micro-batch.
+    The original code pads to the longest row of the global batch, here `width`, and then slices it into micro-batches
+    (`get_collate_fn` and `slice_and_move_batch_for_device` there). None: to the longest row of each micro-batch.
     """
     total, beta, device = 0.0, work.config.loss.beta or 0.1, work.policy.device
     for start in range(0, work.pairs, work.micro):

@@ -1,22 +1,28 @@
-"""Write and find checkpoints. A checkpoint is a Hugging Face model folder plus `trainer_state.json` and the optimizer's
-state in `training_state/`; it appears under its final name only when every file is complete."""
+"""Write, find and check checkpoints. A checkpoint is a Hugging Face model folder plus `trainer_state.json`, the
+optimizer's state in `training_state/`, random generators' in `random_state/` and, written last, a manifest of sizes and
+hashes. It appears under its final name only when every file is complete."""
 
 import contextlib
+import hashlib
 import json
 import os
+import random
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -26,11 +32,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 import parallel
-from utils import UserError
+from utils import UserError, redact
 
 STATE_FILE = "trainer_state.json"
 TRAINING_STATE = "training_state"
-LATEST = "LATEST"
+RANDOM_STATE = "random_state"
+MANIFEST = "manifest.json"
+BATCH_FILE = "batch.json"
+LATEST, BEST = "LATEST", "BEST"
+ALWAYS_HASHED = 16 * 2**20
+"""Files of up to so many bytes are hashed even by the fast check."""
 MAX_FILE_SIZE = "5GB"
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # One process needs no group to write its state.
@@ -47,7 +58,8 @@ class Archive:
 
     def describe(self) -> str:
         """What is known of the training that made it, for the log."""
-        loss, metrics = (self.info.get(key) or {} for key in ("loss", "metrics"))
+        loss = self.info.get("config", {}).get("loss") or {}
+        metrics = self.info.get("metrics") or {}
         known = [loss["name"]] if "name" in loss else []
         known += [f"{self.info['examples']} examples"] if self.info.get("examples") else []
         known += [f"loss/eval {metrics['loss/eval']:.5g}"] if "loss/eval" in metrics else []
@@ -65,7 +77,7 @@ def resolve_archive(name: str) -> Archive:
     return Archive(path, None, info)
 
 
-def find_archive(name: str) -> Path:
+def find_archive(name: str, how: str = "fast") -> Path:
     """The model folder or policy.pt that `model.archive=name` means: itself, or the LATEST of a run's folder.
 
     `<folder>/policy.pt` means `<folder>` where that holds a checkpoint of ours, so that commands of the original run
@@ -86,6 +98,8 @@ def find_archive(name: str) -> Path:
         )
     if not any(path.glob("*.safetensors")):
         raise UserError(f"model.archive={name}: {path} holds no weights (*.safetensors)")
+    if (path / MANIFEST).exists():
+        _must_be_whole(path, f"model.archive={name}", how)
     return path
 
 
@@ -102,7 +116,7 @@ def _read_policy_pt(path: Path) -> Archive:
     return Archive(path, content["state"], {"examples": content.get("step_idx"), "metrics": content.get("metrics")})
 
 
-def find_checkpoint(name: str) -> Path:
+def find_checkpoint(name: str, how: str = "fast") -> Path:
     """The checkpoint that `resume=name` means: itself, or the LATEST of a run's folder. Raises UserError."""
     path = _newest(Path(name).expanduser())
     if not path.is_dir():
@@ -112,66 +126,223 @@ def find_checkpoint(name: str) -> Path:
             f"resume={name}: {path} holds no {STATE_FILE} and {TRAINING_STATE}/, so training cannot go on from it; to "
             "start a new run from its weights, set model.archive"
         )
+    _must_be_whole(path, f"resume={name}", how)
     return path
 
 
 def _newest(path: Path) -> Path:
     """The LATEST checkpoint of a run's folder; any other path itself."""
-    return (path / LATEST if (path / LATEST).is_dir() else path).resolve()
+    if not (path / LATEST).is_dir():
+        return next(iter(checkpoints(path)), path).resolve()
+    return (path / LATEST).resolve()
 
 
-def save_checkpoint(
-    run_dir: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    state: dict[str, Any],
-    optimizer: torch.optim.Optimizer | None = None,
-) -> Path:
-    """Write `run_dir/step-<examples>` and point LATEST at it. `state` says how the weights came about; see `_card`.
+def checkpoints(run_dir: Path) -> list[Path]:
+    """A run's checkpoints, those of the most examples first."""
+    found = [path for path in run_dir.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted((path.resolve() for path in found), key=_examples, reverse=True)
 
-    A collective: every process writes its part. Everything is written and synced under a temporary name first. Raises
-    UserError, in all processes, where the disk is full or refuses; checkpoints written before stay as they are.
+
+def _examples(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What trainer_state.json says. Raises UserError where that is nothing to go on with."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+        return state | {"config": dict(state["config"]), "history": dict(state["history"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / STATE_FILE} is damaged, or of another version of this program") from error
+
+
+def check(folder: Path, how: str) -> str | None:
+    """What is wrong with a checkpoint's files, by its manifest; None: nothing.
+
+    `fast` compares all sizes, and the content of small files; `full` the content of all, and looks for files too many.
     """
-    target = run_dir / f"step-{state['examples']}"
-    temporary = run_dir / f".{target.name}-{parallel.from_main(os.getpid())}"
-
-    def begin() -> None:
-        _check_space(run_dir, model, optimizer)
-        temporary.mkdir()
-
-    def finish() -> None:
-        _write_texts(temporary, model, tokenizer, state)
-        for file in [*temporary.rglob("*"), temporary]:
-            _sync(file)
-        os.rename(temporary, target)
-        _point_latest(run_dir, target.name)
-
     try:
-        _together(begin, parallel.is_main())
-        _together(lambda: _write_tensors(temporary, model, optimizer), True)
-        _together(finish, parallel.is_main())
-    except OSError as error:
-        previous = (run_dir / LATEST).resolve() if (run_dir / LATEST).is_dir() else None
-        kept = f"the last complete checkpoint is {previous}" if previous else "there is no earlier checkpoint"
-        raise UserError(f"the checkpoint {target} could not be written: {error}; {kept}") from error
-    finally:
-        if parallel.is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-    return target
+        text = (folder / MANIFEST).read_text()
+        files = json.loads(text)["files"]
+        if text != _manifest(files):
+            raise ValueError
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is damaged"
+    for name, (size, digest) in files.items():
+        file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            return f"{MANIFEST} names {name}, which is outside"
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if (how == "full" or size <= ALWAYS_HASHED) and _digest(file) != digest:
+            return f"{name} has been altered"
+    unknown = sorted(set(_names(folder)) - {*files, MANIFEST}) if how == "full" else []
+    return f"{unknown[0]} is not in {MANIFEST}" if unknown else None
 
 
-def _together(action: Callable[[], None], here: bool) -> None:
-    """Run `action` where `here`, and raise OSError in every process if it failed in any."""
-    message = None
-    try:
-        if here:
-            action()
-    # safetensors and torch report a full disk with exception types of their own, so the type does not tell
-    except (Exception, CheckpointException) as error:
-        message = f"{type(error).__name__}: {error}"
-    failed = [found for found in parallel.gather(message) if found]
-    if failed:
-        raise OSError(failed[0].strip().splitlines()[-1])
+def _must_be_whole(path: Path, given: str, how: str) -> None:
+    problem = check(path, how)
+    if problem is None:
+        return
+    older = [p for p in checkpoints(path.parent) if path.name.startswith("step-") and _examples(p) < _examples(path)]
+    whole = next((p for p in older if check(p, how) is None), None)
+    raise UserError(
+        f"{given}: the checkpoint {path} is damaged: {problem}; "
+        + (f"the next older complete one is {whole}" if whole else "there is no older complete one")
+    )
+
+
+def _manifest(files: dict[str, list[Any]]) -> str:
+    listed = json.dumps(files, indent=1, sort_keys=True)
+    digest = hashlib.blake2b(listed.encode(), digest_size=16).hexdigest()
+    return json.dumps({"digest": digest, "files": files}, indent=1, sort_keys=True) + "\n"
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, at most one at a time; in the `background`, training waits for a copy in host memory.
+
+    Of those in the run's folder, the newest `keep_last` are kept (None: all), and those that LATEST and BEST name.
+    """
+
+    def __init__(self, run_dir: Path, background: bool = False, keep_last: int | None = None):
+        self.run_dir, self.background, self.keep_last = run_dir, background, keep_last
+        self._group = parallel.side_group() if background else None
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def save(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        state: dict[str, Any],
+        optimizer: torch.optim.Optimizer | None = None,
+        is_best: bool = False,
+        name: str | None = None,
+        batch: str | None = None,
+    ) -> Path:
+        """Write `<run folder>/<name>`, by default step-<examples>, which LATEST then names. `state` says how the
+        weights came about; see `_card`. `batch` is what batch.json says, where there is to be one.
+
+        A collective: every process writes its part. Raises UserError, in all processes, where the disk is full or
+        refuses, of the last checkpoint in the background too; those written before stay as they are.
+        """
+        self.wait()
+        target = self.run_dir / (name or f"step-{state['examples']}")
+        links = [] if name else [LATEST, BEST] if is_best else [LATEST]
+        temporary = self.run_dir / f".{target.name}-{parallel.from_main(os.getpid())}"
+        space = _space_problem(self.run_dir, model, optimizer)
+        write = _copied(model, optimizer, self._group) if self.background else _as_it_is(model, optimizer)
+
+        def write_texts(folder: Path) -> None:
+            _write_texts(folder, model, tokenizer, state)
+            if batch is not None:
+                (folder / BATCH_FILE).write_text(batch)
+
+        work = (target, temporary, links, write_texts, write, space)
+        if self.background:
+            self._pending = self._thread.submit(self._write, *work)
+        else:
+            self._write(*work)
+        return target
+
+    def wait(self) -> None:
+        """Until nothing is written any more. Raises UserError where that failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(
+        self,
+        target: Path,
+        temporary: Path,
+        links: list[str],
+        write_texts: Callable[[Path], None],
+        write_tensors: Callable[[Path], None],
+        space: str | None,
+    ) -> None:
+        digests: dict[str, list[Any]] = {}
+
+        def begin() -> None:
+            if space:
+                raise OSError(space)
+            temporary.mkdir()
+
+        def look() -> None:
+            for name in _names(temporary)[parallel.rank() :: parallel.world_size()]:
+                digests[name] = [(temporary / name).stat().st_size, _digest(temporary / name)]
+
+        def finish() -> None:
+            files = {name: value for found in everyones for name, value in found.items()}
+            (temporary / MANIFEST).write_text(_manifest(files))
+            for file in [*temporary.rglob("*"), temporary]:
+                _sync(file)
+            _put_in_place(temporary, target)
+            for link in links:
+                _point(self.run_dir, link, target.name)
+            self._forget()
+
+        try:
+            self._together(begin, parallel.is_main())
+            self._together(lambda: write_texts(temporary), parallel.is_main())
+            self._together(lambda: write_tensors(temporary), True)
+            self._together(look, True)
+            everyones = parallel.gather(digests, self._group)
+            self._together(finish, parallel.is_main())
+        except OSError as error:
+            previous = (self.run_dir / LATEST).resolve() if (self.run_dir / LATEST).is_dir() else None
+            kept = f"the last complete checkpoint is {previous}" if previous else "there is no earlier checkpoint"
+            raise UserError(f"the checkpoint {target} could not be written: {error}; {kept}") from error
+        finally:
+            if parallel.is_main():
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _together(self, action: Callable[[], None], here: bool) -> None:
+        """Run `action` where `here`, and raise OSError in every process if it failed in any."""
+        message = None
+        try:
+            if here:
+                action()
+        # safetensors and torch report a full disk with exception types of their own, so the type does not tell
+        except (Exception, CheckpointException) as error:
+            message = f"{type(error).__name__}: {error}"
+        failed = [found for found in parallel.gather(message, self._group) if found]
+        if failed:
+            raise OSError(failed[0].strip().splitlines()[-1])
+
+    def _forget(self) -> None:
+        if self.keep_last is None:
+            return
+        named = {(self.run_dir / link).resolve() for link in (LATEST, BEST)}
+        for path in checkpoints(self.run_dir)[self.keep_last :]:
+            if path not in named:
+                gone = path.with_name(f".{path.name}-gone")
+                path.rename(gone)  # at once: half of a checkpoint must not have its name
+                shutil.rmtree(gone, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Rename; a checkpoint of that name from before, of steps that were made again, makes way."""
+    if target.exists():
+        old = target.with_name(f".{target.name}-old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.rename(target)
 
 
 def _write_texts(
@@ -183,16 +354,78 @@ def _write_texts(
     if model.can_generate():
         model.generation_config.save_pretrained(folder)  # type: ignore[union-attr]
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(_card(state), encoding="utf-8")
-    (folder / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+    (folder / "README.md").write_text(redact(_card(state)), encoding="utf-8")
+    (folder / STATE_FILE).write_text(redact(json.dumps(state, indent=2)), encoding="utf-8")
 
 
-def _write_tensors(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> None:
-    if optimizer is not None:
-        writer = HuggingFaceStorageWriter(str(folder / TRAINING_STATE), save_distributed=True)
-        state = _contiguous_tensors(optimizer_state(model, optimizer))
-        dcp.save(state, storage_writer=writer, no_dist=not parallel.active())
-    write_weights(model, folder)
+def _as_it_is(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> Callable[[Path], None]:
+    """What writes this process's part of weights and states, from where they are."""
+
+    def write(folder: Path) -> None:
+        if optimizer is not None:
+            _write_random_state(folder, _random_state())
+            _write_optimizer(folder, _contiguous_tensors(optimizer_state(model, optimizer)), None)
+        write_weights(model, folder)
+
+    return write
+
+
+def _copied(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, group: Any) -> Callable[[Path], None]:
+    """The same from a copy in host memory, made now: of this process's files of weights, and shards of states."""
+    options = StagingOptions(False, False, False, False)
+    state = _contiguous_tensors(optimizer_state(model, optimizer)) if optimizer is not None else {}
+    staged: Any = DefaultStager(options).stage({name: tensor.detach().clone() for name, tensor in state.items()})
+    files = [(file, _clones(content)) for file, content in weight_files(model)]
+    random_state = _random_state()
+
+    def write(folder: Path) -> None:
+        if optimizer is not None:
+            _write_random_state(folder, random_state)
+            _write_optimizer(folder, staged, group)
+        for file, content in files:
+            _write_weight_file(folder / file, content)
+
+    return write
+
+
+def _clones(content: dict[str, Tensor] | str) -> dict[str, Tensor] | str:
+    return content if isinstance(content, str) else {name: tensor.clone() for name, tensor in content.items()}
+
+
+def _write_optimizer(folder: Path, state: dict[str, Any], group: Any) -> None:
+    writer = HuggingFaceStorageWriter(str(folder / TRAINING_STATE), save_distributed=True)
+    dcp.save(state, storage_writer=writer, process_group=group, no_dist=not parallel.active())
+
+
+def _random_state() -> str:
+    """The state of this process's random generators, as JSON."""
+    version, numbers, *rest = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": [version, np.asarray(numbers).tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
+    }
+    return json.dumps(states)
+
+
+def _write_random_state(folder: Path, state: str) -> None:
+    (folder / RANDOM_STATE).mkdir(exist_ok=True)
+    (folder / RANDOM_STATE / f"{parallel.rank()}.json").write_text(state)
+
+
+def load_random_state(folder: Path) -> None:
+    """Give the random generators the state that a checkpoint has for a process of this number, if it has one."""
+    path = folder / RANDOM_STATE / f"{parallel.rank()}.json"
+    if not path.exists():
+        return
+    state = json.loads(path.read_text())
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
 def optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -219,9 +452,29 @@ def _contiguous_tensors(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write the files that `model.save_pretrained` of the whole model writes, byte for byte.
+    """Write the files that `model.save_pretrained` of the whole model writes, byte for byte. A collective."""
+    failure: Exception | None = None
+    for file, content in weight_files(model):
+        try:
+            _write_weight_file(folder / file, content)
+        except Exception as error:  # the other processes still need this one for their files
+            failure = failure or error
+        del content
+    if failure is not None:
+        raise failure
 
-    A collective: process i writes the files i, i + n, ... of n processes, and holds one of them in memory at a time.
+
+def _write_weight_file(path: Path, content: dict[str, Tensor] | str) -> None:
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        save_file(content, path, {"format": "pt"})
+
+
+def weight_files(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Tensor] | str]]:
+    """This process's files of weights, one after the other: names, and tensors or text.
+
+    A collective: process i has the files i, i + n, ... of n processes.
     """
     left_out = {*(model.all_tied_weights_keys or {}), *(model._keys_to_ignore_on_save or ())}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
@@ -230,9 +483,8 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
     names = {id(tensor): name for name, tensor in empty.items()}
     saved = revert_weight_conversion(model, dict(empty))
     if all(id(tensor) in names for tensor in saved.values()):
-        _write_files(
-            model, folder, {name: tensors[names[id(tensor)]] for name, tensor in saved.items()}, parallel.rank()
-        )
+        named = {name: tensors[names[id(tensor)]] for name, tensor in saved.items()}
+        yield from _split(model, named, parallel.rank())
         return
     whole = {}
     for name, tensor in tensors.items():
@@ -240,16 +492,17 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
         if parallel.is_main():
             whole[name] = gathered.cpu()
     if parallel.is_main():
-        _write_files(model, folder, revert_weight_conversion(model, whole), None)
+        yield from _split(model, revert_weight_conversion(model, whole), None)
 
 
-def _write_files(model: PreTrainedModel, folder: Path, tensors: dict[str, Tensor], rank: int | None) -> None:
-    """Write `tensors` in files of up to MAX_FILE_SIZE: those whose turn is `rank`'s, or all where it is None."""
+def _split(
+    model: PreTrainedModel, tensors: dict[str, Tensor], rank: int | None
+) -> Iterator[tuple[str, dict[str, Tensor] | str]]:
+    """Files of up to MAX_FILE_SIZE: those whose turn is `rank`'s, or all where it is None."""
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
     split = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_FILE_SIZE
     )
-    failure: Exception | None = None
     for turn, (file, names) in enumerate(split.filename_to_tensors.items()):
         mine = rank is None or turn % parallel.world_size() == rank
         content = {}
@@ -257,20 +510,16 @@ def _write_files(model: PreTrainedModel, folder: Path, tensors: dict[str, Tensor
             tensor = parallel.full(tensors[name]) if rank is not None else tensors[name]
             if mine:
                 content[name] = tensor.detach().cpu().contiguous()
-        try:
-            if mine:
-                save_file(content, folder / file, {"format": "pt"})
-        except Exception as error:  # the other processes still need this one for their files
-            failure = error
-    if failure is not None:
-        raise failure
+        if mine:
+            yield file, content
+        del content
     if split.is_sharded and not rank:
         total = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": total, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        yield "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-def _check_space(run_dir: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> None:
+def _space_problem(run_dir: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> str | None:
     states = optimizer.state.values() if optimizer is not None else ()
     tensors = [
         *model.parameters(),
@@ -278,16 +527,15 @@ def _check_space(run_dir: Path, model: PreTrainedModel, optimizer: torch.optim.O
     ]
     needed = sum(t.numel() * t.element_size() for t in tensors) + 16 * 2**20
     free = shutil.disk_usage(run_dir).free
-    if free < needed:
-        raise OSError(f"it needs {needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free")
+    return f"it needs {needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free" if free < needed else None
 
 
-def _point_latest(run_dir: Path, name: str) -> None:
-    temporary = run_dir / f".{LATEST}-{os.getpid()}"
+def _point(run_dir: Path, link: str, name: str) -> None:
+    temporary = run_dir / f".{link}-{os.getpid()}"
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()
     temporary.symlink_to(name)
-    os.replace(temporary, run_dir / LATEST)
+    os.replace(temporary, run_dir / link)
     _sync(run_dir)
 
 
@@ -302,17 +550,19 @@ def _sync(path: Path) -> None:
 def _card(state: dict[str, Any]) -> str:
     """A model card (Markdown with the hub's front matter) from a checkpoint's state."""
     metrics = "\n".join(f"| {name} | {value:.5g} |" for name, value in state["metrics"].items())
-    loss = ", ".join(f"{key} {value}" for key, value in state["loss"].items() if key != "name")
-    start = f"`{state['base_model']}`" + (f", from the weights of `{state['archive']}`" if state["archive"] else "")
+    config = state["config"]
+    model, name = config["model"], config["loss"]["name"]
+    loss = ", ".join(f"{key} {value}" for key, value in config["loss"].items() if key != "name" and value is not None)
+    start = f"`{model['name_or_path']}`" + (f", from the weights of `{model['archive']}`" if model["archive"] else "")
     return f"""---
 library_name: transformers
-tags: [{state["loss"]["name"]}]
+tags: [{name}]
 ---
-# {Path(state["base_model"]).name} after {state["loss"]["name"]}
+# {Path(model["name_or_path"]).name} after {name}
 
 - base model: {start}
-- data: {", ".join(f"`{name}`" for name in state["datasets"])}, seed {state["seed"]}
-- loss: {state["loss"]["name"]}{f" ({loss})" if loss else ""}
+- data: {", ".join(f"`{data}`" for data in config["datasets"])}, seed {config["seed"]}
+- loss: {name}{f" ({loss})" if loss else ""}
 - trained for {state["examples"]} examples in {state["updates"]} updates
 - command: `{state["command"]}`
 

@@ -74,12 +74,13 @@ class Share:
 
     batch: Batch
     counts: bool
+    examples: Sequence[Example] = ()
 
 
 def shares(data: PreferenceData, examples: Sequence[Example], cut: Cut) -> list[Share]:
     """This process's micro-batches of a global batch, as many in every process."""
     mine = [dealt[parallel.data_rank()] for dealt in deal(data, examples, cut)]
-    return [Share(make_batch(data, some or examples[:1]), bool(some)) for some in mine]
+    return [Share(make_batch(data, some or examples[:1]), bool(some), some) for some in mine]
 
 
 def extend_metrics(total: Metrics, more: Metrics, counts: bool = True) -> None:

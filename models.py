@@ -53,7 +53,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The tokenizer of the configuration. Raises UserError where there is none, or it has no end-of-text token."""
     name = config.model.tokenizer_name_or_path or config.model.name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_folder(name, config.cache))
+        tokenizer = AutoTokenizer.from_pretrained(local_folder(name, config.cache), **_own_code(config))
     except _LOAD_ERRORS as error:
         raise UserError(
             f"no tokenizer could be read from {name} ({_first_line(error)}); give one with "
@@ -80,7 +80,7 @@ def load_policy(
     source = local_folder(config.model.name_or_path, config.cache)
     found = resolve_archive(archive) if archive else None
     if found is not None:
-        _check_same_architecture(config.model.name_or_path, source, found)
+        _check_same_architecture(config, source, found)
         if trains:
             log(f"starting from the weights of {found.path}{found.describe()}")
     folder = found.path if found is not None and found.state is None else source
@@ -113,9 +113,15 @@ def load_policy(
 
 def _loading_options(config: Config, device: torch.device, sharding: Sharding | None) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": getattr(torch, config.model.policy_dtype), "output_loading_info": True}
+    options |= _own_code(config)
     if sharding is not None:
         return options | parallel.loading_options()
     return options | ({"device_map": config.model.device_map} if config.model.device_map else {})
+
+
+def _own_code(config: Config) -> dict[str, Any]:
+    """Whether code of a model's folder may run; without an answer transformers would ask the terminal."""
+    return {"trust_remote_code": config.model.trust_remote_code}
 
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
@@ -138,7 +144,7 @@ def _from_pretrained(
     """The model of `source`, with its weights or with those of `state`: a policy.pt of the original code."""
     model_class: Any = AutoModelForCausalLM
     if sharding is not None or state is not None:
-        options["config"] = AutoConfig.from_pretrained(source)
+        options["config"] = AutoConfig.from_pretrained(source, trust_remote_code=options["trust_remote_code"])
         model_class = AutoModelForCausalLM._model_mapping[type(options["config"])]
     if sharding is not None:
         model_class = parallel.sharded(model_class, sharding)
@@ -159,22 +165,23 @@ def _from_pretrained(
     return model
 
 
-def _check_same_architecture(name: str, source: str | Path, archive: Archive) -> None:
+def _check_same_architecture(config: Config, source: str | Path, archive: Archive) -> None:
     """Raise UserError unless the archive's config.json describes the same network as `source`'s."""
     if archive.state is not None:
         return
     configs = []
     for key, place in (("name_or_path", source), ("archive", archive.path)):
         try:
-            configs.append(AutoConfig.from_pretrained(place))
+            configs.append(AutoConfig.from_pretrained(place, **_own_code(config)))
         except _LOAD_ERRORS as error:
             raise UserError(f"model.{key}={place}: its config cannot be read: {_first_line(error)}") from error
     for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        wanted, given = (getattr(config, key, None) for config in configs)
+        wanted, given = (getattr(found, key, None) for found in configs)
         if wanted != given:
             raise UserError(
-                f"model.archive={archive.path} is of another architecture than model.name_or_path={name}: "
-                f"{key} is {given} there and {wanted} here; set model= to the model it was trained from"
+                f"model.archive={archive.path} is of another architecture than "
+                f"model.name_or_path={config.model.name_or_path}: {key} is {given} there and {wanted} here; "
+                "set model= to the model it was trained from"
             )
 
 
@@ -221,7 +228,10 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    message = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    if "trust_remote_code" in message or "custom code" in message:
+        return "it needs code of its own; where you trust that as a program of yours, set model.trust_remote_code=true"
+    return message
 
 
 @dataclass(frozen=True)

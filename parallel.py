@@ -35,6 +35,7 @@ from transformers.distributed.tensor_parallel import (
     apply_tensor_parallelism,
 )
 
+import stopping
 from utils import UserError, n_cores
 
 T = TypeVar("T")
@@ -112,11 +113,14 @@ def launch(worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port
     )
     assert context is not None
     try:
-        while not context.join():
-            pass
+        with stopping.passing_on(context.pids()):
+            while not context.join():
+                pass
     except torch.multiprocessing.ProcessExitedException as error:
         if error.signal_name is None:
             raise SystemExit(error.exit_code) from None
+        if error.signal_name in ("SIGINT", "SIGTERM"):  # before training, where there is nothing to save
+            raise KeyboardInterrupt from None
         raise UserError(
             f"process {error.error_index} of {n} was killed by {error.signal_name} (by the system, if memory ran out), "
             "and the others were stopped; checkpoints already written are complete"
@@ -136,7 +140,7 @@ def _start(index: int, worker: Callable[..., None], arguments: tuple[Any, ...], 
 
 @contextlib.contextmanager
 def group(device: torch.device) -> Iterator[None]:
-    """Join the group of processes on entering, and leave it when all is well."""
+    """Join the group of processes on entering, and leave it when all is well or training stopped as it was asked to."""
     # Ctrl-C must end a process that waits for others inside a collective, where Python's own handler does not run.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if device.type == "cuda":
@@ -145,6 +149,9 @@ def group(device: torch.device) -> Iterator[None]:
     try:
         yield
         dist.barrier()
+    except stopping.Stopped:
+        dist.barrier()  # the first process to exit ends the others
+        raise
     finally:
         global _mesh
         _mesh = None
@@ -201,13 +208,18 @@ def from_main(value: T) -> T:
     return values[0]
 
 
-def gather(value: T) -> list[T]:
-    """Every process's `value`, in the order of ranks."""
+def gather(value: T, group: Any = None) -> list[T]:
+    """Every process's `value`, in the order of ranks. `group`: a `side_group`, None for the usual one."""
     values: list[Any] = [value]
     if active():
         values = [None] * world_size()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values
+
+
+def side_group() -> Any:
+    """A group of the same processes for a thread that talks besides the main one. A collective."""
+    return dist.new_group(backend="gloo") if active() else None
 
 
 @contextlib.contextmanager
@@ -251,6 +263,14 @@ def sum_over_data(values: Sequence[float]) -> list[float]:
         total.zero_()  # the same numbers as those of tensor rank 0
     dist.all_reduce(total)
     return total.tolist()
+
+
+def any_process(here: bool) -> bool:
+    """Whether `here` is true in any process of the group."""
+    found = torch.tensor(float(here))
+    if active():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
 
 
 def gather_over_data(values: list[T]) -> list[list[T]]:

@@ -765,6 +765,11 @@ class PreferenceData:
         lengths = [pc.list_value_length(part.table["pairs"]).to_numpy() for part in parts]  # two indices a pair
         self.n_examples = np.ones(len(self), dtype=np.int64) if sft else np.concatenate(lengths).astype(np.int64) // 2
 
+    @property
+    def identity(self) -> list[str]:
+        """One name for each data set, of all that its records depend on."""
+        return [part.path.parent.name for part in self._parts]
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 

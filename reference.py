@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -123,7 +124,10 @@ class StoredReference:
         return TokenLogps(logps, mask)
 
 
-Reference = LiveReference | StoredReference
+class Reference(Protocol):
+    """Gives the frozen reference's log-probabilities."""
+
+    def response_logps(self, batch: Batch) -> TokenLogps: ...
 
 
 def _hash(content: bytes) -> str:

@@ -27,6 +27,8 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 LAYOUTS = ("auto", "tree", "padded")
 REFERENCE_MODES = ("stored", "live")
 CHAT_FORMATS = ("auto", "template", "hh")
+CHECKS = ("fast", "full")
+NONFINITE = ("stop", "skip")
 CONFIG_DIR = Path(__file__).parent / "config"
 
 
@@ -43,6 +45,7 @@ class ModelConfig:
     fsdp_policy_mp: str | None = None
     reference_dtype: str | None = None
     device_map: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass
@@ -131,7 +134,18 @@ class Config:
     fsdp_reshard_after_forward: bool = True
     fsdp_cpu_offload: bool = False
     resume: str | None = None
+    resume_allow_changes: bool = False
     eval_every: int = 0
+    save_every: int | None = None
+    keep_last_n: int | None = None
+    keep_best: str | None = None
+    async_save: bool = False
+    save_patience: int = 0
+    checkpoint_check: str = ""
+    max_runtime: float | None = None
+    on_nonfinite: str = ""
+    warn_loss_spike: float | None = None
+    warn_chosen_drop: float | None = None
     minimum_log_interval_secs: float = 0.0
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -140,6 +154,11 @@ class Config:
     def compute_dtype(self) -> torch.dtype:
         """Type of matrix products: mixed_precision, else that of the weights."""
         return getattr(torch, self.mixed_precision or self.model.policy_dtype)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that the run goes on from."""
+        return Path(self.resume) if self.resume not in (None, "auto") else None
 
     @property
     def needs_group(self) -> bool:
@@ -252,15 +271,24 @@ def _number_problems(c: Config) -> list[str]:
     at_least_1 = (
         *("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length"),
         *("eval_every", "n_epochs", "n_examples", "nproc", "tensor_parallel_size", "fsdp_replicate_size"),
-        *("activation_checkpointing_every", "microbatch_tokens"),
+        *("activation_checkpointing_every", "microbatch_tokens", "save_every", "keep_last_n"),
     )
-    at_least_0 = ("seed", "n_eval_examples", "n_eval_model_samples", "warmup_steps", "num_proc", "weight_decay")
+    at_least_0 = (
+        "seed",
+        "n_eval_examples",
+        "n_eval_model_samples",
+        "warmup_steps",
+        "num_proc",
+        "weight_decay",
+        "save_patience",
+    )
     rules = [
         *((key, lambda v: v >= 1, "at least 1") for key in at_least_1),
         *((key, lambda v: 0 <= v < math.inf, "0 or more") for key in (*at_least_0, "lr", "minimum_log_interval_secs")),
         ("seed", lambda v: v < 2**63, "less than 2^63"),
         ("fsdp_port", lambda v: 0 < v < 2**16, "between 1 and 65535"),
-        ("max_grad_norm", lambda v: v > 0, "more than 0"),
+        *((key, lambda v: v > 0, "more than 0") for key in ("max_grad_norm", "max_runtime", "warn_chosen_drop")),
+        ("warn_loss_spike", lambda v: v > 1, "more than 1"),
         ("lr_min_ratio", lambda v: 0 <= v <= 1, "between 0 and 1"),
         ("holdout_fraction", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
     ]
@@ -275,6 +303,8 @@ def _choice_problems(c: Config) -> list[str]:
         ("reference.mode", c.reference.mode, REFERENCE_MODES),
         ("lr_schedule", c.lr_schedule, LR_SCHEDULES),
         ("chat_format", c.chat_format, CHAT_FORMATS),
+        ("checkpoint_check", c.checkpoint_check, CHECKS),
+        ("on_nonfinite", c.on_nonfinite, NONFINITE),
         ("mixed_precision", c.mixed_precision, DTYPES),
         ("model.policy_dtype", c.model.policy_dtype, WEIGHT_DTYPES),
         ("model.device_map", c.model.device_map, ("balanced",)),

@@ -6,18 +6,19 @@
 Every key of config/config.yaml can be overridden in this way.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import netrc
 import os
-import shutil
 import signal
 import sys
 import urllib.parse
 from pathlib import Path
 from typing import Any
 
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # a scheduler's warning waits for stopping.listen
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it quietly; run_main takes over later
 
 import hydra
@@ -27,30 +28,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import parallel
+import runs
+import stopping
 import trainers
-from checkpoint import find_archive, find_checkpoint
+from checkpoint import find_archive, read_state
 from models import load_policy, load_tokenizer, local_folder, pick_device, quiet_transformers
 from preference_datasets import PreferenceData, format_funnel, load_data
 from settings import Config, build_config, check_keys, data_settings, register_resolvers
-from utils import RunLogger, SilentLogger, UserError, be_quiet, log, make_dir, open_log, run_main
-
-
-def open_run(config: Config, composed: DictConfig, overrides: list[str]) -> Path:
-    """Make the run's folder, start its log, and write the configuration and Hydra's own files into it."""
-    run_dir = make_dir(Path(config.local_run_dir), "local_run_dir")
-    try:
-        (run_dir / "metrics.jsonl").touch(exist_ok=False)  # the folder is ours from here on
-    except FileExistsError as error:
-        raise UserError(
-            f"local_run_dir={run_dir} already holds a run, and two runs in one folder could not be told apart; "
-            "give another folder or remove that one"
-        ) from error
-    open_log(run_dir)
-    OmegaConf.save(composed, run_dir / "config.yaml", resolve=True)
-    hydra_dir = make_dir(run_dir / ".hydra", "local_run_dir")
-    OmegaConf.save(OmegaConf.create(overrides), hydra_dir / "overrides.yaml")
-    log(f"run folder: {run_dir}")
-    return run_dir
+from utils import RunLogger, SilentLogger, UserError, be_quiet, log, open_log, redact, run_main
 
 
 def load_splits(config: Config, tokenizer: Any, run_dir: Path) -> tuple[PreferenceData, PreferenceData | None]:
@@ -87,7 +72,8 @@ def open_logger(config: Config, run_dir: Path) -> SilentLogger:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError("tensorboard=true needs the package: pip install tensorboard") from error
-        tensorboard = SummaryWriter(str(run_dir))
+        examples = read_state(config.checkpoint)["examples"] if config.checkpoint else None
+        tensorboard = SummaryWriter(str(run_dir), purge_step=examples and examples + 1)
     run = open_wandb(config, run_dir) if config.wandb.enabled and not config.debug else None
     return RunLogger(run_dir, run, tensorboard, config.minimum_log_interval_secs)
 
@@ -97,13 +83,16 @@ def open_wandb(config: Config, run_dir: Path) -> Any:
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in_to_wandb() else "offline")
+    known = read_state(config.checkpoint)["wandb_id"] if config.checkpoint else None
     start = functools.partial(
         wandb.init,
         entity=config.wandb.entity,
         project=config.wandb.project,
         name=config.exp_name,
         dir=str(run_dir),
-        config=dataclasses.asdict(config),
+        config=json.loads(redact(json.dumps(dataclasses.asdict(config)))),
+        id=known,
+        resume="allow" if known else None,
         settings=wandb.Settings(console="off", silent=True, init_timeout=30),
     )
     if mode == "online":
@@ -137,11 +126,12 @@ def _logged_in_to_wandb() -> bool:
 def train(composed: DictConfig, overrides: list[str]) -> None:
     """Validate; then train in this process, or in new ones where the trainer works in a group of them."""
     config = build_config(composed)
-    if config.resume:
-        find_checkpoint(config.resume)
     if config.model.archive:
         find_archive(config.model.archive)  # a wrong path should not wait for the data
     resolved = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(resolved, dict)
+    if parallel.is_main():
+        resolved["resume"], resolved["local_run_dir"] = runs.find_resume(config)
     if not config.needs_group:
         if parallel.joined() and int(os.environ["WORLD_SIZE"]) > 1:
             raise UserError(f"trainer={config.trainer} is one process; inside torchrun or srun set trainer=FSDPTrainer")
@@ -151,15 +141,15 @@ def train(composed: DictConfig, overrides: list[str]) -> None:
             train_in_process(*parallel.from_main((resolved, overrides)))
     else:
         pick_device(config)
-        run_dir = Path(config.local_run_dir)
-        ours = not (run_dir / "metrics.jsonl").exists()
         n = config.nproc or (torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 2)
         try:
             parallel.launch(work, (resolved, overrides), n, config.fsdp_port)
         except BaseException:  # Ctrl-C among them
-            if ours and run_dir.exists():
-                leave(run_dir)
-                open_log(run_dir)  # for the reason, where no process could give one
+            run_dir = Path(resolved["local_run_dir"])
+            if run_dir.exists():
+                with contextlib.suppress(UserError), runs.locked(run_dir):
+                    runs.leave(run_dir)
+                    open_log(run_dir)  # for the reason, where no process could give one
             raise
 
 
@@ -170,6 +160,7 @@ def work(resolved: dict[str, Any], overrides: list[str]) -> None:
 
 def train_in_process(resolved: Any, overrides: list[str]) -> None:
     """Train from a resolved configuration, the same in every process of the group."""
+    stopping.listen()
     composed = OmegaConf.create(resolved)
     config = build_config(composed)
     quiet_transformers()
@@ -178,36 +169,34 @@ def train_in_process(resolved: Any, overrides: list[str]) -> None:
     if not parallel.is_main():
         be_quiet()
     sharding = getattr(trainers, config.trainer).sharding(config)
-    run_dir = open_run(config, composed, overrides) if parallel.is_main() else Path(config.local_run_dir)
+    run_dir = Path(config.local_run_dir)
     sys.argv = ["train.py", *overrides]  # which a checkpoint records: of a sweep, this job's own
-    try:
+    if not parallel.is_main():
         build_and_fit(config, sharding, run_dir)
-    except BaseException:
-        if parallel.is_main():
-            leave(run_dir)
-        raise
+        return
+    with runs.locked(run_dir):
+        try:
+            runs.open_run(config, composed, overrides)
+            build_and_fit(config, sharding, run_dir)
+        except BaseException:
+            runs.leave(run_dir)
+            raise
 
 
-def leave(run_dir: Path) -> None:
-    """Clear away what a run that failed left half done, and where nothing was trained let its folder be used again."""
-    for unfinished in run_dir.glob(".step-*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    metrics = run_dir / "metrics.jsonl"
-    if metrics.exists() and not metrics.stat().st_size:
-        metrics.unlink()
-
-
-def with_found_paths(config: Config) -> Config:
+def with_found_archive(config: Config) -> Config:
     """The configuration with what LATEST names now, in all processes, whatever another run makes of it later."""
-    archive = str(find_archive(config.model.archive)) if config.model.archive else None
-    resume = str(find_checkpoint(config.resume)) if config.resume else None
-    archive, resume = parallel.from_main((archive, resume))
-    return dataclasses.replace(config, resume=resume, model=dataclasses.replace(config.model, archive=archive))
+    archive = None
+    if config.model.archive and parallel.is_main():
+        archive = str(find_archive(config.model.archive, config.checkpoint_check))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, archive=parallel.from_main(archive)))
 
 
 def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: Path) -> None:
     """Load tokenizer, data and model, and train."""
     device = pick_device(config)
+    config = with_found_archive(config)
+    if config.checkpoint:
+        runs.check_changes(config, read_state(config.checkpoint))
     with parallel.one_per_machine_first():
         tokenizer = load_tokenizer(config)
         train_data, eval_data = load_splits(config, tokenizer, run_dir)
@@ -215,15 +204,14 @@ def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: P
     parallel.build_mesh(sharding, device)
     if not parallel.is_main():
         open_log(run_dir)  # for an error of this process
-    config = with_found_paths(config)
     logger = open_logger(config, run_dir)
     failed = True
     try:
         trainer_class = getattr(trainers, config.trainer)
         load = functools.partial(load_policy, config, device, sharding)
         trainer = trainer_class(config, load, tokenizer, train_data, eval_data, logger)
-        if config.resume:
-            trainer.resume(Path(config.resume))
+        if config.checkpoint:
+            trainer.resume(config.checkpoint)
         n_parameters = sum(p.numel() for p in trainer.policy.parameters())
         log(
             f"policy: {n_parameters / 1e6:.1f}M parameters on {device} ({parallel.describe()}), "

@@ -1,7 +1,6 @@
 """The training loop: one `fit`, one `train_step`, one `evaluate`. The trainers differ in where the model lies."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable
@@ -12,23 +11,24 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoint
+import health
 import parallel
+import stopping
 from batching import Cut, Example, Plan, eval_examples
 from evaluation import Metrics, SampleEvaluator, Scorer, evaluate_loss, extend_metrics, mean_metrics, prompts_of, shares
 from models import check_fits, pick_computation
 from parallel import Sharding
 from preference_datasets import PreferenceData
-from reference import LiveReference, Reference, build_reference, wanted_by
+from reference import LiveReference, Reference, StoredReference, build_reference, wanted_by
 from settings import Config, command_line
 from throughput import Cost, cost_of, throughput
-from utils import Every, RunLogger, UserError, log, progress
+from utils import RunLogger, UserError, log, progress
 
 MOST_SKIPPED = 25  # in a row: from its start at 2^16, the loss scale is then far below 1
+SECONDS_BETWEEN_TRIES = 10
 ROUNDING = 1e-5  # nats per token, of a live reference
-DIVERGED = (
-    "training stopped, and nothing of this state was saved. Lower lr, compute in float32 (mixed_precision=null), or "
-    "look at the data with scripts/inspect_data.py"
-)
+ADVICE = "Lower lr, compute in float32 (mixed_precision=null), or look at the data with scripts/inspect_data.py"
+DIVERGED = f"training stopped, and nothing of this state was saved. {ADVICE}"
 
 
 def plan_of(config: Config) -> Plan:
@@ -91,8 +91,14 @@ class BasicTrainer:
         self.plan = plan_of(config)
         self.total_examples, self.total_steps = self.plan.size(train_data)
         self.eval_examples = eval_examples(eval_data, config.n_eval_examples) if eval_data is not None else []
-        self.examples = self.updates = self.skipped_in_a_row = 0
+        self.examples = self.updates = self.skipped = self.skipped_in_a_row = 0
+        self.evaluated = self.saved = 0  # after how many examples that was done as planned
         self.eval_metrics: dict[str, float] = {}
+        self.best: float | None = None
+        self.writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, config.keep_last_n)
+        self.save_seconds = 0.0
+        self.watch = health.Watch(config.warn_loss_spike, config.warn_chosen_drop)
+        self.deadline = stopping.Deadline(config.max_runtime)
         self.use(load(config.model.archive))
         check_fits(self.policy, tokenizer, config)
         self.scorer = Scorer(config.loss.build(), pick_computation(self.policy, config), None)
@@ -135,17 +141,23 @@ class BasicTrainer:
         return SampleEvaluator(self.tokenizer, prompts, compute_dtype=self.scorer.how.dtype, **settings)
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint. Raises UserError if it is of another run."""
-        state = json.loads((folder / checkpoint.STATE_FILE).read_text())
-        for key, value in self._identity().items():
-            if state.get(key) != value:
-                raise UserError(
-                    f"resume={folder} was trained with {key}={state.get(key)}, and this run has {key}={value}"
-                )
+        """Go on from a checkpoint. Raises UserError if it is of other data or another reference."""
+        state = checkpoint.read_state(folder)
+        for what, value in self._identity().items():
+            if state[what] is not None and value is not None and state[what] != value:
+                if not self.config.resume_allow_changes:
+                    raise UserError(
+                        f"resume={folder}: {what} has changed: the files it was read from (or the program) are others; "
+                        "give the same, or set resume_allow_changes=true"
+                    )
+                log(f"resume_allow_changes=true: {what} has changed")
         del self.policy, self.optimizer  # before there are others
         self.use(self.load(str(folder)))
-        self.examples, self.updates = state["examples"], state["updates"]
+        for name in ("examples", "updates", "skipped", "skipped_in_a_row", "evaluated", "saved", "best"):
+            setattr(self, name, state[name])
+        self.eval_metrics = state["metrics"]
         checkpoint.load_optimizer(folder, self.policy, self.optimizer)
+        checkpoint.load_random_state(folder)
         self.scaler.load_state_dict(state["scaler"])
         log(f"resuming {folder} after {self.examples} examples and {self.updates} updates")
 
@@ -156,26 +168,55 @@ class BasicTrainer:
         return Cut(self.scorer.how.layout, ranks, -(-n // size), config.microbatch_tokens)
 
     def fit(self) -> None:
-        """Train to the end of the plan, evaluating and saving on the way."""
-        evaluation_due, measured_at = Every(self.config.eval_every, self.examples), -1
+        """Train to the end of the plan, evaluating and saving on the way. Raises Stopped where asked to end early."""
         if not self.examples:
             self.check_reference()
             if self.config.do_first_eval:
                 self.evaluate()
-        with progress(total=self.total_examples, initial=self.examples, unit="ex", desc=self.config.exp_name) as bar:
+        with (
+            stopping.gracefully(),
+            progress(total=self.total_examples, initial=self.examples, unit="ex", desc=self.config.exp_name) as bar,
+        ):
+            self.evaluate_and_save()
             for examples in self.plan.batches_after(self.train_data, self.examples):
                 metrics = self.train_step(examples)
                 self.logger.log(metrics, self.examples)
+                self.watch.update(metrics, self.examples)
                 bar.set_postfix(_shown(metrics), refresh=False)
                 bar.update(len(examples))
-                if evaluation_due(self.examples):
-                    measured_at = self.examples
-                    self.evaluate()
-                    self.save()
-        if measured_at != self.examples:
-            if self.config.do_final_eval:
+                self.stop_if_asked()
+                self.evaluate_and_save()
+            if self.evaluated != self.examples and self.config.do_final_eval:
+                self.evaluated = self.examples
                 self.evaluate()
+            if self.saved != self.examples:
+                self.saved = self.examples
+                self.save(last=True)
+            self.writer.wait()
+
+    def evaluate_and_save(self) -> None:
+        """Do what is due after this many examples and has not been done."""
+        every = self.config.eval_every
+        evaluation = self.examples // every > self.evaluated // every
+        save_every = self.config.save_every
+        save = self.examples // save_every > self.saved // save_every if save_every else evaluation
+        if evaluation:
+            self.evaluated = self.examples
+            self.evaluate()
+        if save:
+            self.saved = self.examples
             self.save()
+
+    def stop_if_asked(self) -> None:
+        """Save, and raise Stopped, if a signal or the deadline asks for it; what is due then is done on going on."""
+        reason = stopping.reason(self.deadline, self.save_seconds)
+        if not parallel.any_process(reason is not None):
+            return
+        reason = next(found for found in parallel.gather(reason) if found)
+        self.save(last=True)
+        self.writer.wait()
+        log(f"stopped by {reason} after {self.examples} of {self.total_examples} examples; to go on, give resume=auto")
+        raise stopping.Stopped
 
     def check_reference(self) -> None:
         """Raise UserError unless reference and policy agree before the first update (margin 0).
@@ -211,45 +252,80 @@ class BasicTrainer:
         start = time.perf_counter()
         self.policy.train()
         total: Metrics = {}
+        mine: list[Example] = []
         cost = Cost()
         for share in shares(self.train_data, examples, self.cut(len(examples))):
             cost += cost_of(share.batch, self.scorer.how.layout) if share.counts else Cost()
             losses, metrics = self.scorer(self.policy, share.batch, "train")
             self.scaler.scale(losses.sum() * share.counts / len(examples)).backward()
             extend_metrics(total, metrics, share.counts)
+            mine += share.examples
         means = mean_metrics(total)
         lr = self.config.lr * lr_factor(self.updates, self.total_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = self.update(means["loss/train"])
+        grad_norm = self.clip_gradients()
+        if not math.isfinite(means["loss/train"]) or not self.may_step(grad_norm):
+            self.on_nonfinite(examples, health.broken_examples(self.train_data, mine, total["loss/train"]), grad_norm)
+            means = {name: value for name, value in means.items() if math.isfinite(value)}
+        else:
+            self.update(grad_norm)
+        self.optimizer.zero_grad(set_to_none=True)
         self.examples += len(examples)
         self.eval_metrics = {}  # they were of other weights
         seconds = time.perf_counter() - start
         spent = {"examples_per_second": len(examples) / seconds, "reference_seconds": self.reference_seconds}
         spent |= throughput(self.policy, cost, seconds)
         counters = {"counters/examples": self.examples, "counters/updates": self.updates}
+        counters |= {"counters/skipped": self.skipped} if self.skipped else {}
         return means | {"grad_norm": grad_norm, "lr": lr} | spent | counters
 
-    def update(self, loss: float) -> float:
-        """Clip the accumulated gradients, step, and clear them. Returns the gradient's L2 norm before clipping.
-
-        Under loss scaling a gradient that overflows is expected now and then: that step is skipped at a lower scale.
-        """
+    def clip_gradients(self) -> float:
+        """Scale the accumulated gradients down to max_grad_norm. Returns their L2 norm before that."""
         self.scaler.unscale_(self.optimizer)
-        grad_norm = parallel.clip_grad_norm(list(self.policy.parameters()), self.config.max_grad_norm)
-        skipped = self.scaler.is_enabled() and not math.isfinite(grad_norm)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if not math.isfinite(loss) or self.skipped_in_a_row > MOST_SKIPPED or not (math.isfinite(grad_norm) or skipped):
-            raise UserError(
-                f"the loss is {loss} and the gradient norm {grad_norm} at update {self.updates + 1} (after "
-                f"{self.examples} examples): {DIVERGED}"
-            )
+        return parallel.clip_grad_norm(list(self.policy.parameters()), self.config.max_grad_norm)
+
+    def may_step(self, grad_norm: float) -> bool:
+        """Whether the gradient is finite, or overflowed as it does now and then under loss scaling, which skips such a
+        step at a lower scale; not so if it goes on and on."""
+        return math.isfinite(grad_norm) or (self.scaler.is_enabled() and self.skipped_in_a_row < MOST_SKIPPED)
+
+    def update(self, grad_norm: float) -> None:
+        """Take the optimizer step."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if not skipped:
-            self.updates += 1
+        finite = math.isfinite(grad_norm)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.updates += finite
+
+    def on_nonfinite(self, examples: list[Example], culprits: str, grad_norm: float) -> None:
+        """Write what is needed to see it again, and raise UserError, or leave the step out (on_nonfinite=skip)."""
+        self.skipped_in_a_row += 1
+        stop = self.config.on_nonfinite == "stop" or self.skipped_in_a_row > MOST_SKIPPED
+        what = (
+            f"update {self.updates + 1} (examples {self.examples + 1} to {self.examples + len(examples)}) is not "
+            f"finite: {culprits}; gradient norm {grad_norm}; {health.broken_parameters(self.policy)}. "
+        )
+        if parallel.all_finite(self.policy) and not self.config.debug and (stop or not self.skipped):  # one will do
+            what += self._save_nonfinite(examples)
+        if stop:
+            raise UserError(f"{what}Training stopped. {ADVICE}")
+        self.skipped += 1
+        self.scaler.update()
+        log(f"warning: {what}on_nonfinite=skip: the update is left out")
+
+    def _save_nonfinite(self, examples: list[Example]) -> str:
+        """Write the state before this update, and its batch, as a checkpoint under a name of its own."""
         self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm
+        folder = self.logger.run_dir / f"nonfinite-{self.examples}"
+        try:
+            loss = dataclasses.asdict(self.config.loss)
+            batch = health.batch_text(self.train_data, examples, self.scorer.reference, loss)
+            self.writer.save(self.policy, self.tokenizer, self._state(), self.optimizer, name=folder.name, batch=batch)
+            self.writer.wait()
+        except UserError as error:
+            return f"What would show it again was not written ({error}). "
+        return f"To see it again: python scripts/replay.py {folder}. "
 
     def evaluate(self) -> dict[str, float]:
         """Measure the policy on the evaluation examples, sample from it, and log both."""
@@ -261,6 +337,7 @@ class BasicTrainer:
         broken = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             raise UserError(f"evaluation after {self.examples} examples gave {', '.join(broken)}: {DIVERGED}")
+        self.watch.evaluation(metrics, self.examples)
         if self.sampler is not None:
             sampled, rows = self.sampler(self.policy)
             metrics |= sampled
@@ -272,41 +349,63 @@ class BasicTrainer:
         log(f"evaluation after {self.examples} examples: {shown}")
         return metrics
 
-    def save(self) -> Path | None:
-        """Write a checkpoint of this moment, unless debug=true."""
+    def save(self, last: bool = False) -> None:
+        """Write a checkpoint of this moment, unless debug=true. Raises UserError where the `last` one cannot be written
+        within save_patience; an earlier one is left to the next."""
         if self.config.debug:
             log("debug=true: no checkpoint is written")
-            return None
+            return
         if not parallel.all_finite(self.policy):
             raise UserError(f"the weights are not finite after {self.examples} examples: {DIVERGED}")
-        state = {
-            "examples": self.examples,
-            "updates": self.updates,
+        is_best = self._is_best()
+        start = time.perf_counter()
+        tries = 1 + self.config.save_patience // SECONDS_BETWEEN_TRIES if last else 1
+        for left in reversed(range(tries)):
+            try:
+                path = self.writer.save(self.policy, self.tokenizer, self._state(), self.optimizer, is_best=is_best)
+                if last:
+                    self.writer.wait()
+                log(f"checkpoint: {path}")
+                break
+            except UserError as error:
+                if last and not left:
+                    raise
+                log(f"warning: {error}. {'Trying again; free space' if last else 'Training goes on'}")
+                if last:
+                    time.sleep(SECONDS_BETWEEN_TRIES)
+        self.save_seconds = time.perf_counter() - start
+
+    def _is_best(self) -> bool:
+        """Whether this moment's evaluation gave the best keep_best so far, which is then remembered."""
+        metric = self.config.keep_best
+        if metric is None or not self.eval_metrics:
+            return False
+        if metric not in self.eval_metrics:
+            raise UserError(f"keep_best={metric} is not measured; choose from: {', '.join(self.eval_metrics)}")
+        value = self.eval_metrics[metric]
+        better = self.best is None or (value < self.best if metric.startswith("loss/") else value > self.best)
+        self.best = value if better else self.best
+        return better
+
+    def _state(self) -> dict[str, Any]:
+        """What trainer_state.json says of this moment."""
+        names = ("examples", "updates", "skipped", "skipped_in_a_row", "evaluated", "saved", "best", "total_examples")
+        return {
+            **{name: getattr(self, name) for name in names},
             "metrics": self.eval_metrics,
             "command": command_line(),
             "scaler": self.scaler.state_dict(),
+            "config": dataclasses.asdict(self.config),
+            "history": self.logger.history(),
+            "wandb_id": self.logger.wandb_id,
             **self._identity(),
         }
-        self.policy.eval()
-        path = checkpoint.save_checkpoint(self.logger.run_dir, self.policy, self.tokenizer, state, self.optimizer)
-        log(f"checkpoint: {path}")
-        return path
 
     def _identity(self) -> dict[str, Any]:
-        """What a run that resumes this one must share with it."""
-        config = self.config
-        return {
-            "base_model": config.model.name_or_path,
-            "archive": config.model.archive,
-            "loss": {k: v for k, v in vars(config.loss).items() if v is not None},
-            "datasets": config.datasets,
-            "seed": config.seed,
-            "batch_size": config.batch_size,
-            "max_length": config.max_length,
-            "max_prompt_length": config.max_prompt_length,
-            "dataset_weights": config.dataset_weights,
-            "optimizer": config.optimizer,
-        }
+        """What a run that goes on from a checkpoint must share with it besides settings: data, and the reference."""
+        reference = self.scorer.reference
+        name = reference.folder.name if isinstance(reference, StoredReference) else None
+        return {"training data": self.train_data.identity, "reference": name}
 
 
 class FSDPTrainer(BasicTrainer):

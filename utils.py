@@ -24,6 +24,9 @@ LESS_MEMORY = (
     "Any of these needs less: a larger gradient_accumulation_steps, a smaller eval_batch_size or max_length, "
     "activation_checkpointing=true, mixed_precision=bfloat16"
 )
+SECRETS = re.compile(r"hf_[A-Za-z0-9]{20,}|wandb_v1_\w{20,}")
+"""What keys of the hub and of W&B look like."""
+SECRET_NAMES = re.compile("(KEY|TOKEN|SECRET|PASSWORD)$")
 _log_file: IO[str] | None = None
 _quiet = False
 
@@ -38,10 +41,17 @@ def be_quiet() -> None:
     _quiet = True
 
 
+def redact(text: str) -> str:
+    """`text` without keys of the hub and of W&B: what looks like one, and what the environment holds as one."""
+    known = (value for name, value in os.environ.items() if SECRET_NAMES.search(name) and len(value) >= 16)
+    return functools.reduce(lambda t, secret: t.replace(secret, "***"), known, SECRETS.sub("***", text))
+
+
 def log(message: str) -> None:
     """Print `message` and, once a run's folder is known (`open_log`), write it to the run's `log.txt` too."""
     if _quiet:
         return
+    message = redact(message)
     print(message, flush=True)
     if _log_file is not None:
         print(message, file=_log_file, flush=True)
@@ -87,6 +97,7 @@ def _fail(message: str, code: int) -> None:
     if not message:
         sys.exit(code)
     sys.stdout.flush()
+    message = redact(message)
     print(message, file=sys.stderr, flush=True)
     if _log_file is not None:
         print(message, file=_log_file, flush=True)
@@ -139,17 +150,8 @@ def progress(iterable: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
     return tqdm(iterable, mininterval=interval, maxinterval=max(interval, 10), dynamic_ncols=True, **options)
 
 
-class Every:
-    """True once each time a counter reaches or passes a further multiple of `interval` (counted from 0)."""
-
-    def __init__(self, interval: int, counter: int = 0):
-        self.interval = interval
-        self.seen = counter // interval
-
-    def __call__(self, counter: int) -> bool:
-        due = counter // self.interval > self.seen
-        self.seen = counter // self.interval
-        return due
+HISTORY = ("metrics.jsonl", "samples.jsonl")
+"""Files of a run that only grow."""
 
 
 class SilentLogger:
@@ -163,6 +165,14 @@ class SilentLogger:
 
     def samples(self, rows: list[dict[str, Any]], step: int) -> None:
         pass
+
+    def history(self) -> dict[str, int]:
+        """Bytes that each file has so far, once they are on disk: what a run that goes on from here starts with."""
+        return {}
+
+    @property
+    def wandb_id(self) -> str | None:
+        return None
 
     def close(self, exit_code: int = 0) -> None:
         pass
@@ -207,6 +217,21 @@ class RunLogger(SilentLogger):
             for row in rows:
                 table.add_data(step, row["prompt"], row[model])
             self.wandb_run.log({f"{model}_samples": table}, step=step)
+
+    def history(self) -> dict[str, int]:
+        """Bytes that each file has so far, once they are on disk: what a run that goes on from here starts with."""
+        sizes = {}
+        for path in (self.run_dir / name for name in HISTORY):
+            if path.exists():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                sizes[path.name] = path.stat().st_size
+        return sizes
+
+    @property
+    def wandb_id(self) -> str | None:
+        """W&B's id of the run, under which it can be taken up again."""
+        return self.wandb_run.id if self.wandb_run is not None else None
 
     def close(self, exit_code: int = 0) -> None:
         self._metrics.close()

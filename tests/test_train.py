@@ -317,7 +317,7 @@ BAD_RUNS = [
     ("max_length=4096", "is more than the 2048 positions"),
     ("model.archive={cut_config}", "its config cannot be read"),
     ("+optimizer_kwargs.alpha=2 optimizer=AdamW", "refuses its arguments"),
-    ("lr=1e30 optimizer=SGD max_grad_norm=1e30", "training stopped"),
+    ("lr=1e30 optimizer=SGD max_grad_norm=1e30", "Training stopped"),
 ]
 
 
@@ -337,7 +337,7 @@ def test_bad_runs_give_one_clear_message(
     assert stop.value.code == 1
     shown = capsys.readouterr().err.split("error: ")[-1]
     assert message in shown and "Traceback" not in shown and len(shown) < 1500
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() or "training stopped" in message
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or "Training stopped" in message
 
 
 def test_a_run_that_diverges_at_its_last_update_saves_nothing(overrides: Overrides, tmp_path: Path) -> None:
@@ -349,9 +349,8 @@ def test_a_run_that_diverges_at_its_last_update_saves_nothing(overrides: Overrid
 def test_weights_that_are_not_finite_are_not_saved(
     overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def poison(trainer: trainers.BasicTrainer, loss: float) -> float:
+    def poison(trainer: trainers.BasicTrainer, grad_norm: float) -> None:
         next(trainer.policy.parameters()).data[0] = float("nan")
-        return 1.0
 
     monkeypatch.setattr(trainers.BasicTrainer, "update", poison)
     with pytest.raises(UserError, match="weights are not finite"):

@@ -1,0 +1,146 @@
+"""What a run watches itself for: numbers that are not finite, a loss that jumps, chosen responses that get unlikely."""
+
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import parallel
+from batching import Batch, Example, Tree, make_batch
+from checkpoint import BATCH_FILE
+from models import TokenLogps
+from preference_datasets import PreferenceData
+from reference import Reference
+from utils import UserError, log
+
+RECENT = 64  # updates
+MOST_NAMED = 4
+
+
+class Watch:
+    """Warns of a training loss beyond `spike` times its recent median, and of chosen responses that have become less
+    likely than under the reference by more than `drop` nats per token, once each time that begins. None: never."""
+
+    def __init__(self, spike: float | None, drop: float | None):
+        self.spike, self.drop = spike, drop
+        self.losses: deque[float] = deque(maxlen=RECENT)
+        self.changes: deque[float] = deque(maxlen=RECENT)
+        self.fell = False
+
+    def update(self, metrics: dict[str, float], examples: int) -> None:
+        """Look at an update's metrics."""
+        loss = metrics["loss/train"]
+        if self.spike is not None and len(self.losses) == RECENT:
+            usual = statistics.median(self.losses)
+            if loss > self.spike * usual > 0:
+                log(f"warning: loss {loss:.4g} after {examples} examples, {loss / usual:.1f} times the recent median")
+        self.losses.append(loss)
+        if "logratios_per_token_train/chosen" in metrics:
+            self.changes.append(metrics["logratios_per_token_train/chosen"])
+            if len(self.changes) == RECENT:
+                self._look(statistics.fmean(self.changes), f"the last {RECENT} updates", examples)
+
+    def evaluation(self, metrics: dict[str, float], examples: int) -> None:
+        """Look at an evaluation's metrics."""
+        if "logratios_per_token_eval/chosen" in metrics:
+            self._look(metrics["logratios_per_token_eval/chosen"], "the evaluation", examples)
+
+    def _look(self, change: float, where: str, examples: int) -> None:
+        falls = self.drop is not None and change < -self.drop
+        if falls and not self.fell:
+            log(
+                f"warning: chosen responses have become less likely than under the reference by {-change:.3g} nats per "
+                f"token in {where} (after {examples} examples): only the margin is trained, and the text may get "
+                "worse. Look at samples.jsonl; a larger loss.beta or a smaller lr holds the policy closer"
+            )
+        self.fell = falls
+
+
+def broken_examples(data: PreferenceData, examples: Sequence[Example], losses: Sequence[float]) -> str:
+    """Which examples of all processes have a loss that is not finite, for a message."""
+    mine = [name(data, e) for e, loss in zip(examples, losses, strict=True) if not math.isfinite(loss)]
+    found = sorted({name for names in parallel.gather(mine) for name in names})
+    if not found:
+        return "every example's loss is finite"
+    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+    return f"the loss of {', '.join(found[:MOST_NAMED])}{more} is not finite"
+
+
+def name(data: PreferenceData, example: Example) -> str:
+    """How messages call an example: its data set, and numbers of the record and of its pair in the run's data."""
+    record, pair = example
+    return f"{data.names[int(data.source[record])]}:{record}:{pair}"
+
+
+def broken_parameters(model: PreTrainedModel) -> str:
+    """Which parameters are not finite, or else which gradients, for a message. A collective."""
+    for what, tensors in (
+        ("weights", dict(model.named_parameters())),
+        ("gradients", {n: p.grad for n, p in model.named_parameters() if p.grad is not None}),
+    ):
+        mine = [n for n, tensor in tensors.items() if not bool(parallel.local(tensor).isfinite().all())]
+        found = list(dict.fromkeys(n for names in parallel.gather(mine) for n in names))
+        if found:
+            more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+            return f"{what} that are not finite: {', '.join(found[:MOST_NAMED])}{more} (of {len(tensors)})"
+    return "weights and gradients are finite"
+
+
+def batch_text(
+    data: PreferenceData, examples: Sequence[Example], reference: Reference | None, loss: dict[str, Any]
+) -> str:
+    """What batch.json says: every example's token ids and the reference's log-probabilities. A collective."""
+    rows = []
+    for example in examples:
+        batch = make_batch(data, [example])
+        [tree] = batch.trees
+        found = reference.response_logps(batch) if reference is not None else None
+        rows.append(
+            {
+                "name": name(data, example),
+                "prompt": tree.prompt,
+                "responses": tree.responses,
+                "chosen": batch.chosen,
+                "rejected": batch.rejected,
+                "reference": [found.logps.tolist(), found.mask.tolist()] if found is not None else None,
+            }
+        )
+    return json.dumps({"loss": loss, "examples": rows})
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An example of batch.json. As a `reference` it answers for its own batch alone."""
+
+    name: str
+    batch: Batch
+    logps: TokenLogps | None
+
+    def response_logps(self, batch: Batch) -> TokenLogps:
+        """As models.response_logps."""
+        assert batch is self.batch and self.logps is not None
+        return self.logps
+
+
+def read_batch(folder: Path) -> tuple[dict[str, Any], list[Recorded]]:
+    """The loss's configuration and the examples of `batch_text`. Raises UserError."""
+    path = folder / BATCH_FILE
+    try:
+        content = json.loads(path.read_text())
+        examples = []
+        for row in content["examples"]:
+            batch = Batch([Tree(row["prompt"], row["responses"])], row["chosen"], row["rejected"])
+            logps = TokenLogps(*map(torch.tensor, row["reference"])) if row["reference"] else None
+            examples.append(Recorded(row["name"], batch, logps))
+        return content["loss"], examples
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no batch that a run wrote ({type(error).__name__}); give a nonfinite-<examples> folder"
+        ) from error

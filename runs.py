@@ -1,0 +1,211 @@
+"""A run's folder: one run at a time writes to it, and a run that ended early goes on in it."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import checkpoint
+from settings import Config
+from utils import HISTORY, UserError, get_local_dir, get_local_run_dir, log, make_dir, open_log, redact
+
+HEARTBEAT = 15.0
+STALE = 90.0
+"""Seconds without a heartbeat after which a run on another machine counts as dead."""
+# Keys that may differ where a run goes on: they say where and how fast it is computed, what is kept and shown.
+# trainer and its sizes, micro-batches and layout change sums by rounding only.
+FREE = {
+    *("exp_name", "debug", "fsdp_port", "num_proc", "cache_dir", "reference", "wandb", "tensorboard", "local_dirs"),
+    *("local_run_dir", "sample_during_eval", "n_eval_model_samples", "do_first_eval", "do_final_eval", "eval_every"),
+    *("eval_batch_size", "n_eval_examples", "gradient_accumulation_steps", "microbatch_tokens", "layout", "compile"),
+    *("trainer", "nproc", "tensor_parallel_size", "fsdp_replicate_size", "fsdp_reshard_after_forward", "device"),
+    *("fsdp_cpu_offload", "activation_checkpointing", "activation_checkpointing_every", "minimum_log_interval_secs"),
+    *("resume", "resume_allow_changes", "save_every", "keep_last_n", "keep_best", "async_save", "save_patience"),
+    *("checkpoint_check", "max_runtime", "on_nonfinite", "warn_loss_spike", "warn_chosen_drop"),
+    *("model.block", "model.block_name", "model.device_map", "model.trust_remote_code", "drop_bad_rows"),
+}
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the folder's lock, a file that says who does. Raises UserError where another process holds it.
+
+    The system frees the lock of a process that died on this machine. One on another machine may not be seen by file
+    locks, so it also touches the file now and then, and counts as dead when it no longer does.
+    """
+    path = make_dir(run_dir, "local_run_dir") / "lock"
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(_taken(run_dir, _holder(path))) from None
+        except OSError:
+            pass  # a file system without locks; the heartbeat still tells
+        holder = _holder(path)
+        if holder and holder.get("host") != socket.gethostname() and _beats(path, holder):
+            raise UserError(_taken(run_dir, holder))
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        file.flush()
+        ended = threading.Event()
+        threading.Thread(target=_beat, args=(path, ended), daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _taken(run_dir: Path, holder: dict[str, Any]) -> str:
+    return (
+        f"local_run_dir={run_dir} is in use by process {holder.get('pid')} on {holder.get('host')}; two runs in one "
+        "folder could not be told apart: wait for it, end it, or give another folder"
+    )
+
+
+def _beat(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(HEARTBEAT):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _beats(path: Path, holder: dict[str, Any]) -> bool:
+    """Watch the lock of another machine's process: whether it is touched within STALE seconds."""
+    log(f"{path.parent} was last written by process {holder.get('pid')} on {holder.get('host')}; seeing if it lives")
+    seen, until = path.stat().st_mtime, time.monotonic() + STALE
+    while time.monotonic() < until:
+        time.sleep(1)
+        if path.stat().st_mtime != seen:
+            return True
+    log("it does not")
+    return False
+
+
+def open_run(config: Config, composed: DictConfig, overrides: list[str]) -> Path:
+    """Start or reopen the run's folder, which is locked: its log, the configuration, Hydra's own files."""
+    run_dir = Path(config.local_run_dir)
+    metrics = run_dir / "metrics.jsonl"
+    inside = config.checkpoint is not None and config.checkpoint.parent == run_dir.resolve()
+    history = checkpoint.read_state(config.checkpoint)["history"] if config.checkpoint and inside else {}
+    if metrics.exists() and not inside and config.resume != "auto":
+        raise UserError(
+            f"local_run_dir={run_dir} already holds a run, and two runs in one folder could not be told apart; give "
+            "another folder, remove that one, or go on with it: resume=auto"
+        )
+    clear(run_dir)
+    for name in HISTORY:
+        _cut(run_dir / name, history.get(name, 0))
+    metrics.touch()
+    open_log(run_dir)
+    OmegaConf.save(composed, run_dir / "config.yaml", resolve=True)
+    hydra_dir = make_dir(run_dir / ".hydra", "local_run_dir")
+    OmegaConf.save(OmegaConf.create([redact(override) for override in overrides]), hydra_dir / "overrides.yaml")
+    log(f"run folder: {run_dir}")
+    if config.resume == "auto":
+        log(f"resume=auto: there is no complete checkpoint of {config.exp_name} yet; this run starts anew")
+    return run_dir
+
+
+def _cut(path: Path, size: int) -> None:
+    """Leave the first `size` bytes: what was written after the checkpoint is written again."""
+    if path.exists():
+        if path.stat().st_size < size:
+            log(f"{path} has lost its end: it was {size} bytes long at the checkpoint")
+        os.truncate(path, min(size, path.stat().st_size))
+
+
+def clear(run_dir: Path) -> None:
+    """Remove what a process that was killed left half written. The folder must be locked."""
+    for unfinished in (*run_dir.glob(".step-*"), *run_dir.glob(".nonfinite-*")):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def leave(run_dir: Path) -> None:
+    """Clear away what a run that failed left half done; where nothing was trained, let its folder be used again."""
+    clear(run_dir)
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.exists() and not metrics.stat().st_size:
+        metrics.unlink()
+
+
+def find_resume(config: Config) -> tuple[str | None, str]:
+    """The checkpoint that `resume` means, and the run's folder.
+
+    For resume=auto:
+    1. Where local_run_dir is given, only that folder counts; else those that runs of this exp_name made in local_dirs,
+       the newest first.
+    2. In a folder, the complete checkpoint with the most examples. A damaged one is named in the log and passed over.
+    3. A folder without one is passed over too, unless it was given: the run then starts anew in it.
+    4. Where nothing is found, the run starts in the folder that local_run_dir means.
+    Step 2 also holds for the folder of a run given as resume=<folder>; a checkpoint given by itself must be complete.
+    """
+    if config.resume != "auto":
+        found = checkpoint.find_checkpoint(config.resume, config.checkpoint_check) if config.resume else None
+        return (str(found) if found else None), config.local_run_dir
+    given = config.local_run_dir != get_local_run_dir(config.exp_name, tuple(config.local_dirs))
+    for run_dir in [Path(config.local_run_dir)] if given else _runs_of(config):
+        for path in checkpoint.checkpoints(run_dir):
+            problem = checkpoint.check(path, config.checkpoint_check)
+            if problem is None:
+                return str(path), str(run_dir)
+            log(f"resume=auto: {path} is passed over: {problem}")
+    return "auto", config.local_run_dir
+
+
+def _runs_of(config: Config) -> list[Path]:
+    pattern = re.compile(re.escape(config.exp_name) + r"_(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?)")
+    folder = get_local_dir(list(config.local_dirs))
+    matches = [(pattern.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return [path for match, path in sorted(((m, p) for m, p in matches if m), key=lambda f: f[0][1], reverse=True)]
+
+
+def check_changes(config: Config, state: dict[str, Any]) -> None:
+    """Name every key in which this run differs from the one it goes on with.
+
+    Raises UserError for those that change what the run means, unless resume_allow_changes is true.
+    """
+    before, now = flat(state["config"]), flat(dataclasses.asdict(config))
+    changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    # A run at a constant learning rate may be made longer.
+    free = FREE | ({"n_epochs", "n_examples"} if config.lr_schedule == "constant" else set())
+    lines = {key: f"{key}={now.get(key)} (was {before.get(key)})" for key in sorted(changed)}
+    harmless = [key for key in lines if key in free or key.partition(".")[0] in free]
+    meaningful = [key for key in lines if key not in harmless]
+    told = [lines[key] for key in harmless if key not in ("resume", "local_run_dir")]
+    if told:
+        log(f"resuming with other settings, which change nothing of what is trained: {', '.join(told)}")
+    if meaningful and not config.resume_allow_changes:
+        raise UserError(
+            f"resume={config.resume} was trained with other settings: "
+            + ", ".join(lines[key] for key in meaningful)
+            + "; give the same, or set resume_allow_changes=true"
+        )
+    if meaningful:
+        log(f"resume_allow_changes=true: from here on {', '.join(lines[key] for key in meaningful)}")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"loss": {"beta": 1}} as {"loss.beta": 1}."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out

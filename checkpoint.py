@@ -121,7 +121,7 @@ def find_checkpoint(name: str, how: str = "fast") -> Path:
     path = _newest(Path(name).expanduser())
     if not path.is_dir():
         raise UserError(f"resume={name}: there is no such folder")
-    if not (path / STATE_FILE).is_file() or not (path / TRAINING_STATE).is_dir():
+    if not (path / STATE_FILE).is_file() and not (path / MANIFEST).is_file():
         raise UserError(
             f"resume={name}: {path} holds no {STATE_FILE} and {TRAINING_STATE}/, so training cannot go on from it; to "
             "start a new run from its weights, set model.archive"

@@ -36,7 +36,9 @@ class Watch:
 
     def update(self, metrics: dict[str, float], examples: int) -> None:
         """Look at an update's metrics."""
-        loss = metrics["loss/train"]
+        loss = metrics.get("loss/train")
+        if loss is None:  # this update was left out
+            return
         if self.spike is not None and len(self.losses) == RECENT:
             usual = statistics.median(self.losses)
             if loss > self.spike * usual > 0:

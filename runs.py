@@ -116,7 +116,7 @@ def open_run(config: Config, composed: DictConfig, overrides: list[str]) -> Path
         _cut(run_dir / name, history.get(name, 0))
     metrics.touch()
     open_log(run_dir)
-    OmegaConf.save(composed, run_dir / "config.yaml", resolve=True)
+    (run_dir / "config.yaml").write_text(redact(OmegaConf.to_yaml(composed, resolve=True)), encoding="utf-8")
     hydra_dir = make_dir(run_dir / ".hydra", "local_run_dir")
     OmegaConf.save(OmegaConf.create([redact(override) for override in overrides]), hydra_dir / "overrides.yaml")
     log(f"run folder: {run_dir}")

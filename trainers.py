@@ -96,7 +96,7 @@ class BasicTrainer:
         self.eval_metrics: dict[str, float] = {}
         self.best: float | None = None
         self.writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, config.keep_last_n)
-        self.save_seconds = 0.0
+        self.save_seconds, self.save_failed = 0.0, False
         self.watch = health.Watch(config.warn_loss_spike, config.warn_chosen_drop)
         self.deadline = stopping.Deadline(config.max_runtime)
         self.use(load(config.model.archive))
@@ -189,10 +189,18 @@ class BasicTrainer:
             if self.evaluated != self.examples and self.config.do_final_eval:
                 self.evaluated = self.examples
                 self.evaluate()
-            if self.saved != self.examples:
-                self.saved = self.examples
-                self.save(last=True)
+            self.save_the_last()
+
+    def save_the_last(self) -> None:
+        """Have a checkpoint of where training ends, if that one is not written yet."""
+        try:
             self.writer.wait()
+        except UserError as error:
+            log(f"warning: {error}")
+            self.save_failed = True
+        if self.saved != self.examples or self.save_failed:
+            self.saved = self.examples
+            self.save(last=True)
 
     def evaluate_and_save(self) -> None:
         """Do what is due after this many examples and has not been done."""
@@ -214,7 +222,6 @@ class BasicTrainer:
             return
         reason = next(found for found in parallel.gather(reason) if found)
         self.save(last=True)
-        self.writer.wait()
         log(f"stopped by {reason} after {self.examples} of {self.total_examples} examples; to go on, give resume=auto")
         raise stopping.Stopped
 
@@ -366,8 +373,10 @@ class BasicTrainer:
                 if last:
                     self.writer.wait()
                 log(f"checkpoint: {path}")
+                self.save_failed = False
                 break
             except UserError as error:
+                self.save_failed = True
                 if last and not left:
                     raise
                 log(f"warning: {error}. {'Trying again; free space' if last else 'Training goes on'}")

@@ -1,5 +1,6 @@
 """Small helpers without a home of their own: user-facing errors, the run's log and metric files, local folders."""
 
+import contextlib
 import errno
 import functools
 import getpass
@@ -54,7 +55,16 @@ def log(message: str) -> None:
     message = redact(message)
     print(message, flush=True)
     if _log_file is not None:
-        print(message, file=_log_file, flush=True)
+        write_line(_log_file, message)
+
+
+def write_line(file: IO[str], line: str = "") -> bool:
+    """Add a line, or only what could not be written before. Where the disk is full it waits in memory for the next."""
+    try:
+        print(line, file=file, flush=True) if line else file.flush()
+    except OSError:
+        return False
+    return True
 
 
 def open_log(run_dir: Path) -> None:
@@ -100,7 +110,7 @@ def _fail(message: str, code: int) -> None:
     message = redact(message)
     print(message, file=sys.stderr, flush=True)
     if _log_file is not None:
-        print(message, file=_log_file, flush=True)
+        write_line(_log_file, message)
     sys.exit(code)
 
 
@@ -167,7 +177,8 @@ class SilentLogger:
         pass
 
     def history(self) -> dict[str, int]:
-        """Bytes that each file has so far, once they are on disk: what a run that goes on from here starts with."""
+        """Bytes that each file has so far, once they are on disk: what a run that goes on from here starts with. Raises
+        UserError where they cannot get there."""
         return {}
 
     @property
@@ -188,14 +199,15 @@ class RunLogger(SilentLogger):
         super().__init__(run_dir)
         self.wandb_run, self.tensorboard = wandb_run, tensorboard
         self.wandb_interval, self._last_wandb = wandb_interval, 0.0
-        self._metrics = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")
+        self._files = {name: open(run_dir / name, "a", encoding="utf-8") for name in HISTORY}
 
     def log(self, metrics: Mapping[str, float], step: int, always: bool = False) -> None:
         """Record one event at `step` (examples seen). `always` ignores W&B's interval, as evaluations do."""
         # JSON has no infinity, which a gradient norm under loss scaling may be; nothing else gets here non-finite.
         metrics = {name: value for name, value in metrics.items() if name != "grad_norm" or math.isfinite(value)}
         record = {"counters/examples": step, **metrics, "time": round(time.time(), 3)}
-        print(json.dumps(record), file=self._metrics, flush=True)
+        if not write_line(self._files["metrics.jsonl"], json.dumps(record)):
+            log(f"warning: {self.run_dir} is full; metrics wait in memory")
         if self.tensorboard is not None:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -205,9 +217,9 @@ class RunLogger(SilentLogger):
 
     def samples(self, rows: list[dict[str, Any]], step: int) -> None:
         """Append sampled responses to `samples.jsonl` and to W&B tables, one for each sampled model."""
-        with open(self.run_dir / "samples.jsonl", "a", encoding="utf-8") as file:
-            for row in rows:
-                print(json.dumps({"counters/examples": step, **row}, ensure_ascii=False), file=file)
+        for row in rows:
+            line = json.dumps({"counters/examples": step, **row}, ensure_ascii=False)
+            write_line(self._files["samples.jsonl"], line)
         if self.wandb_run is None or not rows:
             return
         import wandb
@@ -221,11 +233,11 @@ class RunLogger(SilentLogger):
     def history(self) -> dict[str, int]:
         """Bytes that each file has so far, once they are on disk: what a run that goes on from here starts with."""
         sizes = {}
-        for path in (self.run_dir / name for name in HISTORY):
-            if path.exists():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-                sizes[path.name] = path.stat().st_size
+        for name, file in self._files.items():
+            if not write_line(file):
+                raise UserError(f"{self.run_dir / name} cannot be written: is the disk full?")
+            os.fsync(file.fileno())
+            sizes[name] = (self.run_dir / name).stat().st_size
         return sizes
 
     @property
@@ -234,7 +246,9 @@ class RunLogger(SilentLogger):
         return self.wandb_run.id if self.wandb_run is not None else None
 
     def close(self, exit_code: int = 0) -> None:
-        self._metrics.close()
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                file.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb_run is not None:

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 
 import checkpoint
 import parallel
+import runs
 import trainers
 from settings import load_config
 from utils import UserError
@@ -184,7 +185,7 @@ def test_a_run_goes_on_with_another_number_of_processes(first: int, then: int, f
         return read_jsonl(folder / name / "metrics.jsonl")
 
     whole = run(f"whole_{first}", first)
-    with pytest.raises(UserError, match="was trained with archive=None"):
+    with pytest.raises(UserError, match=r"was trained with other settings: model\.archive="):
         run(
             f"another_{first}_{then}",
             1,
@@ -307,15 +308,15 @@ def test_bad_groups_give_one_clear_message(given: str, message: str, folder: Pat
     assert done.stderr.count("error:") == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-def test_a_folder_that_holds_a_run_is_left_as_it_is(folder: Path) -> None:
+def test_a_folder_in_use_is_left_as_it_is(folder: Path) -> None:
     (folder / "taken" / ".step-8-1").mkdir(parents=True)
     (folder / "taken" / "metrics.jsonl").touch()
     overrides = overrides_of(folder, "taken", "llama", FSDP, "nproc=2")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *overrides], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 1 and "already holds a run" in done.stderr, done.stderr
-    assert sorted(path.name for path in (folder / "taken").iterdir()) == [".step-8-1", "metrics.jsonl"]
+    with runs.locked(folder / "taken"):
+        command = [sys.executable, str(ROOT / "train.py"), *overrides]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and f"is in use by process {os.getpid()}" in done.stderr, done.stderr
+    assert sorted(path.name for path in (folder / "taken").iterdir()) == [".step-8-1", "lock", "metrics.jsonl"]
 
 
 def test_processes_that_cannot_be_arranged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,25 +1,37 @@
 """A run that is stopped, killed or fails, and goes on, is the run that was not."""
 
+import json
 import os
 import random
+import re
+import shutil
 import signal
+import socket
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import COSTS, read_jsonl
+from conftest import COSTS, make_model, make_tokenizer, read_jsonl, tiny_overrides, train_here, write_pairs
 from restarts import start
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import checkpoint
+import runs
+import utils
 from checkpoint import check, checkpoints
+from health import Watch
+from models import Computation
 from stopping import EXIT_CODE
+from utils import UserError
 
 Overrides = Callable[..., list[str]]
 LOSSES = {"sft": ["loss=sft"], "dpo": ["loss=dpo", "loss.beta=0.2"]}
 # Twenty epochs of 24 examples; evaluations with samples, and checkpoints, in the middle of epochs.
-LONG = ["n_epochs=20", "batch_size=5", "eval_every=35", "n_eval_examples=8", "optimizer=AdamW", "lr=1e-3"]
+LONG = ["n_epochs=20", "batch_size=5", "eval_every=115", "n_eval_examples=8", "optimizer=AdamW", "lr=1e-3"]
 LONG += ["lr_schedule=cosine", "warmup_steps=3"]
 
 
@@ -31,7 +43,7 @@ def train_steps(run_dir: Path) -> int:
 def ended(given: list[str], log: Path) -> int:
     process = start(given, log)
     process.join(300)
-    assert process.exitcode is not None, log.read_text()
+    assert process.exitcode is not None, log.read_text()[-3000:]
     return process.exitcode
 
 
@@ -41,7 +53,7 @@ def interrupted(given: list[str], run_dir: Path, log: Path, number: int, step: i
     until = time.monotonic() + 300
     while train_steps(run_dir) < step and process.is_alive() and time.monotonic() < until:
         time.sleep(0.005)
-    assert process.is_alive() and process.pid, log.read_text()
+    assert process.is_alive() and process.pid, log.read_text()[-3000:]
     os.kill(process.pid, number)
     process.join(120)
     return process.exitcode or 0
@@ -70,12 +82,12 @@ def assert_same_run(found: Path, wanted: Path) -> None:
 def test_stopped_and_killed_runs_equal_one_that_was_not(loss: str, overrides: Overrides, tmp_path: Path) -> None:
     log = tmp_path / "log"
     given = overrides(*LOSSES[loss], *LONG, "resume=auto")
-    assert ended([*given, f"local_run_dir={tmp_path / 'whole'}"], log) == 0, log.read_text()
+    assert ended([*given, f"local_run_dir={tmp_path / 'whole'}"], log) == 0, log.read_text()[-3000:]
     run_dir, pick = tmp_path / "run", random.Random(loss)
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1, signal.SIGINT):
         steps = train_steps(run_dir) + pick.randrange(1, 12)  # of 100
         code = interrupted(given, run_dir, log, number, steps)
-        assert code == (-signal.SIGKILL if number == signal.SIGKILL else EXIT_CODE), log.read_text()
+        assert code == (-signal.SIGKILL if number == signal.SIGKILL else EXIT_CODE), log.read_text()[-3000:]
         assert all(check(path, "full") is None for path in checkpoints(run_dir))
     assert ended(given, log) == 0
     assert_same_run(run_dir, tmp_path / "whole")
@@ -87,12 +99,12 @@ def test_an_fsdp_run_that_is_stopped_and_killed_equals_one_that_was_not(override
     log, run_dir = tmp_path / "log", tmp_path / "run"
     loss = os.environ.get("DPO_FSDP_LOSS", "dpo")
     given = overrides(*LOSSES[loss], *LONG, "trainer=FSDPTrainer", "nproc=2", "resume=auto")
-    assert ended([*given, f"local_run_dir={tmp_path / 'whole'}"], log) == 0, log.read_text()
-    assert interrupted(given, run_dir, log, signal.SIGTERM, 11) == EXIT_CODE, log.read_text()
+    assert ended([*given, f"local_run_dir={tmp_path / 'whole'}"], log) == 0, log.read_text()[-3000:]
+    assert interrupted(given, run_dir, log, signal.SIGTERM, 11) == EXIT_CODE, log.read_text()[-3000:]
     stopped_at = train_steps(run_dir)
     assert interrupted(given, run_dir, log, signal.SIGKILL, stopped_at + 20) == -signal.SIGKILL
     time.sleep(5)  # its processes are told by the system that it is gone
-    assert ended(given, log) == 0, log.read_text()
+    assert ended(given, log) == 0, log.read_text()[-3000:]
     assert_same_run(run_dir, tmp_path / "whole")
 
 
@@ -104,7 +116,7 @@ def test_kills_at_any_moment(
     kills, pick, log = int(os.environ.get("DPO_KILLS", "8")), random.Random(0), tmp_path / "log"
     given = overrides(*LOSSES["dpo"], *LONG, "save_every=5", "keep_last_n=3", "resume=auto", *more)
     begun = time.monotonic()
-    assert ended([*given, f"local_run_dir={tmp_path / 'whole'}"], log) == 0, log.read_text()
+    assert ended([*given, f"local_run_dir={tmp_path / 'whole'}"], log) == 0, log.read_text()[-3000:]
     length = time.monotonic() - begun
     tally = {"kills": 0, "with a checkpoint to go on from": 0, "while one was being written": 0, "runs completed": 0}
     while tally["kills"] < kills:
@@ -121,11 +133,315 @@ def test_kills_at_any_moment(
             tally["with a checkpoint to go on from"] += bool(checkpoints(run_dir))
             assert bool(checkpoints(run_dir)) == (run_dir / "LATEST").is_dir() or len(checkpoints(run_dir)) == 1
         else:
-            assert process.exitcode == 0, log.read_text()
+            assert process.exitcode == 0, log.read_text()[-3000:]
             assert_same_run(run_dir, tmp_path / "whole")
             tally["runs completed"] += 1
-    assert ended(mine, log) == 0, log.read_text()
+    assert ended(mine, log) == 0, log.read_text()[-3000:]
     assert_same_run(run_dir, tmp_path / "whole")
     tally["runs completed"] += 1
     with capsys.disabled():
         print(f"\nkill harness {more}: {tally}; none of them differs")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model_dir: Path, pairs_dir: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with the checkpoints step-12 and step-24."""
+    folder = tmp_path_factory.mktemp("finished")
+    more = ("eval_every=12", "n_eval_examples=8")
+    train_here(tiny_overrides(tiny_model_dir, pairs_dir, cache_dir, folder / "run", *more))
+    return folder / "run"
+
+
+def alterations(file: Path) -> dict[str, Callable[[], object]]:
+    content = file.read_bytes()
+    middle = len(content) // 2
+    return {
+        "cut short": lambda: file.write_bytes(content[:-1]),
+        "emptied": lambda: file.write_bytes(b""),
+        "removed": file.unlink,
+        "flipped": lambda: file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]),
+    }
+
+
+@pytest.mark.parametrize("how", ["fast", "full"])
+def test_every_altered_file_is_named_and_the_older_checkpoint_offered(
+    how: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "full":  # as if every file were large
+        monkeypatch.setattr(checkpoint, "ALWAYS_HASHED", -1)
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    newest, older = tmp_path / "run" / "step-24", tmp_path / "run" / "step-12"
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    assert len(files) >= 9 and check(newest, how) is None
+    for file in files:
+        content = file.read_bytes()
+        for what, alter in alterations(file).items():
+            if what == "cut short" and not content:
+                continue
+            alter()
+            with pytest.raises(UserError) as error:
+                checkpoint.find_checkpoint(str(tmp_path / "run"), how)
+            message = str(error.value)
+            assert file.name in message and f"the next older complete one is {older}" in message, (file, what)
+            if file.name != "manifest.json":  # without it, a folder is any model
+                with pytest.raises(UserError, match=r"is damaged|holds no"):
+                    checkpoint.find_archive(str(newest), how)
+            file.write_bytes(content)
+    (newest / "more.py").write_text("print()")
+    assert (check(newest, how) is None) == (how == "fast")
+
+
+def test_a_large_file_is_hashed_by_the_full_check_only(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "ALWAYS_HASHED", 1000)
+    file = finished / "step-24" / "model.safetensors"
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert check(finished / "step-24", "fast") is None
+        assert check(finished / "step-24", "full") == "model.safetensors has been altered"
+    finally:
+        file.write_bytes(content)
+
+
+def test_auto_passes_over_a_damaged_checkpoint(
+    finished: Path, overrides: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / "step-24" / "model.safetensors").write_bytes(b"")
+    train_here(overrides("eval_every=12", "n_eval_examples=8", "resume=auto"))
+    shown = capsys.readouterr().out
+    assert "step-24 is passed over: model.safetensors has 0 bytes" in shown and "after 12 examples" in shown
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_a_manifest_cannot_name_files_outside(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "step-24", tmp_path / "step-24")
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "step-24" / "manifest.json").write_text(checkpoint._manifest({"../secret": [1, "00"]}))
+    assert check(tmp_path / "step-24", "fast") == "manifest.json names ../secret, which is outside"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("lr=1e-4 loss.beta=0.3", "loss.beta=0.3 (was 0.2), lr=0.0001 (was 5e-07)"),
+        ("n_epochs=2 lr_schedule=linear", "lr_schedule=linear (was constant), n_epochs=2 (was 1)"),
+        ("max_length=60", "max_length=60 (was 64)"),
+        ("datasets=[{more}]", "datasets="),
+    ],
+)
+def test_a_resumed_run_keeps_its_meaning(given: str, message: str, overrides: Overrides, tmp_path: Path) -> None:
+    more = write_pairs(tmp_path / "more", 30)
+    dpo = [*LOSSES["dpo"], "n_eval_examples=0"]
+    train_here(overrides(*dpo, "eval_every=12"))
+    changed = overrides(*dpo, *given.replace("{more}", str(more)).split(), f"resume={tmp_path / 'run'}")
+    changed = [*changed, f"local_run_dir={tmp_path / 'again'}"]
+    with pytest.raises(UserError) as error:
+        train_here(changed)
+    assert "was trained with other settings: " in str(error.value) and message in str(error.value)
+    if "datasets" not in given:
+        train_here([*changed, "resume_allow_changes=true"])
+
+
+def test_harmless_changes_are_told(overrides: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_here(overrides("n_eval_examples=0", "eval_every=12"))
+    train_here(overrides("n_eval_examples=0", "n_epochs=2", "microbatch_tokens=64", "resume=auto"))
+    shown = capsys.readouterr().out
+    assert "change nothing of what is trained: eval_every=20000 (was 12), " in shown
+    assert "n_epochs=2 (was 1)" in shown and "after 24 examples" in shown
+    assert (tmp_path / "run" / "LATEST").resolve().name == "step-48"
+
+
+def test_changed_data_and_references_are_refused(overrides: Overrides, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs")
+    shutil.copytree(overrides()[2].partition("=")[2], tmp_path / "model")
+    given = [*LOSSES["dpo"], "n_eval_examples=0", "eval_every=12", "resume=auto", f"datasets=[{pairs}]"]
+    given += [f"model.name_or_path={tmp_path / 'model'}"]
+    train_here(overrides(*given))
+    write_pairs(pairs, 25)
+    with pytest.raises(UserError, match="training data has changed"):
+        train_here(overrides(*given))
+    write_pairs(pairs)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="reference has changed"):
+        train_here(overrides(*given))
+
+
+def test_auto_finds_the_newest_run_of_its_name(overrides: Overrides, tmp_path: Path) -> None:
+    given = overrides("local_run_dir=", f"local_dirs=[{tmp_path}]", "n_eval_examples=0", "eval_every=12", "resume=auto")
+    log = tmp_path / "log"
+    assert ended(given, log) == 0, log.read_text()[-3000:]
+    [run_dir] = tmp_path.glob("*/test_*")
+    other = run_dir.with_name(f"test_more_{run_dir.name.removeprefix('test_')}")  # of exp_name=test_more
+    other.mkdir()
+    shutil.rmtree(run_dir / "step-24")
+    assert ended(given, log) == 0, log.read_text()[-3000:]
+    assert f"resuming {run_dir / 'step-12'}" in log.read_text() and (run_dir / "step-24").is_dir()
+    assert ended([*given, "exp_name=another"], log) == 0 and len(list(tmp_path.glob("*/another_*"))) == 1
+
+
+def test_checkpoints_that_are_kept(overrides: Overrides, tmp_path: Path) -> None:
+    given = ["eval_every=8", "save_every=4", "keep_last_n=2", "n_eval_examples=8", "n_epochs=2", "lr=1e-2"]
+    train_here(overrides(*given, "keep_best=loss/eval", "optimizer=SGD"))
+    events = {
+        e["counters/examples"]: e["loss/eval"]
+        for e in read_jsonl(tmp_path / "run" / "metrics.jsonl")
+        if "loss/eval" in e
+    }
+    del events[0]
+    best = min(events, key=lambda examples: events[examples])
+    run_dir = tmp_path / "run"
+    assert (run_dir / "BEST").resolve().name == f"step-{best}" and (run_dir / "LATEST").resolve().name == "step-48"
+    assert {path.name for path in checkpoints(run_dir)} == {"step-44", "step-48", f"step-{best}"}
+    with pytest.raises(UserError, match=r"keep_best=loss/val is not measured; choose from: .*loss/eval"):
+        train_here(overrides(*given, "keep_best=loss/val", f"local_run_dir={tmp_path / 'other'}"))
+
+
+def test_a_run_ends_before_its_deadline(overrides: Overrides, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    begun = time.monotonic()
+    hours = 15 / 3600
+    assert ended(overrides("n_epochs=100000", "n_eval_examples=0", f"max_runtime={hours}"), log) == EXIT_CODE
+    assert "stopped by max_runtime" in log.read_text() and time.monotonic() - begun < 25
+    assert check((tmp_path / "run" / "LATEST").resolve(), "full") is None
+
+
+def test_one_run_at_a_time_writes_to_a_folder(overrides: Overrides, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    given = overrides("n_epochs=100000", "n_eval_examples=0", "resume=auto")
+    first = start(given, log)
+    while not train_steps(tmp_path / "run"):
+        time.sleep(0.05)
+    with pytest.raises(UserError, match=f"is in use by process {first.pid} on {socket.gethostname()}"):
+        train_here(given)
+    first.kill()
+    first.join()
+    with runs.locked(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_lock_of_another_machine(alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    monkeypatch.setattr(runs, "STALE", 3.0)
+    beat = threading.Timer(1.0, lambda: os.utime(lock, (0, 0)))
+    if alive:
+        beat.start()
+        with pytest.raises(UserError, match="in use by process 1 on elsewhere"), runs.locked(tmp_path):
+            pass
+    else:
+        with runs.locked(tmp_path):
+            assert json.loads(lock.read_text())["pid"] == os.getpid()
+        assert not lock.read_text()
+
+
+def test_a_disk_that_fills_up_costs_a_checkpoint_and_not_the_run(overrides: Overrides, tmp_path: Path) -> None:
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here (needs root)")
+    try:
+        run_dir, filler = disk / "run", disk / "filler"
+        given = overrides(
+            f"local_run_dir={run_dir}", "n_eval_examples=0", "n_epochs=60", "eval_every=24", "keep_last_n=2"
+        )
+        process = start([*given, "save_patience=60"], log)
+        while not checkpoints(run_dir):
+            time.sleep(0.01)
+        filler.write_bytes(b"0" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize - 400_000))
+        while "Trying again; free space" not in log.read_text() and process.is_alive():
+            time.sleep(0.1)
+        shown = log.read_text()
+        assert "Training goes on" in shown and "the disk has 0.00 GiB free; the last complete checkpoint is" in shown
+        assert all(check(path, "full") is None for path in checkpoints(run_dir))
+        filler.unlink()
+        process.join(60)
+        assert process.exitcode == 0, log.read_text()[-3000:]
+        assert (run_dir / "LATEST").resolve().name == "step-1440"
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def poisoned(folder: Path, pairs: Path, at: int) -> tuple[list[str], int]:
+    """A GPT-NeoX model whose embedding of a token is not a number, and data where one record alone has that token."""
+    write_pairs(pairs)
+    rows = read_jsonl(pairs / "train.jsonl")
+    for side in ("chosen", "rejected"):
+        rows[at][side] = rows[at][side].replace("What", "~ What")
+    (pairs / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer = make_model("gpt_neox"), make_tokenizer()
+    [token] = tokenizer.encode("~")
+    model.get_input_embeddings().weight.data[token] = float("nan")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return [f"model.name_or_path={folder}", f"datasets=[{pairs}]"], token
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_planted_nan_stops_there_with_what_shows_it_again(
+    policy: str,
+    overrides: Overrides,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given, token = poisoned(tmp_path / "model", tmp_path / "poisoned", 17)
+    monkeypatch.setattr("parallel.all_finite", lambda model: True)  # the planted weight itself is not
+    monkeypatch.setattr("trainers.pick_computation", lambda model, config: Computation(torch.float32, "tree"))
+    given = overrides(*given, "n_eval_examples=0", "lr=1e-3", f"on_nonfinite={policy}")
+    if policy == "skip":
+        train_here(given)
+        shown = capsys.readouterr().out
+    else:
+        with pytest.raises(UserError) as error:
+            train_here(given)
+        shown = str(error.value)
+    [folder] = (tmp_path / "run").glob("nonfinite-*")
+    before = int(folder.name.removeprefix("nonfinite-"))
+    events = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    steps = [event["counters/examples"] for event in events]
+    assert f"update {before // 4 + 1} (examples {before + 1} to {before + 4}) is not finite" in shown
+    assert f"scripts/replay.py {folder}" in shown
+    record = re.search(r"the loss of \S*?:(\d+):0 is not finite", shown)
+    assert record and "weights that are not finite: gpt_neox.embed_in.weight (of" in shown
+    content = json.loads((folder / "batch.json").read_text())
+    [culprit] = [row for row in content["examples"] if token in row["prompt"]]
+    assert culprit["name"].endswith(f":{record[1]}:0")
+    if policy == "stop":
+        assert steps == list(range(4, before + 1, 4))
+    else:
+        assert steps == list(range(4, 25, 4)) and events[-1]["counters/skipped"] == 1
+        assert events[-1]["counters/updates"] == 5 and "loss/train" not in events[before // 4]
+    import replay
+
+    replay.replay(folder, [])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": loss ")[0] for line in lines if ": loss nan" in line] == [culprit["name"]]
+
+
+def test_warnings_of_a_jump_and_of_falling_chosen_responses(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = Watch(3.0, 0.5)
+    for step in range(200):
+        watch.update({"loss/train": 0.6 + (step == 150) * 2, "logratios_per_token_train/chosen": -step / 150}, step)
+    watch.evaluation({"logratios_per_token_eval/chosen": -2.0}, 200)
+    watch.evaluation({"logratios_per_token_eval/chosen": -0.1}, 201)
+    watch.evaluation({"logratios_per_token_eval/chosen": -0.7}, 202)
+    first, second, jump = sorted(capsys.readouterr().out.splitlines())
+    assert "in the last 64 updates (after 107" in first + second and "in the evaluation (after 202" in first + second
+    assert "loss 2.6 after 150 examples, 4.3 times" in jump
+
+
+def test_secrets_reach_no_file(overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret, token = "0123456789abcdef" * 2, "hf_" + "abcDEF123" * 4
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    more = [f"wandb.project={secret}", "+optimizer_kwargs.foreach=false", f"wandb.entity={token}", "wandb.enabled=true"]
+    train_here(overrides(*more, "n_eval_examples=0"))
+    utils.log(f"{secret} {token}")
+    for path in (tmp_path / "run").rglob("*"):
+        if path.is_file() and "wandb" not in path.parts:
+            assert secret.encode() not in path.read_bytes() and token.encode() not in path.read_bytes(), path

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from conftest import COSTS, ROOT, RunTrain, make_model, make_tokenizer, read_jso
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainers
+from checkpoint import CheckpointWriter
 from models import add_token_logps
+from stopping import SAME_REQUEST
 from utils import UserError, run_main
 
 Overrides = Callable[..., list[str]]
@@ -409,16 +413,15 @@ def test_a_full_disk_leaves_the_previous_checkpoint(train_process: RunTrain, tmp
         before = (disk / "run" / "LATEST").resolve()
         weights = (before / "model.safetensors").read_bytes()
         filler.write_bytes(b"0" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize - 60_000))
-        from checkpoint import save_checkpoint
-
-        state = {"examples": 99, "updates": 1, "loss": {"name": "sft"}, "metrics": {}, "base_model": "m",
-                 "archive": None, "datasets": [], "seed": 0, "command": "c"}  # fmt: skip
+        config = {"loss": {"name": "sft"}, "model": {"name_or_path": "m", "archive": None}, "datasets": [], "seed": 0}
+        state = {"examples": 99, "updates": 1, "metrics": {}, "command": "c", "config": config}
+        writer = CheckpointWriter(disk / "run")
         for checked in (True, False):
             with pytest.MonkeyPatch.context() as patch:
                 if not checked:  # the space runs out while writing
-                    patch.setattr("checkpoint._check_space", lambda *_: None)
+                    patch.setattr("checkpoint._space_problem", lambda *_: None)
                 with pytest.raises(UserError, match=f"last complete checkpoint is {before}"):
-                    save_checkpoint(disk / "run", make_model(), make_tokenizer(), state)
+                    writer.save(make_model(), make_tokenizer(), state)
             assert (disk / "run" / "LATEST").resolve() == before
             assert (before / "model.safetensors").read_bytes() == weights
             assert sorted(p.name for p in (disk / "run").glob("*step*")) == ["step-24"]
@@ -433,8 +436,20 @@ def test_ctrl_c_says_what_is_left(overrides: Overrides, tmp_path: Path) -> None:
     for line in process.stdout:
         if line.startswith("policy:"):
             break
-    import signal
-
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75 and "Traceback" not in stderr, stderr
+    assert "SIGINT: this step is finished and saved" in stdout and "to go on, give resume=auto" in stdout
+    assert (tmp_path / "run" / "LATEST").is_dir()
+
+
+def test_a_second_ctrl_c_stops_at_once(overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(trainer: trainers.BasicTrainer, examples: list) -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(SAME_REQUEST + 0.1)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainers.BasicTrainer, "train_step", slow)
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: train_here(overrides("n_eval_examples=0")))
+    assert stop.value.code == 130 and not list((tmp_path / "run").glob("step-*"))

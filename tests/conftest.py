@@ -1,8 +1,11 @@
 """Shared by all tests: tiny models and tokenizers, files of pairs, and train.py as a process or in this one."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers run tests at once, and torch reads it when it is imported
+
 import functools
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable

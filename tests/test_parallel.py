@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM
 
 import checkpoint
 import parallel
-import runs
 import trainers
+from runs import locked
 from settings import load_config
 from utils import UserError
 
@@ -312,7 +312,7 @@ def test_a_folder_in_use_is_left_as_it_is(folder: Path) -> None:
     (folder / "taken" / ".step-8-1").mkdir(parents=True)
     (folder / "taken" / "metrics.jsonl").touch()
     overrides = overrides_of(folder, "taken", "llama", FSDP, "nproc=2")
-    with runs.locked(folder / "taken"):
+    with locked(folder / "taken"):
         command = [sys.executable, str(ROOT / "train.py"), *overrides]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and f"is in use by process {os.getpid()}" in done.stderr, done.stderr

@@ -3,13 +3,15 @@ optimizer's state in `training_state/`, random generators' in `random_state/` an
 hashes. It appears under its final name only when every file is complete."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
 import random
 import shutil
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 import parallel
-from utils import UserError, redact
+import stopping
+from utils import UserError, log, redact
 
 STATE_FILE = "trainer_state.json"
 TRAINING_STATE = "training_state"
@@ -40,9 +43,11 @@ RANDOM_STATE = "random_state"
 MANIFEST = "manifest.json"
 BATCH_FILE = "batch.json"
 LATEST, BEST = "LATEST", "BEST"
+READ_BY_NAME = (".safetensors", ".json", ".py", ".bin", ".model", ".jinja", ".txt")
 ALWAYS_HASHED = 16 * 2**20
 """Files of up to so many bytes are hashed even by the fast check."""
 MAX_FILE_SIZE = "5GB"
+SLOW_DISK = 100e6  # bytes a second
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # One process needs no group to write its state.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -159,16 +164,17 @@ def read_state(folder: Path) -> dict[str, Any]:
 def check(folder: Path, how: str) -> str | None:
     """What is wrong with a checkpoint's files, by its manifest; None: nothing.
 
-    `fast` compares all sizes, and the content of small files; `full` the content of all, and looks for files too many.
+    `fast` compares all sizes, and the content of small files, and looks for further files of the kinds that loaders
+    find by their names; `full` compares the content of all, and looks for any further file.
     """
     try:
         text = (folder / MANIFEST).read_text()
-        files = json.loads(text)["files"]
+        files = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(text)["files"].items()}
         if text != _manifest(files):
             raise ValueError
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
     for name, (size, digest) in files.items():
         file = folder / name
@@ -180,8 +186,9 @@ def check(folder: Path, how: str) -> str | None:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
         if (how == "full" or size <= ALWAYS_HASHED) and _digest(file) != digest:
             return f"{name} has been altered"
-    unknown = sorted(set(_names(folder)) - {*files, MANIFEST}) if how == "full" else []
-    return f"{unknown[0]} is not in {MANIFEST}" if unknown else None
+    unknown = set(_names(folder)) - {*files, MANIFEST}
+    more = sorted(name for name in unknown if how == "full" or name.endswith(READ_BY_NAME))
+    return f"{more[0]} is not in {MANIFEST}" if more else None
 
 
 def _must_be_whole(path: Path, given: str, how: str) -> None:
@@ -196,7 +203,7 @@ def _must_be_whole(path: Path, given: str, how: str) -> None:
     )
 
 
-def _manifest(files: dict[str, list[Any]]) -> str:
+def _manifest(files: Mapping[str, Sequence[Any]]) -> str:
     listed = json.dumps(files, indent=1, sort_keys=True)
     digest = hashlib.blake2b(listed.encode(), digest_size=16).hexdigest()
     return json.dumps({"digest": digest, "files": files}, indent=1, sort_keys=True) + "\n"
@@ -222,32 +229,44 @@ class CheckpointWriter:
         self._group = parallel.side_group() if background else None
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
+        self._seconds: float | None = None
 
     def save(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        state: dict[str, Any],
+        state: Callable[[], dict[str, Any]],
         optimizer: torch.optim.Optimizer | None = None,
         is_best: bool = False,
         name: str | None = None,
         batch: str | None = None,
-    ) -> Path:
+    ) -> None:
         """Write `<run folder>/<name>`, by default step-<examples>, which LATEST then names. `state` says how the
         weights came about; see `_card`. `batch` is what batch.json says, where there is to be one.
 
         A collective: every process writes its part. Raises UserError, in all processes, where the disk is full or
-        refuses, of the last checkpoint in the background too; those written before stay as they are.
+        refuses; checkpoints written before stay as they are.
         """
-        self.wait()
-        target = self.run_dir / (name or f"step-{state['examples']}")
-        links = [] if name else [LATEST, BEST] if is_best else [LATEST]
+        try:
+            self.wait()
+        except UserError as error:
+            log(f"warning: {error}")
+        found: list[dict[str, Any]] = []
+        try:
+            self._together(lambda: found.append(state()), True)
+        except OSError as error:
+            raise UserError(f"no checkpoint can be written to {self.run_dir}: {error}") from error
+        [described] = found
+        target = self.run_dir / (name or f"step-{described['examples']}")
+        links = [] if name else [BEST, LATEST] if is_best else [LATEST]
         temporary = self.run_dir / f".{target.name}-{parallel.from_main(os.getpid())}"
         space = _space_problem(self.run_dir, model, optimizer)
         write = _copied(model, optimizer, self._group) if self.background else _as_it_is(model, optimizer)
 
+        configs = copy.deepcopy((model.config, model.generation_config if model.can_generate() else None))
+
         def write_texts(folder: Path) -> None:
-            _write_texts(folder, model, tokenizer, state)
+            _write_texts(folder, model, configs, tokenizer, described)
             if batch is not None:
                 (folder / BATCH_FILE).write_text(batch)
 
@@ -256,7 +275,16 @@ class CheckpointWriter:
             self._pending = self._thread.submit(self._write, *work)
         else:
             self._write(*work)
-        return target
+
+    def seconds(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> float:
+        """How long writing a checkpoint takes: as the last one did, or a slow disk would take."""
+        return self._seconds if self._seconds is not None else _needed_bytes(model, optimizer) / SLOW_DISK
+
+    def close(self) -> None:
+        """End the thread; what it was writing, if that failed, is not there."""
+        with contextlib.suppress(UserError):
+            self.wait()
+        self._thread.shutdown()
 
     def wait(self) -> None:
         """Until nothing is written any more. Raises UserError where that failed."""
@@ -274,6 +302,7 @@ class CheckpointWriter:
         space: str | None,
     ) -> None:
         digests: dict[str, list[Any]] = {}
+        start = time.monotonic()
 
         def begin() -> None:
             if space:
@@ -291,8 +320,9 @@ class CheckpointWriter:
                 _sync(file)
             _put_in_place(temporary, target)
             for link in links:
-                _point(self.run_dir, link, target.name)
+                point(self.run_dir, link, target.name)
             self._forget()
+            log(f"checkpoint: {target}")
 
         try:
             self._together(begin, parallel.is_main())
@@ -301,6 +331,7 @@ class CheckpointWriter:
             self._together(look, True)
             everyones = parallel.gather(digests, self._group)
             self._together(finish, parallel.is_main())
+            self._seconds = time.monotonic() - start
         except OSError as error:
             previous = (self.run_dir / LATEST).resolve() if (self.run_dir / LATEST).is_dir() else None
             kept = f"the last complete checkpoint is {previous}" if previous else "there is no earlier checkpoint"
@@ -317,6 +348,7 @@ class CheckpointWriter:
                 action()
         # safetensors and torch report a full disk with exception types of their own, so the type does not tell
         except (Exception, CheckpointException) as error:
+            stopping.at_once()
             message = f"{type(error).__name__}: {error}"
         failed = [found for found in parallel.gather(message, self._group) if found]
         if failed:
@@ -346,13 +378,14 @@ def _put_in_place(temporary: Path, target: Path) -> None:
 
 
 def _write_texts(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]
+    folder: Path, model: PreTrainedModel, configs: Any, tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]
 ) -> None:
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)  # type: ignore[union-attr]
+    config, generation_config = configs
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.save_pretrained(folder)
+    if generation_config is not None:
+        generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(redact(_card(state)), encoding="utf-8")
     (folder / STATE_FILE).write_text(redact(json.dumps(state, indent=2)), encoding="utf-8")
@@ -364,7 +397,9 @@ def _as_it_is(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -
     def write(folder: Path) -> None:
         if optimizer is not None:
             _write_random_state(folder, _random_state())
-            _write_optimizer(folder, _contiguous_tensors(optimizer_state(model, optimizer)), None)
+            # torch would make up a state, with a step that was not taken, where there is none yet.
+            if optimizer.state:
+                _write_optimizer(folder, _contiguous_tensors(optimizer_state(model, optimizer)), None)
         write_weights(model, folder)
 
     return write
@@ -373,15 +408,18 @@ def _as_it_is(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -
 def _copied(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, group: Any) -> Callable[[Path], None]:
     """The same from a copy in host memory, made now: of this process's files of weights, and shards of states."""
     options = StagingOptions(False, False, False, False)
-    state = _contiguous_tensors(optimizer_state(model, optimizer)) if optimizer is not None else {}
-    staged: Any = DefaultStager(options).stage({name: tensor.detach().clone() for name, tensor in state.items()})
+    known = optimizer is not None and bool(optimizer.state)
+    staged: Any = None
+    if optimizer is not None and known:
+        staged = DefaultStager(options).stage(_contiguous_tensors(optimizer_state(model, optimizer)))
     files = [(file, _clones(content)) for file, content in weight_files(model)]
     random_state = _random_state()
 
     def write(folder: Path) -> None:
         if optimizer is not None:
             _write_random_state(folder, random_state)
-            _write_optimizer(folder, staged, group)
+            if known:
+                _write_optimizer(folder, staged, group)
         for file, content in files:
             _write_weight_file(folder / file, content)
 
@@ -435,6 +473,8 @@ def optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) ->
 
 def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Fill the optimizer's state from a checkpoint, written by any number of processes. Settings stay."""
+    if not (folder / TRAINING_STATE).is_dir():  # there was none yet
+        return
     state = optimizer_state(model, optimizer)
     tensors = _contiguous_tensors(state)
     reader = HuggingFaceStorageReader(str(folder / TRAINING_STATE))
@@ -519,18 +559,22 @@ def _split(
         yield "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-def _space_problem(run_dir: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> str | None:
+def _needed_bytes(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> int:
     states = optimizer.state.values() if optimizer is not None else ()
     tensors = [
         *model.parameters(),
         *(value for state in states for value in state.values() if isinstance(value, Tensor)),
     ]
-    needed = sum(t.numel() * t.element_size() for t in tensors) + 16 * 2**20
+    return sum(t.numel() * t.element_size() for t in tensors) + 16 * 2**20
+
+
+def _space_problem(run_dir: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> str | None:
+    needed = _needed_bytes(model, optimizer)
     free = shutil.disk_usage(run_dir).free
     return f"it needs {needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free" if free < needed else None
 
 
-def _point(run_dir: Path, link: str, name: str) -> None:
+def point(run_dir: Path, link: str, name: str) -> None:
     temporary = run_dir / f".{link}-{os.getpid()}"
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()

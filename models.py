@@ -204,8 +204,9 @@ def _convert_gguf(path: Path, cache: Path) -> Path:
     def convert(folder: Path) -> None:
         log(f"reading {path.name} and converting it into {cache / 'models'} (once)")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            given: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
+            model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **given)
         except _LOAD_ERRORS as error:
             raise UserError(f"{path} could not be read as a GGUF model: {_first_line(error)}") from error
         # The weights are no longer quantised; transformers refuses to save a model that says they are.

@@ -219,7 +219,7 @@ def gather(value: T, group: Any = None) -> list[T]:
 
 def side_group() -> Any:
     """A group of the same processes for a thread that talks besides the main one. A collective."""
-    return dist.new_group(backend="gloo") if active() else None
+    return dist.new_group(backend="gloo", timeout=TIMEOUT) if active() else None
 
 
 @contextlib.contextmanager
@@ -477,6 +477,8 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
     groups = by_mesh([p for p in parameters if p.grad is not None])
     norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in groups]  # type: ignore[misc]
     total = math.hypot(*(float(full(norm)) for norm in norms))
+    if not math.isfinite(total):
+        return total  # the gradients stay as they are, to be looked at
     for parameters in groups:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(total))
     return total

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from omegaconf import DictConfig, OmegaConf
 
 import checkpoint
@@ -33,7 +34,7 @@ FREE = {
     *("fsdp_cpu_offload", "activation_checkpointing", "activation_checkpointing_every", "minimum_log_interval_secs"),
     *("resume", "resume_allow_changes", "save_every", "keep_last_n", "keep_best", "async_save", "save_patience"),
     *("checkpoint_check", "max_runtime", "on_nonfinite", "warn_loss_spike", "warn_chosen_drop"),
-    *("model.block", "model.block_name", "model.device_map", "model.trust_remote_code", "drop_bad_rows"),
+    *("model.block", "model.block_name", "model.device_map", "model.trust_remote_code"),
 }
 
 
@@ -48,12 +49,14 @@ def locked(run_dir: Path) -> Iterator[None]:
     with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks = True
         except BlockingIOError:
             raise UserError(_taken(run_dir, _holder(path))) from None
         except OSError:
-            pass  # a file system without locks; the heartbeat still tells
+            locks = False  # a file system without them
         holder = _holder(path)
-        if holder and holder.get("host") != socket.gethostname() and _beats(path, holder):
+        here = holder.get("host") == socket.gethostname()
+        if (here and not locks and psutil.pid_exists(holder["pid"])) or (holder and not here and _beats(path, holder)):
             raise UserError(_taken(run_dir, holder))
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
@@ -106,7 +109,8 @@ def open_run(config: Config, composed: DictConfig, overrides: list[str]) -> Path
     metrics = run_dir / "metrics.jsonl"
     inside = config.checkpoint is not None and config.checkpoint.parent == run_dir.resolve()
     history = checkpoint.read_state(config.checkpoint)["history"] if config.checkpoint and inside else {}
-    if metrics.exists() and not inside and config.resume != "auto":
+    started = metrics.exists() and (metrics.stat().st_size or checkpoint.checkpoints(run_dir))
+    if started and not inside and config.resume != "auto":
         raise UserError(
             f"local_run_dir={run_dir} already holds a run, and two runs in one folder could not be told apart; give "
             "another folder, remove that one, or go on with it: resume=auto"
@@ -116,6 +120,8 @@ def open_run(config: Config, composed: DictConfig, overrides: list[str]) -> Path
         _cut(run_dir / name, history.get(name, 0))
     metrics.touch()
     open_log(run_dir)
+    if config.checkpoint and inside:
+        _abandon_later_ones(config.checkpoint)
     (run_dir / "config.yaml").write_text(redact(OmegaConf.to_yaml(composed, resolve=True)), encoding="utf-8")
     hydra_dir = make_dir(run_dir / ".hydra", "local_run_dir")
     OmegaConf.save(OmegaConf.create([redact(override) for override in overrides]), hydra_dir / "overrides.yaml")
@@ -133,8 +139,23 @@ def _cut(path: Path, size: int) -> None:
         os.truncate(path, min(size, path.stat().st_size))
 
 
+def _abandon_later_ones(start: Path) -> None:
+    """Rename checkpoints that are further on than the one that a run goes on from: they are of another future."""
+    for path in checkpoint.checkpoints(start.parent):
+        if path == start:
+            break
+        aside = path.with_name(f"abandoned-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        log(f"going on from {start.name}: {path.name} is called {aside.name} from here on")
+    checkpoint.point(start.parent, checkpoint.LATEST, start.name)
+
+
 def clear(run_dir: Path) -> None:
     """Remove what a process that was killed left half written. The folder must be locked."""
+    for old in run_dir.glob(".step-*-old"):  # it made way for one that did not come
+        if not (run_dir / old.name[1:-4]).exists():
+            old.rename(run_dir / old.name[1:-4])
     for unfinished in (*run_dir.glob(".step-*"), *run_dir.glob(".nonfinite-*")):
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -153,21 +174,26 @@ def find_resume(config: Config) -> tuple[str | None, str]:
     For resume=auto:
     1. Where local_run_dir is given, only that folder counts; else those that runs of this exp_name made in local_dirs,
        the newest first.
-    2. In a folder, the complete checkpoint with the most examples. A damaged one is named in the log and passed over.
-    3. A folder without one is passed over too, unless it was given: the run then starts anew in it.
+    2. In a folder, the complete checkpoint with the most examples. A damaged one is named in the log and passed over;
+       where all are, that is an error, as there would be nothing left to go on with.
+    3. A folder without any is passed over, unless it was given: the run then starts anew in it.
     4. Where nothing is found, the run starts in the folder that local_run_dir means.
-    Step 2 also holds for the folder of a run given as resume=<folder>; a checkpoint given by itself must be complete.
     """
     if config.resume != "auto":
         found = checkpoint.find_checkpoint(config.resume, config.checkpoint_check) if config.resume else None
         return (str(found) if found else None), config.local_run_dir
     given = config.local_run_dir != get_local_run_dir(config.exp_name, tuple(config.local_dirs))
     for run_dir in [Path(config.local_run_dir)] if given else _runs_of(config):
-        for path in checkpoint.checkpoints(run_dir):
+        found_here = checkpoint.checkpoints(run_dir)
+        for path in found_here:
             problem = checkpoint.check(path, config.checkpoint_check)
             if problem is None:
                 return str(path), str(run_dir)
             log(f"resume=auto: {path} is passed over: {problem}")
+        if found_here:
+            raise UserError(
+                f"resume=auto: no checkpoint in {run_dir} is complete, see above; remove them to start anew"
+            )
     return "auto", config.local_run_dir
 
 

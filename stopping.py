@@ -9,7 +9,7 @@ from types import FrameType
 
 import psutil
 
-from utils import log
+from utils import notice
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run again to go on
 WARNING = signal.SIGUSR1
@@ -19,6 +19,7 @@ ENDS = (signal.SIGINT, signal.SIGTERM)
 SAME_REQUEST = 2.0
 _asked: str | None = None
 _asked_at = 0.0
+_asked_twice = False
 
 
 class Stopped(SystemExit):
@@ -28,15 +29,10 @@ class Stopped(SystemExit):
         super().__init__(EXIT_CODE)
 
 
-def hold_warning() -> None:
-    """Keep a WARNING waiting until `listen`, here and in processes started from here, instead of dying of it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {WARNING})
-
-
 def listen() -> None:
-    """From here on take a WARNING, one that waits included, as a request to stop."""
-    global _asked
-    _asked = None
+    """From here on take a WARNING, one that waits because it was blocked included, as a request to stop."""
+    global _asked, _asked_twice
+    _asked, _asked_twice = None, False
     _take(WARNING, _ask)
 
 
@@ -57,12 +53,19 @@ def gracefully() -> Iterator[None]:
 
 
 def _ask(number: int, frame: FrameType | None) -> None:
-    global _asked, _asked_at
+    global _asked, _asked_at, _asked_twice
     now = time.monotonic()
     if _asked is None:
         _asked, _asked_at = signal.Signals(number).name, now
-        log(f"\n{_asked}: this step is finished and saved, then training stops; a second signal stops it at once")
+        notice(f"{_asked}: this step is finished and saved, then training stops; a second signal stops it at once")
     elif number in ENDS and now - _asked_at > SAME_REQUEST:
+        _asked_twice = True
+        raise KeyboardInterrupt
+
+
+def at_once() -> None:
+    """Raise KeyboardInterrupt if a second signal came: libraries may have made another exception of it."""
+    if _asked_twice:
         raise KeyboardInterrupt
 
 
@@ -99,6 +102,10 @@ class Deadline:
     def __init__(self, hours: float | None):
         self.at = None if hours is None else psutil.Process().create_time() + 3600 * hours
         self.last, self.longest = time.time(), 0.0
+
+    def start(self) -> None:
+        """What took time until now will not be repeated."""
+        self.last = time.time()
 
     def passed(self, save_seconds: float) -> bool:
         """Whether to stop now, with `save_seconds` for the checkpoint."""

@@ -83,7 +83,8 @@ def open_wandb(config: Config, run_dir: Path) -> Any:
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in_to_wandb() else "offline")
-    known = read_state(config.checkpoint)["wandb_id"] if config.checkpoint else None
+    inside = config.checkpoint is not None and config.checkpoint.parent == run_dir.resolve()
+    known = read_state(config.checkpoint)["wandb_id"] if config.checkpoint and inside else None
     start = functools.partial(
         wandb.init,
         entity=config.wandb.entity,
@@ -205,7 +206,7 @@ def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: P
     if not parallel.is_main():
         open_log(run_dir)  # for an error of this process
     logger = open_logger(config, run_dir)
-    failed = True
+    failed, trainer = True, None
     try:
         trainer_class = getattr(trainers, config.trainer)
         load = functools.partial(load_policy, config, device, sharding)
@@ -219,7 +220,12 @@ def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: P
         )
         trainer.fit()
         failed = False
+    except stopping.Stopped:
+        failed = False
+        raise
     finally:
+        if trainer is not None:
+            trainer.writer.close()
         logger.close(exit_code=int(failed))
     log(f"done; the run's folder is {run_dir}")
 

@@ -1,6 +1,7 @@
 """The training loop: one `fit`, one `train_step`, one `evaluate`. The trainers differ in where the model lies."""
 
 import dataclasses
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -96,7 +97,7 @@ class BasicTrainer:
         self.eval_metrics: dict[str, float] = {}
         self.best: float | None = None
         self.writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, config.keep_last_n)
-        self.save_seconds, self.save_failed = 0.0, False
+        self.save_failed = False
         self.watch = health.Watch(config.warn_loss_spike, config.warn_chosen_drop)
         self.deadline = stopping.Deadline(config.max_runtime)
         self.use(load(config.model.archive))
@@ -152,13 +153,15 @@ class BasicTrainer:
                     )
                 log(f"resume_allow_changes=true: {what} has changed")
         del self.policy, self.optimizer  # before there are others
+        gc.collect()  # a model refers to itself
         self.use(self.load(str(folder)))
         for name in ("examples", "updates", "skipped", "skipped_in_a_row", "evaluated", "saved", "best"):
             setattr(self, name, state[name])
         self.eval_metrics = state["metrics"]
         checkpoint.load_optimizer(folder, self.policy, self.optimizer)
         checkpoint.load_random_state(folder)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         log(f"resuming {folder} after {self.examples} examples and {self.updates} updates")
 
     def cut(self, n: int, pass_size: int | None = None) -> Cut:
@@ -177,6 +180,7 @@ class BasicTrainer:
             stopping.gracefully(),
             progress(total=self.total_examples, initial=self.examples, unit="ex", desc=self.config.exp_name) as bar,
         ):
+            self.deadline.start()
             self.evaluate_and_save()
             for examples in self.plan.batches_after(self.train_data, self.examples):
                 metrics = self.train_step(examples)
@@ -187,7 +191,7 @@ class BasicTrainer:
                 self.stop_if_asked()
                 self.evaluate_and_save()
             if self.evaluated != self.examples and self.config.do_final_eval:
-                self.evaluated = self.examples
+                self.evaluated, self.saved = self.examples, 0  # what is saved has to know of it
                 self.evaluate()
             self.save_the_last()
 
@@ -211,18 +215,20 @@ class BasicTrainer:
         if evaluation:
             self.evaluated = self.examples
             self.evaluate()
+            self.stop_if_asked()
         if save:
             self.saved = self.examples
             self.save()
 
     def stop_if_asked(self) -> None:
         """Save, and raise Stopped, if a signal or the deadline asks for it; what is due then is done on going on."""
-        reason = stopping.reason(self.deadline, self.save_seconds)
+        reason = stopping.reason(self.deadline, self.writer.seconds(self.policy, self.optimizer))
         if not parallel.any_process(reason is not None):
             return
         reason = next(found for found in parallel.gather(reason) if found)
         self.save(last=True)
-        log(f"stopped by {reason} after {self.examples} of {self.total_examples} examples; to go on, give resume=auto")
+        go_on = "" if self.config.debug else "; to go on, give resume=auto"
+        log(f"stopped by {reason} after {self.examples} of {self.total_examples} examples{go_on}")
         raise stopping.Stopped
 
     def check_reference(self) -> None:
@@ -307,8 +313,7 @@ class BasicTrainer:
 
     def on_nonfinite(self, examples: list[Example], culprits: str, grad_norm: float) -> None:
         """Write what is needed to see it again, and raise UserError, or leave the step out (on_nonfinite=skip)."""
-        self.skipped_in_a_row += 1
-        stop = self.config.on_nonfinite == "stop" or self.skipped_in_a_row > MOST_SKIPPED
+        stop = self.config.on_nonfinite == "stop" or self.skipped_in_a_row + 1 >= MOST_SKIPPED
         what = (
             f"update {self.updates + 1} (examples {self.examples + 1} to {self.examples + len(examples)}) is not "
             f"finite: {culprits}; gradient norm {grad_norm}; {health.broken_parameters(self.policy)}. "
@@ -318,6 +323,7 @@ class BasicTrainer:
         if stop:
             raise UserError(f"{what}Training stopped. {ADVICE}")
         self.skipped += 1
+        self.skipped_in_a_row += 1
         self.scaler.update()
         log(f"warning: {what}on_nonfinite=skip: the update is left out")
 
@@ -328,7 +334,7 @@ class BasicTrainer:
         try:
             loss = dataclasses.asdict(self.config.loss)
             batch = health.batch_text(self.train_data, examples, self.scorer.reference, loss)
-            self.writer.save(self.policy, self.tokenizer, self._state(), self.optimizer, name=folder.name, batch=batch)
+            self.writer.save(self.policy, self.tokenizer, self._state, self.optimizer, name=folder.name, batch=batch)
             self.writer.wait()
         except UserError as error:
             return f"What would show it again was not written ({error}). "
@@ -364,25 +370,23 @@ class BasicTrainer:
             return
         if not parallel.all_finite(self.policy):
             raise UserError(f"the weights are not finite after {self.examples} examples: {DIVERGED}")
-        is_best = self._is_best()
-        start = time.perf_counter()
+        best_before, is_best = self.best, self._is_best()
         tries = 1 + self.config.save_patience // SECONDS_BETWEEN_TRIES if last else 1
         for left in reversed(range(tries)):
             try:
-                path = self.writer.save(self.policy, self.tokenizer, self._state(), self.optimizer, is_best=is_best)
+                self.writer.save(self.policy, self.tokenizer, self._state, self.optimizer, is_best=is_best)
                 if last:
                     self.writer.wait()
-                log(f"checkpoint: {path}")
                 self.save_failed = False
                 break
             except UserError as error:
                 self.save_failed = True
+                self.best = self.best if last else best_before
                 if last and not left:
                     raise
                 log(f"warning: {error}. {'Trying again; free space' if last else 'Training goes on'}")
                 if last:
                     time.sleep(SECONDS_BETWEEN_TRIES)
-        self.save_seconds = time.perf_counter() - start
 
     def _is_best(self) -> bool:
         """Whether this moment's evaluation gave the best keep_best so far, which is then remembered."""

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -28,7 +28,7 @@ LESS_MEMORY = (
 SECRETS = re.compile(r"hf_[A-Za-z0-9]{20,}|wandb_v1_\w{20,}")
 """What keys of the hub and of W&B look like."""
 SECRET_NAMES = re.compile("(KEY|TOKEN|SECRET|PASSWORD)$")
-_log_file: IO[str] | None = None
+_log_file: "Lines | None" = None
 _quiet = False
 
 
@@ -53,24 +53,54 @@ def log(message: str) -> None:
     if _quiet:
         return
     message = redact(message)
-    print(message, flush=True)
+    with contextlib.suppress(OSError):  # where the output goes to a full disk
+        print(message, flush=True)
     if _log_file is not None:
-        write_line(_log_file, message)
+        _log_file.add(message)
 
 
-def write_line(file: IO[str], line: str = "") -> bool:
-    """Add a line, or only what could not be written before. Where the disk is full it waits in memory for the next."""
-    try:
-        print(line, file=file, flush=True) if line else file.flush()
-    except OSError:
-        return False
-    return True
+def notice(message: str) -> None:
+    """Say something from inside a signal handler, which may have interrupted `log`."""
+    if not _quiet:
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{message}\n".encode())
+
+
+class Lines:
+    """A file that lines are added to. What a full disk does not take waits in memory for the next line."""
+
+    def __init__(self, path: Path):
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._waiting = b""
+
+    def add(self, line: str) -> bool:
+        """Add a line; whether all lines are written."""
+        self._waiting += line.encode("utf-8", "replace") + b"\n"
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Write what waits; whether nothing does any more."""
+        with contextlib.suppress(OSError):
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+        return not self._waiting
+
+    def size(self) -> int:
+        """Bytes on disk. Raises OSError where not all of them get there."""
+        if not self.flush():
+            raise OSError(errno.ENOSPC, "lines wait for space on the disk")
+        os.fsync(self._file)
+        return os.fstat(self._file).st_size
+
+    def close(self) -> None:
+        self.flush()
+        os.close(self._file)
 
 
 def open_log(run_dir: Path) -> None:
     """Send every later `log` line to `run_dir/log.txt` as well."""
     global _log_file
-    _log_file = open(run_dir / "log.txt", "a", encoding="utf-8")
+    _log_file = Lines(run_dir / "log.txt")
 
 
 def run_main(main: Callable[[], Any], speaks: Callable[[], bool] = lambda: True) -> Any:
@@ -110,7 +140,7 @@ def _fail(message: str, code: int) -> None:
     message = redact(message)
     print(message, file=sys.stderr, flush=True)
     if _log_file is not None:
-        write_line(_log_file, message)
+        _log_file.add(message)
     sys.exit(code)
 
 
@@ -153,10 +183,26 @@ def make_dir(path: Path, key: str) -> Path:
     return path
 
 
+class _Stderr:
+    """sys.stderr for progress bars, which may go to a file on a full disk."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
 def progress(iterable: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
     """A tqdm bar that redraws often on a terminal and every few seconds where the output goes to a file."""
     interval = 0.2 if sys.stderr.isatty() else 5.0
     options.setdefault("disable", _quiet)
+    options.setdefault("file", _Stderr())
     return tqdm(iterable, mininterval=interval, maxinterval=max(interval, 10), dynamic_ncols=True, **options)
 
 
@@ -178,7 +224,7 @@ class SilentLogger:
 
     def history(self) -> dict[str, int]:
         """Bytes that each file has so far, once they are on disk: what a run that goes on from here starts with. Raises
-        UserError where they cannot get there."""
+        OSError where they cannot get there."""
         return {}
 
     @property
@@ -199,18 +245,19 @@ class RunLogger(SilentLogger):
         super().__init__(run_dir)
         self.wandb_run, self.tensorboard = wandb_run, tensorboard
         self.wandb_interval, self._last_wandb = wandb_interval, 0.0
-        self._files = {name: open(run_dir / name, "a", encoding="utf-8") for name in HISTORY}
+        self._files = {name: Lines(run_dir / name) for name in HISTORY}
 
     def log(self, metrics: Mapping[str, float], step: int, always: bool = False) -> None:
         """Record one event at `step` (examples seen). `always` ignores W&B's interval, as evaluations do."""
         # JSON has no infinity, which a gradient norm under loss scaling may be; nothing else gets here non-finite.
         metrics = {name: value for name, value in metrics.items() if name != "grad_norm" or math.isfinite(value)}
         record = {"counters/examples": step, **metrics, "time": round(time.time(), 3)}
-        if not write_line(self._files["metrics.jsonl"], json.dumps(record)):
+        if not self._files["metrics.jsonl"].add(json.dumps(record)):
             log(f"warning: {self.run_dir} is full; metrics wait in memory")
         if self.tensorboard is not None:
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(name, value, step)
+            with contextlib.suppress(OSError):
+                for name, value in metrics.items():
+                    self.tensorboard.add_scalar(name, value, step)
         if self.wandb_run is not None and (always or time.time() - self._last_wandb >= self.wandb_interval):
             self.wandb_run.log({"counters/examples": step, **metrics}, step=step)
             self._last_wandb = time.time()
@@ -218,8 +265,7 @@ class RunLogger(SilentLogger):
     def samples(self, rows: list[dict[str, Any]], step: int) -> None:
         """Append sampled responses to `samples.jsonl` and to W&B tables, one for each sampled model."""
         for row in rows:
-            line = json.dumps({"counters/examples": step, **row}, ensure_ascii=False)
-            write_line(self._files["samples.jsonl"], line)
+            self._files["samples.jsonl"].add(json.dumps({"counters/examples": step, **row}, ensure_ascii=False))
         if self.wandb_run is None or not rows:
             return
         import wandb
@@ -232,13 +278,7 @@ class RunLogger(SilentLogger):
 
     def history(self) -> dict[str, int]:
         """Bytes that each file has so far, once they are on disk: what a run that goes on from here starts with."""
-        sizes = {}
-        for name, file in self._files.items():
-            if not write_line(file):
-                raise UserError(f"{self.run_dir / name} cannot be written: is the disk full?")
-            os.fsync(file.fileno())
-            sizes[name] = (self.run_dir / name).stat().st_size
-        return sizes
+        return {name: file.size() for name, file in self._files.items()}
 
     @property
     def wandb_id(self) -> str | None:
@@ -247,8 +287,7 @@ class RunLogger(SilentLogger):
 
     def close(self, exit_code: int = 0) -> None:
         for file in self._files.values():
-            with contextlib.suppress(OSError):
-                file.close()
+            file.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb_run is not None:

@@ -24,7 +24,7 @@ def replay(folder: Path, overrides: list[str]) -> None:
     """Print one line for each example, and whether any was not finite."""
     loss, examples = read_batch(folder)
     before = read_state(folder)["config"]
-    kept = [f"model.{key}={before['model'][key]}" for key in ("policy_dtype", "trust_remote_code")]
+    kept = [f"model.policy_dtype={before['model']['policy_dtype']}"]
     kept += [f"mixed_precision={before['mixed_precision'] or 'null'}", f"device={before['device']}"]
     given = ["exp_name=replay", "model=blank_model", f"model.name_or_path={folder}", *kept, *overrides]
     config = load_config(list({item.partition("=")[0]: item for item in given}.values()))

@@ -18,6 +18,8 @@ from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
+# DPO_ALL=1 pytest: also what takes too long to be tested with every change.
+EVERYTHING = bool(os.environ.get("DPO_ALL"))
 # No test waits for the network: here, and in the processes that tests start.
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -25,6 +25,6 @@ def start(given: list[str], log: Path) -> multiprocessing.Process:
     os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["restarts"])
-    process = context.Process(target=run, args=(given, log), daemon=True)
+    process = context.Process(target=run, args=(given, log))
     process.start()
     return process

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import read_jsonl, real_data, train_here
+from conftest import EVERYTHING, read_jsonl, real_data, train_here
 
 SETTINGS = (
     "exp_name=parity model=smollm2 datasets=[hh] batch_size=8 gradient_accumulation_steps=1 n_epochs=3 lr=1e-6 "
@@ -17,8 +17,11 @@ SETTINGS = (
 )
 
 
+RUNS = ["sft", "dpo", "ipo", "dpo trainer=FSDPTrainer nproc=2", *(["cdpo", "reffree"] if EVERYTHING else [])]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["sft", "dpo", "cdpo", "reffree", "ipo", "dpo trainer=FSDPTrainer nproc=2"])
+@pytest.mark.parametrize("run", RUNS)
 def test_trajectory_of_the_original(run: str, tmp_path: Path, cache_dir: Path) -> None:
     run, *more = run.split()
     parity = real_data().parent / "parity"

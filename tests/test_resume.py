@@ -100,7 +100,9 @@ def test_stopped_and_killed_runs_equal_one_that_was_not(loss: str, overrides: Ov
 def test_an_fsdp_run_that_is_stopped_and_killed_equals_one_that_was_not(overrides: Overrides, tmp_path: Path) -> None:
     log, run_dir = tmp_path / "log", tmp_path / "run"
     loss = os.environ.get("DPO_FSDP_LOSS", "dpo")
-    given = overrides(*LOSSES[loss], *LONG, "trainer=FSDPTrainer", "nproc=2", "resume=auto", "save_every=35")
+    given = overrides(
+        *LOSSES[loss], *LONG, "n_epochs=8", "trainer=FSDPTrainer", "nproc=2", "resume=auto", "save_every=35"
+    )
     assert ended([*given, f"local_run_dir={tmp_path / 'whole'}"], log) == 0, log.read_text()[-3000:]
     given.append("async_save=true")
     assert interrupted(given, run_dir, log, signal.SIGTERM, 11) == EXIT_CODE, log.read_text()[-3000:]

@@ -379,6 +379,22 @@ def test_gradients_that_never_become_finite_stop_a_scaled_run(
         train_here(overrides("mixed_precision=float16", "n_epochs=20", "n_eval_examples=0"))
 
 
+def test_a_gradient_that_is_not_finite_is_named(overrides: Overrides, monkeypatch: pytest.MonkeyPatch) -> None:
+    import train
+
+    load = train.load_policy
+
+    def broken(*arguments: object, **_: object) -> torch.nn.Module:
+        model = load(*arguments)
+        model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+        return model
+
+    monkeypatch.setattr(train, "load_policy", broken)
+    named = r"every example's loss is finite; .* gradients that are not finite: model\.norm\.weight \(of \d+\)"
+    with pytest.raises(UserError, match=named):
+        train_here(overrides("n_eval_examples=0"))
+
+
 def test_samples_do_not_take_the_models_own_generation_settings() -> None:
     from evaluation import sample
 

@@ -125,7 +125,7 @@ def find_checkpoint(name: str, how: str = "fast") -> Path:
     """The checkpoint that `resume=name` means: itself, or the LATEST of a run's folder. Raises UserError."""
     path = _newest(Path(name).expanduser())
     if not path.is_dir():
-        raise UserError(f"resume={name}: there is no such folder")
+        raise UserError(f"resume={name}: there is no such folder; give auto, null, a run's folder or a step-<n> folder")
     if not (path / STATE_FILE).is_file() and not (path / MANIFEST).is_file():
         raise UserError(
             f"resume={name}: {path} holds no {STATE_FILE} and {TRAINING_STATE}/, so training cannot go on from it; to "
@@ -145,10 +145,10 @@ def _newest(path: Path) -> Path:
 def checkpoints(run_dir: Path) -> list[Path]:
     """A run's checkpoints, those of the most examples first."""
     found = [path for path in run_dir.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted((path.resolve() for path in found), key=_examples, reverse=True)
+    return sorted((path.resolve() for path in found), key=examples_of, reverse=True)
 
 
-def _examples(path: Path) -> int:
+def examples_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
@@ -195,7 +195,9 @@ def _must_be_whole(path: Path, given: str, how: str) -> None:
     problem = check(path, how)
     if problem is None:
         return
-    older = [p for p in checkpoints(path.parent) if path.name.startswith("step-") and _examples(p) < _examples(path)]
+    older = [
+        p for p in checkpoints(path.parent) if path.name.startswith("step-") and examples_of(p) < examples_of(path)
+    ]
     whole = next((p for p in older if check(p, how) is None), None)
     raise UserError(
         f"{given}: the checkpoint {path} is damaged: {problem}; "

@@ -81,7 +81,7 @@ def load_policy(
     found = resolve_archive(archive) if archive else None
     if found is not None:
         _check_same_architecture(config, source, found)
-        if trains:
+        if trains and archive == config.model.archive:
             log(f"starting from the weights of {found.path}{found.describe()}")
     folder = found.path if found is not None and found.state is None else source
     state = found.state if found is not None else None

@@ -141,8 +141,9 @@ def _start(index: int, worker: Callable[..., None], arguments: tuple[Any, ...], 
 @contextlib.contextmanager
 def group(device: torch.device) -> Iterator[None]:
     """Join the group of processes on entering, and leave it when all is well or training stopped as it was asked to."""
-    # Ctrl-C must end a process that waits for others inside a collective, where Python's own handler does not run.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Signals must end a process that waits for others inside a collective, where Python's own handlers do not run.
+    for number in stopping.ENDS:
+        signal.signal(number, signal.SIG_DFL)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)

@@ -104,11 +104,10 @@ def _beats(path: Path, holder: dict[str, Any]) -> bool:
 
 
 def open_run(config: Config, composed: DictConfig, overrides: list[str]) -> Path:
-    """Start or reopen the run's folder, which is locked: its log, the configuration, Hydra's own files."""
+    """Start the run's folder, which is locked, or open one that a run goes on in, as it stands: see `begin`."""
     run_dir = Path(config.local_run_dir)
     metrics = run_dir / "metrics.jsonl"
-    inside = config.checkpoint is not None and config.checkpoint.parent == run_dir.resolve()
-    history = checkpoint.read_state(config.checkpoint)["history"] if config.checkpoint and inside else {}
+    inside = goes_on_inside(config)
     started = metrics.exists() and (metrics.stat().st_size or checkpoint.checkpoints(run_dir))
     if started and not inside and config.resume != "auto":
         raise UserError(
@@ -116,19 +115,39 @@ def open_run(config: Config, composed: DictConfig, overrides: list[str]) -> Path
             "another folder, remove that one, or go on with it: resume=auto"
         )
     clear(run_dir)
-    for name in HISTORY:
-        _cut(run_dir / name, history.get(name, 0))
     metrics.touch()
     open_log(run_dir)
-    if config.checkpoint and inside:
-        _abandon_later_ones(config.checkpoint)
+    log(f"run folder: {run_dir}")
+    if config.resume == "auto":
+        where = f"{run_dir} has" if _is_given(config) else f"the runs of {config.exp_name} in {run_dir.parent} have"
+        log(f"resume=auto: {where} no checkpoint yet; starting anew")
+    if not inside:
+        for name in HISTORY:
+            _cut(run_dir / name, 0)
+        _describe(config, composed, overrides)
+    return run_dir
+
+
+def goes_on_inside(config: Config) -> bool:
+    """Whether the run goes on in the folder that holds the checkpoint it goes on from."""
+    return config.checkpoint is not None and config.checkpoint.parent == Path(config.local_run_dir).resolve()
+
+
+def begin(config: Config, composed: DictConfig, overrides: list[str]) -> None:
+    """Make a folder that a run goes on in what it was at the checkpoint, once nothing can be refused any more."""
+    if config.checkpoint and goes_on_inside(config):
+        state = checkpoint.read_state(config.checkpoint)
+        for name in HISTORY:
+            _cut(Path(config.local_run_dir) / name, state["history"].get(name, 0))
+        _abandon_later_ones(config.checkpoint, state["examples"])
+        _describe(config, composed, overrides)
+
+
+def _describe(config: Config, composed: DictConfig, overrides: list[str]) -> None:
+    run_dir = Path(config.local_run_dir)
     (run_dir / "config.yaml").write_text(redact(OmegaConf.to_yaml(composed, resolve=True)), encoding="utf-8")
     hydra_dir = make_dir(run_dir / ".hydra", "local_run_dir")
     OmegaConf.save(OmegaConf.create([redact(override) for override in overrides]), hydra_dir / "overrides.yaml")
-    log(f"run folder: {run_dir}")
-    if config.resume == "auto":
-        log(f"resume=auto: there is no complete checkpoint of {config.exp_name} yet; this run starts anew")
-    return run_dir
 
 
 def _cut(path: Path, size: int) -> None:
@@ -139,16 +158,20 @@ def _cut(path: Path, size: int) -> None:
         os.truncate(path, min(size, path.stat().st_size))
 
 
-def _abandon_later_ones(start: Path) -> None:
+def _abandon_later_ones(start: Path, examples: int) -> None:
     """Rename checkpoints that are further on than the one that a run goes on from: they are of another future."""
     for path in checkpoint.checkpoints(start.parent):
-        if path == start:
+        if checkpoint.examples_of(path) <= examples:
             break
         aside = path.with_name(f"abandoned-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         log(f"going on from {start.name}: {path.name} is called {aside.name} from here on")
-    checkpoint.point(start.parent, checkpoint.LATEST, start.name)
+    left = checkpoint.checkpoints(start.parent)
+    if left:
+        checkpoint.point(start.parent, checkpoint.LATEST, left[0].name)
+    else:
+        (start.parent / checkpoint.LATEST).unlink(missing_ok=True)
 
 
 def clear(run_dir: Path) -> None:
@@ -182,8 +205,7 @@ def find_resume(config: Config) -> tuple[str | None, str]:
     if config.resume != "auto":
         found = checkpoint.find_checkpoint(config.resume, config.checkpoint_check) if config.resume else None
         return (str(found) if found else None), config.local_run_dir
-    given = config.local_run_dir != get_local_run_dir(config.exp_name, tuple(config.local_dirs))
-    for run_dir in [Path(config.local_run_dir)] if given else _runs_of(config):
+    for run_dir in [Path(config.local_run_dir)] if _is_given(config) else _runs_of(config):
         found_here = checkpoint.checkpoints(run_dir)
         for path in found_here:
             problem = checkpoint.check(path, config.checkpoint_check)
@@ -195,6 +217,10 @@ def find_resume(config: Config) -> tuple[str | None, str]:
                 f"resume=auto: no checkpoint in {run_dir} is complete, see above; remove them to start anew"
             )
     return "auto", config.local_run_dir
+
+
+def _is_given(config: Config) -> bool:
+    return config.local_run_dir != get_local_run_dir(config.exp_name, tuple(config.local_dirs))
 
 
 def _runs_of(config: Config) -> list[Path]:
@@ -218,7 +244,7 @@ def check_changes(config: Config, state: dict[str, Any]) -> None:
     meaningful = [key for key in lines if key not in harmless]
     told = [lines[key] for key in harmless if key not in ("resume", "local_run_dir")]
     if told:
-        log(f"resuming with other settings, which change nothing of what is trained: {', '.join(told)}")
+        log(f"resuming with other settings, of which none changes what an update computes: {', '.join(told)}")
     if meaningful and not config.resume_allow_changes:
         raise UserError(
             f"resume={config.resume} was trained with other settings: "

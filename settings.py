@@ -376,6 +376,8 @@ def _other_problems(c: Config) -> list[str]:
             f"gradient_accumulation_steps={c.gradient_accumulation_steps}: "
             f"{c.batch_size} / {c.gradient_accumulation_steps} = {c.batch_size / c.gradient_accumulation_steps:.2f}"
         )
+    if c.keep_best is not None and not c.n_eval_examples:
+        problems.append(f"keep_best={c.keep_best} needs evaluations: set n_eval_examples")
     if c.max_prompt_length >= c.max_length:
         problems.append(f"max_prompt_length={c.max_prompt_length} must be less than max_length={c.max_length}")
     if not c.datasets:

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def open_wandb(config: Config, run_dir: Path) -> Any:
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in_to_wandb() else "offline")
-    inside = config.checkpoint is not None and config.checkpoint.parent == run_dir.resolve()
+    inside = config.checkpoint and runs.goes_on_inside(config)
     known = read_state(config.checkpoint)["wandb_id"] if config.checkpoint and inside else None
     start = functools.partial(
         wandb.init,
@@ -170,15 +171,18 @@ def train_in_process(resolved: Any, overrides: list[str]) -> None:
     if not parallel.is_main():
         be_quiet()
     sharding = getattr(trainers, config.trainer).sharding(config)
+    config = with_found_archive(config)
+    if config.checkpoint:
+        runs.check_changes(config, read_state(config.checkpoint))
     run_dir = Path(config.local_run_dir)
     sys.argv = ["train.py", *overrides]  # which a checkpoint records: of a sweep, this job's own
     if not parallel.is_main():
-        build_and_fit(config, sharding, run_dir)
+        build_and_fit(config, sharding, run_dir, lambda: None)
         return
     with runs.locked(run_dir):
         try:
             runs.open_run(config, composed, overrides)
-            build_and_fit(config, sharding, run_dir)
+            build_and_fit(config, sharding, run_dir, lambda: runs.begin(config, composed, overrides))
         except BaseException:
             runs.leave(run_dir)
             raise
@@ -192,12 +196,9 @@ def with_found_archive(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, archive=parallel.from_main(archive)))
 
 
-def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: Path) -> None:
-    """Load tokenizer, data and model, and train."""
+def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: Path, begin: Callable[[], None]) -> None:
+    """Load tokenizer, data and model, and train. `begin` is called when all that could be refused has been accepted."""
     device = pick_device(config)
-    config = with_found_archive(config)
-    if config.checkpoint:
-        runs.check_changes(config, read_state(config.checkpoint))
     with parallel.one_per_machine_first():
         tokenizer = load_tokenizer(config)
         train_data, eval_data = load_splits(config, tokenizer, run_dir)
@@ -218,6 +219,7 @@ def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: P
             f"policy: {n_parameters / 1e6:.1f}M parameters on {device} ({parallel.describe()}), "
             f"a {config.model.name_or_path}, layout {trainer.scorer.how.layout}"
         )
+        begin()
         trainer.fit()
         failed = False
     except stopping.Stopped:

@@ -28,7 +28,10 @@ from utils import RunLogger, UserError, log, progress
 MOST_SKIPPED = 25  # in a row: from its start at 2^16, the loss scale is then far below 1
 SECONDS_BETWEEN_TRIES = 10
 ROUNDING = 1e-5  # nats per token, of a live reference
-ADVICE = "Lower lr, compute in float32 (mixed_precision=null), or look at the data with scripts/inspect_data.py"
+ADVICE = (
+    "Lower lr, compute in float32 (mixed_precision=null) where it is not, or look at the data with "
+    "scripts/inspect_data.py; to go on from an earlier checkpoint: resume=<folder> resume_allow_changes=true"
+)
 DIVERGED = f"training stopped, and nothing of this state was saved. {ADVICE}"
 
 
@@ -155,14 +158,19 @@ class BasicTrainer:
         del self.policy, self.optimizer  # before there are others
         gc.collect()  # a model refers to itself
         self.use(self.load(str(folder)))
-        for name in ("examples", "updates", "skipped", "skipped_in_a_row", "evaluated", "saved", "best"):
+        for name in ("examples", "updates", "skipped", "skipped_in_a_row", "evaluated", "saved"):
             setattr(self, name, state[name])
+        metric, self.best = state["best"]
+        if metric != self.config.keep_best:
+            self.best = None  # of another metric
         self.eval_metrics = state["metrics"]
         checkpoint.load_optimizer(folder, self.policy, self.optimizer)
         checkpoint.load_random_state(folder)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         log(f"resuming {folder} after {self.examples} examples and {self.updates} updates")
+        if self.examples >= self.total_examples:
+            log(f"nothing is left to train: this run has {self.total_examples} examples; raise n_epochs to go on")
 
     def cut(self, n: int, pass_size: int | None = None) -> Cut:
         """How `n` examples are cut into passes, of about `pass_size` examples or as training's are."""
@@ -338,7 +346,10 @@ class BasicTrainer:
             self.writer.wait()
         except UserError as error:
             return f"What would show it again was not written ({error}). "
-        return f"To see it again: python scripts/replay.py {folder}. "
+        return (
+            "Examples computed together may infect each other; to see it again, one by one: "
+            f"python scripts/replay.py {folder}. "
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Measure the policy on the evaluation examples, sample from it, and log both."""
@@ -350,6 +361,8 @@ class BasicTrainer:
         broken = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             raise UserError(f"evaluation after {self.examples} examples gave {', '.join(broken)}: {DIVERGED}")
+        if self.config.keep_best not in (None, *metrics):
+            raise UserError(f"keep_best={self.config.keep_best} is not measured; choose from: {', '.join(metrics)}")
         self.watch.evaluation(metrics, self.examples)
         if self.sampler is not None:
             sampled, rows = self.sampler(self.policy)
@@ -393,8 +406,6 @@ class BasicTrainer:
         metric = self.config.keep_best
         if metric is None or not self.eval_metrics:
             return False
-        if metric not in self.eval_metrics:
-            raise UserError(f"keep_best={metric} is not measured; choose from: {', '.join(self.eval_metrics)}")
         value = self.eval_metrics[metric]
         better = self.best is None or (value < self.best if metric.startswith("loss/") else value > self.best)
         self.best = value if better else self.best
@@ -402,9 +413,10 @@ class BasicTrainer:
 
     def _state(self) -> dict[str, Any]:
         """What trainer_state.json says of this moment."""
-        names = ("examples", "updates", "skipped", "skipped_in_a_row", "evaluated", "saved", "best", "total_examples")
+        names = ("examples", "updates", "skipped", "skipped_in_a_row", "evaluated", "saved", "total_examples")
         return {
             **{name: getattr(self, name) for name in names},
+            "best": [self.config.keep_best, self.best],
             "metrics": self.eval_metrics,
             "command": command_line(),
             "scaler": self.scaler.state_dict(),

@@ -108,7 +108,8 @@ def run_main(main: Callable[[], Any], speaks: Callable[[], bool] = lambda: True)
 
     In a group of processes that fail together only one `speaks`.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         return main()
     except KeyboardInterrupt:

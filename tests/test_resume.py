@@ -264,7 +264,7 @@ def test_harmless_changes_are_told(overrides: Overrides, tmp_path: Path, capsys:
     train_here(overrides("n_eval_examples=0", "eval_every=12"))
     train_here(overrides("n_eval_examples=0", "n_epochs=2", "microbatch_tokens=64", "resume=auto"))
     shown = capsys.readouterr().out
-    assert "change nothing of what is trained: eval_every=20000 (was 12), " in shown
+    assert "none changes what an update computes: eval_every=20000 (was 12), " in shown
     assert "n_epochs=2 (was 1)" in shown and "after 24 examples" in shown
     assert (tmp_path / "run" / "LATEST").resolve().name == "step-48"
 
@@ -471,3 +471,33 @@ def test_a_wandb_run_is_taken_up_again(overrides: Overrides, tmp_path: Path) -> 
     assert ended(given, log) == 0, log.read_text()[-3000:]
     found = [path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
     assert len(found) == 2 and len(set(found)) == 1
+
+
+def test_a_refused_resume_changes_nothing(overrides: Overrides, tmp_path: Path) -> None:
+    given = ["n_eval_examples=0", "eval_every=8"]
+    train_here(overrides(*given))
+    run_dir = tmp_path / "run"
+
+    def content() -> dict[str, bytes]:
+        left_out = ("log.txt", "lock")
+        return {str(p): p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name not in left_out}
+
+    before, link = content(), (run_dir / "LATEST").readlink()
+    for changed in ("lr=1", "datasets=[/none] resume_allow_changes=true", "model.archive=/none", "device=cuda:99"):
+        with pytest.raises(UserError):
+            train_here(overrides(*given, f"resume={run_dir / 'step-8'}", *changed.split()))
+        assert content() == before and (run_dir / "LATEST").readlink() == link, changed
+    train_here(overrides(*given, f"resume={run_dir / 'step-8'}", "lr=1e-5", "resume_allow_changes=true"))
+    names = {"step-8", "step-16", "step-24", "abandoned-step-16", "abandoned-step-24"}
+    assert {path.name for path in run_dir.glob("*step*")} == names
+    assert [e["lr"] for e in read_jsonl(run_dir / "metrics.jsonl")] == [5e-7] * 2 + [1e-5] * 4
+
+
+def test_a_nonfinite_folder_is_gone_on_from(overrides: Overrides, tmp_path: Path) -> None:
+    given = ["n_eval_examples=0", "save_every=8", "keep_best=null"]
+    train_here(overrides(*given))
+    run_dir = tmp_path / "run"
+    shutil.copytree(run_dir / "step-16", run_dir / "nonfinite-16")
+    train_here(overrides(*given, f"resume={run_dir / 'nonfinite-16'}"))
+    assert {path.name for path in run_dir.glob("*step*")} == {"step-8", "step-16", "step-24", "abandoned-step-24"}
+    assert (run_dir / "LATEST").readlink() == Path("step-24")

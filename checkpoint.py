@@ -4,6 +4,7 @@ hashes. It appears under its final name only when every file is complete."""
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -35,7 +36,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 import parallel
 import stopping
-from utils import UserError, log, redact
+from utils import UserError, file_hash, log, redact
 
 STATE_FILE = "trainer_state.json"
 TRAINING_STATE = "training_state"
@@ -216,8 +217,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _digest(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore
+    return file_hash(file, functools.partial(hashlib.blake2b, digest_size=16))
 
 
 class CheckpointWriter:
@@ -397,11 +397,7 @@ def _as_it_is(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -
     """What writes this process's part of weights and states, from where they are."""
 
     def write(folder: Path) -> None:
-        if optimizer is not None:
-            _write_random_state(folder, _random_state())
-            # torch would make up a state, with a step that was not taken, where there is none yet.
-            if optimizer.state:
-                _write_optimizer(folder, _contiguous_tensors(optimizer_state(model, optimizer)), None)
+        _write_states(folder, *_states(model, optimizer), None)
         write_weights(model, folder)
 
     return write
@@ -409,19 +405,12 @@ def _as_it_is(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -
 
 def _copied(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, group: Any) -> Callable[[Path], None]:
     """The same from a copy in host memory, made now: of this process's files of weights, and shards of states."""
-    options = StagingOptions(False, False, False, False)
-    known = optimizer is not None and bool(optimizer.state)
-    staged: Any = None
-    if optimizer is not None and known:
-        staged = DefaultStager(options).stage(_contiguous_tensors(optimizer_state(model, optimizer)))
+    random_state, tensors = _states(model, optimizer)
+    staged: Any = DefaultStager(StagingOptions(False, False, False, False)).stage(tensors) if tensors else {}
     files = [(file, _clones(content)) for file, content in weight_files(model)]
-    random_state = _random_state()
 
     def write(folder: Path) -> None:
-        if optimizer is not None:
-            _write_random_state(folder, random_state)
-            if known:
-                _write_optimizer(folder, staged, group)
+        _write_states(folder, random_state, staged, group)
         for file, content in files:
             _write_weight_file(folder / file, content)
 
@@ -432,9 +421,20 @@ def _clones(content: dict[str, Tensor] | str) -> dict[str, Tensor] | str:
     return content if isinstance(content, str) else {name: tensor.clone() for name, tensor in content.items()}
 
 
-def _write_optimizer(folder: Path, state: dict[str, Any], group: Any) -> None:
-    writer = HuggingFaceStorageWriter(str(folder / TRAINING_STATE), save_distributed=True)
-    dcp.save(state, storage_writer=writer, process_group=group, no_dist=not parallel.active())
+def _states(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> tuple[str, dict[str, Any]]:
+    """Of this process's random generators, and of the optimizer: torch would make one up, with a step that was not
+    taken, where there is none yet."""
+    if optimizer is None or not optimizer.state:
+        return _random_state(), {}
+    return _random_state(), _contiguous_tensors(optimizer_state(model, optimizer))
+
+
+def _write_states(folder: Path, random_state: str, tensors: dict[str, Any], group: Any) -> None:
+    (folder / RANDOM_STATE).mkdir(exist_ok=True)
+    (folder / RANDOM_STATE / f"{parallel.rank()}.json").write_text(random_state)
+    if tensors:
+        writer = HuggingFaceStorageWriter(str(folder / TRAINING_STATE), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not parallel.active())
 
 
 def _random_state() -> str:
@@ -447,11 +447,6 @@ def _random_state() -> str:
         "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
     }
     return json.dumps(states)
-
-
-def _write_random_state(folder: Path, state: str) -> None:
-    (folder / RANDOM_STATE).mkdir(exist_ok=True)
-    (folder / RANDOM_STATE / f"{parallel.rank()}.json").write_text(state)
 
 
 def load_random_state(folder: Path) -> None:

@@ -71,8 +71,12 @@ def broken_examples(data: PreferenceData, examples: Sequence[Example], losses: S
     found = sorted({name for names in parallel.gather(mine) for name in names})
     if not found:
         return "every example's loss is finite"
-    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
-    return f"the loss of {', '.join(found[:MOST_NAMED])}{more} is not finite"
+    return f"the loss of {_first(found)} is not finite"
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def name(data: PreferenceData, example: Example) -> str:
@@ -90,8 +94,7 @@ def broken_parameters(model: PreTrainedModel) -> str:
         mine = [n for n, tensor in tensors.items() if not bool(parallel.local(tensor).isfinite().all())]
         found = list(dict.fromkeys(n for names in parallel.gather(mine) for n in names))
         if found:
-            more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
-            return f"{what} that are not finite: {', '.join(found[:MOST_NAMED])}{more} (of {len(tensors)})"
+            return f"{what} that are not finite: {_first(found)} (of {len(tensors)})"
     return "weights and gradients are finite"
 
 

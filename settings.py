@@ -274,17 +274,12 @@ def _number_problems(c: Config) -> list[str]:
         *("activation_checkpointing_every", "microbatch_tokens", "save_every", "keep_last_n"),
     )
     at_least_0 = (
-        "seed",
-        "n_eval_examples",
-        "n_eval_model_samples",
-        "warmup_steps",
-        "num_proc",
-        "weight_decay",
-        "save_patience",
+        *("seed", "n_eval_examples", "n_eval_model_samples", "warmup_steps", "num_proc", "weight_decay"),
+        *("save_patience", "lr", "minimum_log_interval_secs"),
     )
     rules = [
         *((key, lambda v: v >= 1, "at least 1") for key in at_least_1),
-        *((key, lambda v: 0 <= v < math.inf, "0 or more") for key in (*at_least_0, "lr", "minimum_log_interval_secs")),
+        *((key, lambda v: 0 <= v < math.inf, "0 or more") for key in at_least_0),
         ("seed", lambda v: v < 2**63, "less than 2^63"),
         ("fsdp_port", lambda v: 0 < v < 2**16, "between 1 and 65535"),
         *((key, lambda v: v > 0, "more than 0") for key in ("max_grad_norm", "max_runtime", "warn_chosen_drop")),

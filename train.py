@@ -142,17 +142,22 @@ def train(composed: DictConfig, overrides: list[str]) -> None:
         with parallel.group(pick_device(config)):
             train_in_process(*parallel.from_main((resolved, overrides)))
     else:
-        pick_device(config)
-        n = config.nproc or (torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 2)
-        try:
-            parallel.launch(work, (resolved, overrides), n, config.fsdp_port)
-        except BaseException:  # Ctrl-C among them
-            run_dir = Path(resolved["local_run_dir"])
-            if run_dir.exists():
-                with contextlib.suppress(UserError), runs.locked(run_dir):
-                    runs.leave(run_dir)
-                    open_log(run_dir)  # for the reason, where no process could give one
-            raise
+        train_in_new_processes(config, resolved, overrides)
+
+
+def train_in_new_processes(config: Config, resolved: Any, overrides: list[str]) -> None:
+    """Start a group of processes that train; this one waits, and clears up where they could not."""
+    pick_device(config)
+    n = config.nproc or (torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 2)
+    try:
+        parallel.launch(work, (resolved, overrides), n, config.fsdp_port)
+    except BaseException:  # Ctrl-C among them
+        run_dir = Path(resolved["local_run_dir"])
+        if run_dir.exists():
+            with contextlib.suppress(UserError), runs.locked(run_dir):
+                runs.leave(run_dir)
+                open_log(run_dir)  # for the reason, where no process could give one
+        raise
 
 
 def work(resolved: dict[str, Any], overrides: list[str]) -> None:

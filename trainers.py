@@ -394,12 +394,14 @@ class BasicTrainer:
                 break
             except UserError as error:
                 self.save_failed = True
-                self.best = self.best if last else best_before
-                if last and not left:
-                    raise
-                log(f"warning: {error}. {'Trying again; free space' if last else 'Training goes on'}")
-                if last:
+                if not last:
+                    self.best = best_before
+                    log(f"warning: {error}. Training goes on")
+                elif left:
+                    log(f"warning: {error}. Trying again; free space")
                     time.sleep(SECONDS_BETWEEN_TRIES)
+                else:
+                    raise
 
     def _is_best(self) -> bool:
         """Whether this moment's evaluation gave the best keep_best so far, which is then remembered."""

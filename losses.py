@@ -43,21 +43,25 @@ class DPOLoss:
 
     -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), h = log pi(y_w)/ref(y_w) - log pi(y_l)/ref(y_l), where
     e = `label_smoothing` is the assumed share of flipped labels: conservative DPO, Mitchell 2023, "A note on DPO with
-    noisy preferences", equation 3. `reference_free` takes a uniform reference: its ratio drops out of h. Implicit
-    rewards are still reported against the frozen reference.
+    noisy preferences", equation 3. `robust` takes flips at rate e out of the loss l instead: ((1 - e) l(h) - e l(-h)) /
+    (1 - 2e) has the expectation that l has without flips (Chowdhury et al. 2024, arXiv:2403.00409). `reference_free`
+    takes a uniform reference: its ratio drops out of h. Implicit rewards are still reported against the frozen one.
     """
 
     beta: float
     label_smoothing: float = 0.0
     reference_free: bool = False
+    robust: bool = False
     needs_pairs: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
     average_log_prob: ClassVar[bool] = False
 
     def __call__(self, logps: SequenceLogps) -> Tensor:
         """Returns the loss of each pair, shape [n]."""
-        h = self.beta * _logratio_difference(logps, self.reference_free)
-        return -F.logsigmoid(h) * (1 - self.label_smoothing) - F.logsigmoid(-h) * self.label_smoothing
+        h, e = self.beta * _logratio_difference(logps, self.reference_free), self.label_smoothing
+        if self.robust:
+            return (-F.logsigmoid(h) * (1 - e) + F.logsigmoid(-h) * e) / (1 - 2 * e)
+        return -F.logsigmoid(h) * (1 - e) - F.logsigmoid(-h) * e
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,33 @@ class IPOLoss:
         return (_logratio_difference(logps) - 1 / (2 * self.beta)) ** 2
 
 
-Loss = SFTLoss | DPOLoss | IPOLoss
-LOSSES: dict[str, Callable[..., Loss]] = {"sft": SFTLoss, "dpo": DPOLoss, "ipo": IPOLoss}
+@dataclass(frozen=True)
+class UnlikelihoodLoss:
+    """-log pi(y_w) + alpha log pi(y_l): the baseline of Rafailov et al. 2023, section 6, with its coefficient alpha.
+
+    It has no lower bound, and does not look at the reference. Rewards are reported against it all the same, as plain
+    log-ratios (beta 1).
+    """
+
+    alpha: float
+    needs_pairs: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = True
+    average_log_prob: ClassVar[bool] = False
+    beta: ClassVar[float] = 1.0
+
+    def __call__(self, logps: SequenceLogps) -> Tensor:
+        """Returns the loss of each pair, shape [n]."""
+        assert logps.policy_rejected is not None
+        return -logps.policy_chosen + self.alpha * logps.policy_rejected
+
+
+Loss = SFTLoss | DPOLoss | IPOLoss | UnlikelihoodLoss
+LOSSES: dict[str, Callable[..., Loss]] = {
+    "sft": SFTLoss,
+    "dpo": DPOLoss,
+    "ipo": IPOLoss,
+    "unlikelihood": UnlikelihoodLoss,
+}
 
 
 def _logratio_difference(logps: SequenceLogps, reference_free: bool = False) -> Tensor:

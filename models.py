@@ -21,7 +21,7 @@ import parallel
 from arrow_cache import cached
 from batching import Batch, Tree
 from checkpoint import Archive, resolve_archive
-from layouts import lay_out, model_inputs
+from layouts import Rows, lay_out, model_inputs
 from parallel import Sharding
 from settings import Config
 from utils import UserError, file_hash, log
@@ -70,12 +70,13 @@ def load_policy(
     sharding: Sharding | None = None,
     archive: str | None = None,
     trains: bool = True,
+    compiled: bool = True,
 ) -> PreTrainedModel:
     """The model, in model.policy_dtype, without dropout, with the weights of `archive` where one is given.
 
-    Activation checkpointing is for a model that `trains`: it makes the embeddings require a gradient. With `sharding`
-    each process holds, and reads, only its shards. Raises UserError for a name, folder or archive that cannot be read
-    or does not fit.
+    Activation checkpointing is for a model that `trains`: it makes the embeddings require a gradient. `compiled`: if
+    the configuration says so. With `sharding` each process holds and reads only its shards. Raises UserError for a
+    name, folder or archive that cannot be read or does not fit.
     """
     source = local_folder(config.model.name_or_path, config.cache)
     found = resolve_archive(archive) if archive else None
@@ -98,7 +99,7 @@ def load_policy(
         except ValueError as error:
             raise UserError(f"activation_checkpointing=true: {_first_line(error)}") from error
     add_token_logps(model)
-    if config.compile:
+    if config.compile and compiled:
         for block in parallel.blocks(model, config.model.block_name or config.model.block):
             block.compile(dynamic=True)
     if sharding is not None:
@@ -266,30 +267,35 @@ class _Given:
 
 
 def add_token_logps(model: PreTrainedModel) -> PreTrainedModel:
-    """Let `model(sources=..., targets=..., **inputs)` return log p(targets) [n], read at the slots `sources` [n].
+    """Let `model(sources=..., targets=..., **inputs)` return log p(targets) [n], read at the slots `sources` [n];
+    without targets, of every token: [n, vocabulary].
 
-    Logits exist only for these slots, LOGITS_AT_ONCE of them at a time, and are computed again in backward.
+    Logits for targets exist only for these slots, LOGITS_AT_ONCE of them at a time, and are computed again in backward.
     They come from the model's own forward with its body replaced, so that one that scales or caps them still does.
     As a part of the model's forward, this finds the weights that FSDP has gathered for it.
     """
     own, body = model.forward, model.base_model_prefix
     step = max(LOGITS_AT_ONCE // model.config.get_text_config().vocab_size, 1)
 
-    def logps(hidden: Tensor, targets: Tensor) -> Tensor:
+    def logits(hidden: Tensor) -> Tensor:
         module = model._modules[body]
         model._modules[body] = _Given(hidden[None])  # type: ignore[assignment]
         try:
-            logits = own(use_cache=False).logits
+            return own(use_cache=False).logits
         finally:
             model._modules[body] = module
-        return parallel.label_logps(logits, targets[None].to(hidden.device))[0]
+
+    def logps(hidden: Tensor, targets: Tensor) -> Tensor:
+        return parallel.label_logps(logits(hidden), targets[None].to(hidden.device))[0]
 
     @functools.wraps(own)
     def forward(*args: Any, sources: Tensor | None = None, targets: Tensor | None = None, **inputs: Any) -> Any:
-        if sources is None or targets is None:
+        if sources is None:
             return own(*args, **inputs)
         states = model.get_decoder()(*args, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
         states = states[sources.to(states.device)]
+        if targets is None:
+            return parallel.full(logits(states))[0].float().log_softmax(-1)
         chunks = zip(states.split(step), targets.split(step), strict=True)
         return torch.cat([checkpoint(logps, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
 
@@ -378,6 +384,15 @@ def response_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> To
     logps = found.new_zeros(rows.shape).flatten().index_put((places,), found)
     mask = torch.zeros(logps.shape, dtype=torch.bool, device=found.device).index_fill(0, places, True)
     return TokenLogps(logps.view(rows.shape), mask.view(rows.shape))
+
+
+def next_token_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> tuple[Tensor, Rows]:
+    """log p(token | all before it) of every token of the vocabulary, float32 [n, vocabulary], where the batch's rows
+    (which come with it) have a response token: n of them. All exist at once: for few rows."""
+    rows = lay_out(batch, how.layout).to(input_device(model))
+    inputs = model_inputs(rows, how.layout, model.config.get_text_config(), how.dtype)
+    with autocast(model, how.dtype):
+        return model(**inputs, sources=rows.sources), rows
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -29,6 +29,7 @@ STALE = 90.0
 FREE = {
     *("exp_name", "debug", "fsdp_port", "num_proc", "cache_dir", "reference", "wandb", "tensorboard", "local_dirs"),
     *("local_run_dir", "sample_during_eval", "n_eval_model_samples", "do_first_eval", "do_final_eval", "eval_every"),
+    *("n_eval_samples_per_prompt", "kl_during_eval"),
     *("eval_batch_size", "n_eval_examples", "gradient_accumulation_steps", "microbatch_tokens", "layout", "compile"),
     *("trainer", "nproc", "tensor_parallel_size", "fsdp_replicate_size", "fsdp_reshard_after_forward", "device"),
     *("fsdp_cpu_offload", "activation_checkpointing", "activation_checkpointing_every", "minimum_log_interval_secs"),

@@ -56,7 +56,9 @@ class LossConfig:
     beta: float | None = None
     label_smoothing: float | None = None
     reference_free: bool | None = None
+    robust: bool | None = None
     average_log_prob: bool | None = None
+    alpha: float | None = None
 
     def build(self) -> Loss:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
@@ -102,6 +104,8 @@ class Config:
     local_run_dir: str = ""
     sample_during_eval: bool = True
     n_eval_model_samples: int = 0
+    n_eval_samples_per_prompt: int = 1
+    kl_during_eval: bool | None = None
     do_first_eval: bool = True
     do_final_eval: bool = True
     lr: float = 0.0
@@ -271,6 +275,7 @@ def _number_problems(c: Config) -> list[str]:
     at_least_1 = (
         *("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length"),
         *("eval_every", "n_epochs", "n_examples", "nproc", "tensor_parallel_size", "fsdp_replicate_size"),
+        "n_eval_samples_per_prompt",
         *("activation_checkpointing_every", "microbatch_tokens", "save_every", "keep_last_n"),
     )
     at_least_0 = (
@@ -321,6 +326,10 @@ def _loss_problems(loss: LossConfig) -> list[str]:
             f"loss.label_smoothing={loss.label_smoothing} must be at least 0 and less than 0.5: it is the fraction of "
             "pairs assumed to be flipped"
         )
+    if loss.robust and not loss.label_smoothing:
+        problems.append("loss.robust=true needs loss.label_smoothing: the rate at which labels are flipped")
+    if loss.name == "unlikelihood" and (loss.alpha is None or not 0 <= loss.alpha <= 1):
+        problems.append(f"loss.alpha={loss.alpha} must be between 0 and 1")
     return problems
 
 

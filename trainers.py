@@ -16,11 +16,12 @@ import health
 import parallel
 import stopping
 from batching import Cut, Example, Plan, eval_examples
-from evaluation import Metrics, SampleEvaluator, Scorer, evaluate_loss, extend_metrics, mean_metrics, prompts_of, shares
+from evaluation import Metrics, Scorer, evaluate_loss, extend_metrics, mean_metrics, shares
 from models import check_fits, pick_computation
 from parallel import Sharding
 from preference_datasets import PreferenceData
 from reference import LiveReference, Reference, StoredReference, build_reference, wanted_by
+from sampling import SampleEvaluator, Sampling, divergence, prompts_of
 from settings import Config, command_line
 from throughput import Cost, cost_of, throughput
 from utils import RunLogger, UserError, log, progress
@@ -89,7 +90,8 @@ class BasicTrainer:
         eval_data: PreferenceData | None,
         logger: RunLogger,
     ):
-        """`load(archive, trains=True)` gives a new model with the weights of `archive`; None: the base model's."""
+        """`load(archive, trains=True, compiled=True)` gives a new model with the weights of `archive`; None: the base
+        model's."""
         self.config, self.load, self.tokenizer, self.logger = config, load, tokenizer, logger
         self.train_data, self.eval_data = train_data, eval_data
         self.plan = plan_of(config)
@@ -141,8 +143,23 @@ class BasicTrainer:
         prompts = prompts_of(self.eval_data, self.eval_examples, config.n_eval_model_samples) if self.eval_data else []
         if not config.sample_during_eval or not prompts:
             return None
-        settings = {"max_length": config.max_length, "batch_size": config.eval_batch_size, "seed": config.seed}
-        return SampleEvaluator(self.tokenizer, prompts, compute_dtype=self.scorer.how.dtype, **settings)
+        room = max(config.max_length - max(map(len, prompts)), 1)  # the same for all prompts
+        how = Sampling(room, config.eval_batch_size, config.seed, self.scorer.how.dtype)
+        repeated = [prompt for prompt in prompts for _ in range(config.n_eval_samples_per_prompt)]
+        return SampleEvaluator(self.tokenizer, repeated, how)
+
+    def divergence(self, responses: list[list[int]]) -> dict[str, float]:
+        """How far the policy is from the reference on its own `responses` to the sampled prompts. A reference that is
+        not in memory is loaded for that, while there are no gradients to hold."""
+        assert self.sampler is not None
+        if isinstance(self.scorer.reference, LiveReference):
+            reference = self.scorer.reference.model
+        else:
+            reference = self.load(self.config.model.archive, False, False).requires_grad_(False).eval()
+        prompts = self.sampler.prompts
+        found = divergence(self.policy, reference, prompts, responses, self.scorer.how)
+        parallel.reshard(reference)
+        return found.metrics(prompts)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint. Raises UserError if it is of other data or another reference."""
@@ -365,14 +382,23 @@ class BasicTrainer:
             raise UserError(f"keep_best={self.config.keep_best} is not measured; choose from: {', '.join(metrics)}")
         self.watch.evaluation(metrics, self.examples)
         if self.sampler is not None:
-            sampled, rows = self.sampler(self.policy)
-            metrics |= sampled
-            self.logger.samples(rows, self.examples)
+            metrics |= self.sample()
         parallel.reshard(self.policy)
         self.eval_metrics = metrics
         self.logger.log(metrics, self.examples, always=True)
         shown = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
         log(f"evaluation after {self.examples} examples: {shown}")
+        return metrics
+
+    def sample(self) -> dict[str, float]:
+        """Write samples of policy and reference; returns what they measure: lengths, and the KL between the two."""
+        assert self.sampler is not None
+        responses, metrics, rows = self.sampler(self.policy)
+        self.logger.samples(rows, self.examples)
+        wanted = self.config.kl_during_eval
+        if self.scorer.loss.needs_reference if wanted is None else wanted:
+            metrics |= self.divergence(responses)
+            gc.collect()  # a model refers to itself
         return metrics
 
     def save(self, last: bool = False) -> None:

@@ -2,8 +2,8 @@
 
 Prompts with few enough responses to enumerate, a known reward, preferences drawn from it by Bradley-Terry. What DPO
 reaches is compared with the optimum of reward minus beta times KL, pi_ref(y) exp(r(y) / beta) / Z (Rafailov et al.
-2023, equation 4), for many betas; and with a share of the labels flipped, for DPO and conservative DPO. Writes a table
-and a figure into `--out`.
+2023, equation 4), for many betas; and with a share of the labels flipped, for DPO, conservative and robust DPO. Writes
+a table and a figure into `--out`.
 """
 
 import argparse
@@ -114,6 +114,7 @@ def compare(world: World, betas: Sequence[float], noise: float) -> list[dict[str
             "DPO, flipped labels": train(world, DPOLoss(beta), noisy),
             "conservative DPO": train(world, DPOLoss(beta, noise), clean),
             "conservative DPO, flipped labels": train(world, DPOLoss(beta, noise), noisy),
+            "robust DPO, flipped labels": train(world, DPOLoss(beta, noise, robust=True), noisy),
         }
         for method, policy in policies.items():
             kl, reward = measure(world, policy)
@@ -134,7 +135,7 @@ def draw(world: World, rows: list[dict[str, float | str]], path: Path) -> None:
     line = [measure(world, optimum(world, float(beta))) for beta in torch.logspace(-2, 2, 200)]
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     axes.plot(*zip(*line, strict=True), color="gray", label="optimum of reward - beta KL, all betas")
-    for method, marker in zip(dict.fromkeys(str(row["method"]) for row in rows), "o+x^v", strict=False):
+    for method, marker in zip(dict.fromkeys(str(row["method"]) for row in rows), "o+x^vs", strict=False):
         points = [(row["KL"], row["reward"]) for row in rows if row["method"] == method]
         if method != "optimum":
             axes.plot(*zip(*points, strict=True), marker, label=method, fillstyle="none")

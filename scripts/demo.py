@@ -8,7 +8,6 @@ compound score), so that reward and KL can be measured. About 9 minutes on 2 cor
 
 import argparse
 import json
-import math
 import shlex
 import shutil
 import statistics
@@ -21,15 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from batching import Batch, Tree
-from evaluation import sample
-from losses import reduce_tokens
-from models import Computation, load_policy, load_tokenizer, pick_device, quiet_transformers, response_logps
+from models import Computation, load_policy, load_tokenizer, pick_device, quiet_transformers
 from preference_datasets import load_data
+from sampling import Divergence, Sampling, divergence, mean_and_error, sample
 from settings import Config, data_settings, load_config
 from utils import UserError, log, make_dir, run_main
 
@@ -48,9 +44,10 @@ MARKER = ".made_by_the_demo"
 class Measured:
     """Samples of one model on held-out prompts; all lists have one entry a sample."""
 
+    prompts: list[str]
     responses: list[str]
     rewards: list[float]
-    logratios: list[float]
+    divergence: Divergence
     lengths: list[int]
 
 
@@ -65,17 +62,15 @@ def train(name: str, folder: Path, overrides: list[str]) -> Path:
 
 
 def measure(model: PreTrainedModel, reference: PreTrainedModel, task: "Task") -> Measured:
-    """Sample from `model`, score the samples, and take log model - log reference of each (nats)."""
+    """Sample from `model`, score the samples, and estimate how far it is from `reference`."""
     config, tokenizer = task.config, task.tokenizer
-    sampled = sample(model, tokenizer, task.prompts, config.max_length, 64, seed=1, compute_dtype=config.compute_dtype)
+    room = config.max_length - max(map(len, task.prompts))
+    sampled = sample(model, tokenizer, task.prompts, Sampling(room, 64, seed=1, dtype=config.compute_dtype))
     responses = tokenizer.batch_decode(sampled, skip_special_tokens=True)
     score = SentimentIntensityAnalyzer().polarity_scores
     rewards = [score(prompt + response)["compound"] for prompt, response in zip(task.texts, responses)]
-    logratios = [0.0] * len(sampled)
-    if model is not reference:
-        own, other = (sequence_logps(m, task.prompts, sampled, config) for m in (model, reference))
-        logratios = [a - b for a, b in zip(own, other)]
-    return Measured(responses, rewards, logratios, [len(ids) for ids in sampled])
+    found = divergence(model, reference, task.prompts, sampled, Computation(config.compute_dtype))
+    return Measured(task.texts, responses, rewards, found, [len(ids) for ids in sampled])
 
 
 @dataclass
@@ -95,32 +90,12 @@ def load_task(config: Config) -> Task:
     return Task(config, tokenizer, prompts, tokenizer.batch_decode(prompts, skip_special_tokens=True))
 
 
-@torch.no_grad()
-def sequence_logps(
-    model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]], config: Config
-) -> list[float]:
-    """log p(response | prompt) of each response, in nats."""
-    result: list[float] = []
-    for start in range(0, len(prompts), 64):
-        trees = [Tree(p, [r]) for p, r in zip(prompts[start : start + 64], responses[start : start + 64])]
-        tokens = response_logps(model, Batch(trees, list(range(len(trees))), None), Computation(config.compute_dtype))
-        result += reduce_tokens(tokens.logps, tokens.mask, average=False).tolist()
-    return result
-
-
-def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and the half-width of its normal 95 % confidence interval over prompts: the SAMPLES_PER_PROMPT values of a
-    prompt stand together and are averaged first, since they are not independent."""
-    k = SAMPLES_PER_PROMPT
-    prompts = [statistics.fmean(values[i : i + k]) for i in range(0, len(values), k)]
-    return statistics.fmean(prompts), 1.96 * statistics.stdev(prompts) / math.sqrt(len(prompts))
-
-
 def table(measured: dict[str, Measured], accuracy: float) -> str:
     rows = [f"{'':6}{'sentiment (95 % interval)':>28}{'KL to SFT, nats':>18}{'pair accuracy':>15}{'tokens':>8}"]
     for name, m in measured.items():
-        reward, width = mean_and_interval(m.rewards)
-        kl = f"{statistics.fmean(m.logratios):.2f}"
+        reward, error = mean_and_error(m.rewards, m.prompts)
+        width = 1.96 * (error or 0.0)
+        kl = f"{statistics.fmean(m.divergence.rao_blackwell):.2f}"
         shown = f"{accuracy:.3f}" if name == "DPO" else "-"
         interval = f"{reward:+.3f} [{reward - width:+.3f}, {reward + width:+.3f}]"
         rows.append(f"{name:6}{interval:>28}{kl:>18}{shown:>15}{statistics.fmean(m.lengths):>8.1f}")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from losses import LOSSES, DPOLoss, IPOLoss, SequenceLogps, SFTLoss, implicit_rewards, reduce_tokens
+from losses import LOSSES, DPOLoss, IPOLoss, SequenceLogps, SFTLoss, UnlikelihoodLoss, implicit_rewards, reduce_tokens
 
 
 def random_logps(n: int = 7) -> SequenceLogps:
@@ -43,8 +43,24 @@ def test_sft_is_the_negative_log_likelihood() -> None:
     assert torch.equal(SFTLoss()(logps), -logps.policy_chosen)
 
 
-@pytest.mark.parametrize("loss", [DPOLoss(0.1), DPOLoss(0.5, 0.1), DPOLoss(0.3, 0.0, True), IPOLoss(0.1)])
-def test_gradients_equal_finite_differences(loss: DPOLoss | IPOLoss) -> None:
+def test_robust_dpo_expects_on_flipped_pairs_what_dpo_computes_on_clean_ones() -> None:
+    logps, e = random_logps(), 0.2
+    flipped = SequenceLogps(*(side for a, b in zip(*[iter(vars(logps).values())] * 2) for side in (b, a)))
+    robust = DPOLoss(0.1, e, robust=True)
+    expected = (1 - e) * robust(logps) + e * robust(flipped)
+    torch.testing.assert_close(expected, DPOLoss(0.1)(logps), rtol=1e-12, atol=0)
+
+
+def test_unlikelihood_is_its_formula() -> None:
+    logps = random_logps()
+    assert torch.equal(UnlikelihoodLoss(0.3)(logps), 0.3 * logps.policy_rejected - logps.policy_chosen)
+
+
+LOSSES_OF_PAIRS = [DPOLoss(0.1), DPOLoss(0.5, 0.1), DPOLoss(0.3, 0.0, True), DPOLoss(0.3, 0.1, False, True)]
+
+
+@pytest.mark.parametrize("loss", [*LOSSES_OF_PAIRS, IPOLoss(0.1), UnlikelihoodLoss(0.5)])
+def test_gradients_equal_finite_differences(loss: DPOLoss | IPOLoss | UnlikelihoodLoss) -> None:
     logps = random_logps()
     assert torch.autograd.gradcheck(
         lambda chosen, rejected: loss(
@@ -70,6 +86,6 @@ def test_sum_and_average_of_tokens() -> None:
 
 def test_every_loss_states_its_facts() -> None:
     for name, build in LOSSES.items():
-        loss = build() if name == "sft" else build(beta=0.1)
+        loss = build(**{"sft": {}, "unlikelihood": {"alpha": 1.0}}.get(name, {"beta": 0.1}))
         assert loss.needs_reference == loss.needs_pairs == (name != "sft")
         assert loss.average_log_prob is False

@@ -396,12 +396,12 @@ def test_a_gradient_that_is_not_finite_is_named(overrides: Overrides, monkeypatc
 
 
 def test_samples_do_not_take_the_models_own_generation_settings() -> None:
-    from evaluation import sample
+    from sampling import Sampling, sample
 
     model, tokenizer = make_model().eval(), make_tokenizer()
-    plain = sample(model, tokenizer, [[5, 6], [7]], 24, 2, 0, torch.float32)
+    plain = sample(model, tokenizer, [[5, 6], [7]], Sampling(22, 2, 0, torch.float32))
     model.generation_config.repetition_penalty = 5.0
-    assert sample(model, tokenizer, [[5, 6], [7]], 24, 2, 0, torch.float32) == plain
+    assert sample(model, tokenizer, [[5, 6], [7]], Sampling(22, 2, 0, torch.float32)) == plain
     assert model.generation_config.repetition_penalty == 5.0
 
 

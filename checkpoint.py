@@ -109,6 +109,12 @@ def find_archive(name: str, how: str = "fast") -> Path:
     return path
 
 
+def manifest_hash(archive: str | None) -> str | None:
+    """Stands for the content of a checkpoint of ours, which its manifest lists by hashes; None of anything else."""
+    path = Path(archive or "", MANIFEST)
+    return file_hash(path) if archive and path.is_file() else None
+
+
 def _read_policy_pt(path: Path) -> Archive:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

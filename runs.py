@@ -18,6 +18,7 @@ import psutil
 from omegaconf import DictConfig, OmegaConf
 
 import checkpoint
+from preference_datasets import PreferenceData
 from settings import Config
 from utils import HISTORY, UserError, get_local_dir, get_local_run_dir, log, make_dir, open_log, redact
 
@@ -231,18 +232,33 @@ def _runs_of(config: Config) -> list[Path]:
     return [path for match, path in sorted(((m, p) for m, p in matches if m), key=lambda f: f[0][1], reverse=True)]
 
 
+def _changes(config: Config, state: dict[str, Any], free: set[str]) -> tuple[dict[str, str], list[str]]:
+    """A line for each key in which this run differs from the one of `state`, and those keys that are not `free`."""
+    before, now = flat(state["config"]), flat(dataclasses.asdict(config))
+    changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    lines = {key: f"{key}={now.get(key)} (was {before.get(key)})" for key in sorted(changed)}
+    return lines, [key for key in lines if key not in free and key.partition(".")[0] not in free]
+
+
+def is_finished(config: Config, data: PreferenceData) -> bool:
+    """Whether the run would only go on in its own folder from its own end, with the same settings, data and start."""
+    if config.checkpoint is None or not goes_on_inside(config):
+        return False
+    state = checkpoint.read_state(config.checkpoint)
+    same = state["training data"] == data.identity
+    same &= state.get("model.archive") == checkpoint.manifest_hash(config.model.archive)
+    return state["examples"] >= state["total_examples"] and same and not _changes(config, state, FREE)[1]
+
+
 def check_changes(config: Config, state: dict[str, Any]) -> None:
     """Name every key in which this run differs from the one it goes on with.
 
     Raises UserError for those that change what the run means, unless resume_allow_changes is true.
     """
-    before, now = flat(state["config"]), flat(dataclasses.asdict(config))
-    changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
     # A run at a constant learning rate may be made longer.
     free = FREE | ({"n_epochs", "n_examples"} if config.lr_schedule == "constant" else set())
-    lines = {key: f"{key}={now.get(key)} (was {before.get(key)})" for key in sorted(changed)}
-    harmless = [key for key in lines if key in free or key.partition(".")[0] in free]
-    meaningful = [key for key in lines if key not in harmless]
+    lines, meaningful = _changes(config, state, free)
+    harmless = [key for key in lines if key not in meaningful]
     told = [lines[key] for key in harmless if key not in ("resume", "local_run_dir")]
     if told:
         log(f"resuming with other settings, of which none changes what an update computes: {', '.join(told)}")
@@ -250,7 +266,7 @@ def check_changes(config: Config, state: dict[str, Any]) -> None:
         raise UserError(
             f"resume={config.resume} was trained with other settings: "
             + ", ".join(lines[key] for key in meaningful)
-            + "; give the same, or set resume_allow_changes=true"
+            + "; give the same, start anew under another exp_name, or set resume_allow_changes=true"
         )
     if meaningful:
         log(f"resume_allow_changes=true: from here on {', '.join(lines[key] for key in meaningful)}")

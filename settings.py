@@ -1,8 +1,10 @@
 """The configuration's types, and the one place that checks it. Nothing here edits a value the user gave."""
 
 import difflib
+import hashlib
 import importlib.util
 import math
+import re
 import shlex
 import sys
 from dataclasses import dataclass, field, fields
@@ -29,6 +31,7 @@ REFERENCE_MODES = ("stored", "live")
 CHAT_FORMATS = ("auto", "template", "hh")
 CHECKS = ("fast", "full")
 NONFINITE = ("stop", "skip")
+LONGEST_NAME = 120
 CONFIG_DIR = Path(__file__).parent / "config"
 
 
@@ -184,6 +187,7 @@ def register_resolvers() -> None:
     )
     OmegaConf.register_new_resolver("last_local_dir", lambda dirs: str(get_local_dir(list(dirs))), replace=True)
     OmegaConf.register_new_resolver("package_file", _package_file, replace=True)
+    OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
 
 
 def _package_file(package: str, file: str) -> str:
@@ -195,6 +199,15 @@ def _package_file(package: str, file: str) -> str:
             "or choose another model= (see config/model)"
         )
     return str(Path(spec.origin).parent / file)
+
+
+def _run_name(swept: str) -> str:
+    """What a sweep calls the folder of a run, from its overrides, such as loss.beta=0.1,seed=2. Signs that do not suit
+    the name of a folder are replaced; a hash then keeps names apart."""
+    name = re.sub(r"[^\w.,=+-]", "_", swept)[:LONGEST_NAME]
+    if not swept:
+        return "run"
+    return name if name == swept else f"{name}-{hashlib.sha256(swept.encode()).hexdigest()[:8]}"
 
 
 def load_config(overrides: list[str]) -> Config:

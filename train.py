@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 import parallel
 import runs
 import stopping
+import sweeps
 import trainers
 from checkpoint import find_archive, read_state
 from models import load_policy, load_tokenizer, local_folder, pick_device, quiet_transformers
@@ -90,7 +91,7 @@ def open_wandb(config: Config, run_dir: Path) -> Any:
         wandb.init,
         entity=config.wandb.entity,
         project=config.wandb.project,
-        name=config.exp_name,
+        name=config.exp_name if run_dir.name.startswith(config.exp_name) else f"{config.exp_name} {run_dir.name}",
         dir=str(run_dir),
         config=json.loads(redact(json.dumps(dataclasses.asdict(config)))),
         id=known,
@@ -207,6 +208,9 @@ def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: P
     with parallel.one_per_machine_first():
         tokenizer = load_tokenizer(config)
         train_data, eval_data = load_splits(config, tokenizer, run_dir)
+        if runs.is_finished(config, train_data):
+            log(f"{run_dir} is finished, with these settings and data: nothing to do")
+            return
         local_folder(config.model.name_or_path, config.cache)  # converts a .gguf file
     parallel.build_mesh(sharding, device)
     if not parallel.is_main():
@@ -238,12 +242,18 @@ def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: P
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
-def main(composed: DictConfig) -> None:
-    if HydraConfig.get().mode == RunMode.MULTIRUN and "local_run_dir" not in str(HydraConfig.get().overrides.task):
-        composed.local_run_dir = HydraConfig.get().runtime.output_dir
+def main(composed: DictConfig) -> float | None:
     import train as module  # by this name other processes, Hydra's launchers' among them, find what they have to run
 
-    run_main(lambda: module.train(composed, list(HydraConfig.get().overrides.task)), parallel.fails_first)
+    overrides = list(HydraConfig.get().overrides.task)
+
+    def run() -> None:
+        run_main(lambda: module.train(composed, overrides), parallel.fails_first)
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return sweeps.run_in_sweep(composed, run)
+    run()
+    return None
 
 
 if __name__ == "__main__":
@@ -251,4 +261,5 @@ if __name__ == "__main__":
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.path[0], os.environ.get("PYTHONPATH"))))
     register_resolvers()
     run_main(lambda: check_keys(sys.argv[1:]), parallel.fails_first)
+    sys.argv += sweeps.naming(sys.argv[1:])
     main()

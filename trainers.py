@@ -165,7 +165,7 @@ class BasicTrainer:
         """Go on from a checkpoint. Raises UserError if it is of other data or another reference."""
         state = checkpoint.read_state(folder)
         for what, value in self._identity().items():
-            if state[what] is not None and value is not None and state[what] != value:
+            if state.get(what) not in (None, value) and value is not None:
                 if not self.config.resume_allow_changes:
                     raise UserError(
                         f"resume={folder}: {what} has changed: the files it was read from (or the program) are others; "
@@ -458,7 +458,8 @@ class BasicTrainer:
         """What a run that goes on from a checkpoint must share with it besides settings: data, and the reference."""
         reference = self.scorer.reference
         name = reference.folder.name if isinstance(reference, StoredReference) else None
-        return {"training data": self.train_data.identity, "reference": name}
+        start = checkpoint.manifest_hash(self.config.model.archive)
+        return {"training data": self.train_data.identity, "reference": name, "model.archive": start}
 
 
 class FSDPTrainer(BasicTrainer):

@@ -103,6 +103,14 @@ def open_log(run_dir: Path) -> None:
     _log_file = Lines(run_dir / "log.txt")
 
 
+def close_log() -> None:
+    """Print only, until `open_log` names another folder."""
+    global _log_file
+    if _log_file is not None:
+        _log_file.close()
+    _log_file = None
+
+
 def run_main(main: Callable[[], Any], speaks: Callable[[], bool] = lambda: True) -> Any:
     """Call `main` as a command does: a `UserError` becomes one message and exit code 1, Ctrl-C exit code 130.
 

@@ -1,0 +1,63 @@
+"""Sweeps: python train.py -m loss.beta=0.1,0.3 ... One folder for the sweep, in it one for each run, which is called
+after what the sweep varies, so that the same command finds what is finished and what is not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import CompactHydraException, HydraException
+from omegaconf import DictConfig
+
+from checkpoint import checkpoints, read_state
+from utils import close_log, log
+
+SWEPT_BY = ("-m", "--multirun", "hydra.mode=MULTIRUN")
+
+
+class RunFailed(CompactHydraException):
+    """One run of a sweep failed. Hydra goes on with the others, then shows this and exits with code 1."""
+
+
+def naming(arguments: list[str]) -> list[str]:
+    """The argument that makes Hydra name a sweep's runs by what is swept; none where `arguments` are of one run."""
+    if not any(argument in SWEPT_BY for argument in arguments):
+        return []
+    given = [argument for argument in arguments if "=" in argument and not argument.startswith(("-", "hydra"))]
+    try:
+        overrides = OverridesParser.create().parse_overrides(given)
+    except HydraException:
+        return []  # Hydra will say what is wrong
+    fixed = sorted({override.key_or_group for override in overrides if not override.is_sweep_override()})
+    return [f"hydra.job.config.override_dirname.exclude_keys={json.dumps(fixed)}"]
+
+
+def run_in_sweep(composed: DictConfig, run: Callable[[], Any]) -> float | None:
+    """Do one run of a sweep; returns the metric by which Hydra's sweepers search: keep_best, or the evaluation's loss.
+
+    The run goes on where an earlier one of the same sweep ended; a finished one is left as it is. Raises RunFailed.
+    """
+    hydra_config = HydraConfig.get()
+    given = {str(override).partition("=")[0] for override in hydra_config.overrides.task}
+    if "local_run_dir" not in given:
+        composed.local_run_dir = hydra_config.runtime.output_dir
+    if "resume" not in given:
+        composed.resume = "auto"
+    run_dir = Path(composed.local_run_dir)
+    close_log()  # of the run before
+    log(f"\n=== {run_dir.parent.name}: {run_dir.name} ===")
+    try:
+        run()
+    except SystemExit as ended:
+        if ended.code not in (1, 2):
+            raise  # it was asked to stop, and so is the sweep
+        raise RunFailed(
+            f"error: {run_dir.name} failed, for the reason given above; it did not hold up the others. The same "
+            "command runs those again that are not finished"
+        ) from None
+    newest = next(iter(checkpoints(run_dir)), None)
+    metrics = read_state(newest)["metrics"] if newest is not None else {}
+    value = metrics.get(composed.keep_best or "loss/eval")
+    return None if value is None else float(value)

@@ -1,0 +1,240 @@
+"""The report on runs, on small folders of them."""
+
+import csv
+import json
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+import report
+from utils import UserError
+
+PROMPTS = ["The film was", "I found the plot", "Its music"]
+TEXTS = [" a great joy.", " terrible and dull.", " fine, I loved it!", ""]
+HOSTILE = "<script>alert(1)</script> \u202eevil\x07 \ud800"
+CONFIG: dict[str, Any] = {"seed": 0, "exp_name": "x", "datasets": ["sentiment"], "lr": 5e-7, "batch_size": 32}
+CONFIG |= {"local_run_dir": "/somewhere/x", "wandb": {"enabled": False}, "model": {"name_or_path": "/models/org/tiny"}}
+
+
+def evaluation(n: int, kl: float) -> dict[str, Any]:
+    values = {"loss/eval": 0.7 - n / 1000, "rewards_eval/accuracies": 0.5 + n / 1000, "rewards_eval/margins": n / 100}
+    return {"counters/examples": n, **values, "kl_eval/rao_blackwell": kl, "kl_eval/rao_blackwell_error": 0.25}
+
+
+def make_run(folder: Path, beta: float = 0.1, examples: int = 200, total: int = 200, **config: Any) -> Path:
+    """A run of DPO with an evaluation after 100 and 200 examples, if it got there, and two samples of each prompt."""
+    metrics, samples = [], []
+    for n in range(10, examples + 1, 10):
+        metrics.append({"counters/examples": n, "loss/train": 0.7 - n / 1000, "rewards_train/margins": n / 100})
+        if n % 100 == 0:
+            metrics.append(evaluation(n, n / 50 * beta))
+            texts = [TEXTS[(n // 100 + i) % 4] for i in range(6)]
+            rows = [{"prompt": PROMPTS[i // 2], "policy": text, "reference": TEXTS[1]} for i, text in enumerate(texts)]
+            samples += [{"counters/examples": n, **row} for row in rows]
+    (folder / "LATEST").mkdir(parents=True)
+    loss = {"name": "dpo", "beta": beta}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "exp_name": folder.name, "loss": loss, **config}))
+    write(folder / "metrics.jsonl", metrics)
+    write(folder / "samples.jsonl", samples)
+    state = {"examples": examples, "total_examples": total}
+    (folder / "LATEST" / "trainer_state.json").write_text(json.dumps(state))
+    return folder
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def make(monkeypatch: pytest.MonkeyPatch, *arguments: Path | str) -> tuple[str, list[dict[str, str]]]:
+    """Runs the command; returns the page, and the lines of the table."""
+    out = Path(arguments[0]).parent / "out"
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments), "--out", str(out)])
+    report.main()
+    with open(out / "report.csv", newline="") as file:
+        return (out / "report.html").read_text(), list(csv.DictReader(file))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    make_run(tmp_path / "sweep" / "beta=0.1")
+    make_run(tmp_path / "sweep" / "beta=0.5", beta=0.5, examples=150)
+    return tmp_path / "sweep"
+
+
+def test_the_table(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    page, rows = make(monkeypatch, sweep)
+    assert [row["run"] for row in rows] == ["beta=0.1", "beta=0.5"]
+    assert [row["loss.beta"] for row in rows] == ["0.1", "0.5"]
+    assert [float(row["loss/eval"]) for row in rows] == pytest.approx([0.5, 0.6])
+    assert [row["evaluated_after"] for row in rows] == ["200", "100"]
+    assert [row["status"] for row in rows] == ["finished", "unfinished, 150 examples"]
+    assert page.count("unfinished, 150 examples") == 2  # in the legend and in the table
+    assert "0.4 ± 0.49" in page  # the KL, and 1.96 times its standard error
+    printed = capsys.readouterr().out
+    assert re.search(r"beta=0\.5 +unfinished, 150 examples +0\.5 +150 +0\.6 +0\.6 +1 +1 ± 0\.49", printed)
+    monkeypatch.setenv("COLUMNS", "60")
+    make(monkeypatch, sweep)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines()[:3])) <= 60
+    assert "(no room for accuracy, margin, KL, reward, loss.beta)" in printed
+
+
+def test_only_what_differs(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(sweep / "deeper" / "other", seed=1, local_run_dir="/elsewhere", wandb={"enabled": True})
+    _, rows = make(monkeypatch, sweep)
+    assert report.differences(report.load_runs([sweep])) == ["loss.beta", "seed"]
+    assert {"lr", "exp_name", "local_run_dir", "wandb.enabled"}.isdisjoint(rows[0])
+    assert rows[2]["run"] == "deeper/other" and rows[2]["seed"] == "1"
+
+
+def test_one_run_shows_its_settings(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, _ = make(monkeypatch, sweep / "beta=0.1", sweep / "beta=0.1")
+    assert "Settings: model.name_or_path: …/org/tiny; datasets: sentiment; loss.name: dpo; loss.beta: 0.1;" in page
+    assert "lr: 5e-07; batch_size: 32; seed: 0" in page and "Report of 1 run<" in page
+
+
+def test_the_page_stands_alone(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network, no script, no id twice, nothing that refers to an id of another chart."""
+    page, _ = make(monkeypatch, sweep)
+    assert not re.search("https?://|<script|<link|<style.*<style|@import", page, re.DOTALL)
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert page.count("<svg ") == 5 and len(ids) == len(set(ids)) > 50
+    used = re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', page)
+    assert used and {a or b for a, b in used} <= set(ids)
+    assert report.INK not in page and "currentColor" in page and "DejaVu" not in page
+
+
+def test_what_models_write_is_text(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = sweep / "beta=0.1" / "samples.jsonl"
+    write(file, [{**row, "policy": HOSTILE, "prompt": f"<b>\u2028{row['prompt']}"} for row in read(file)])
+    make_run(sweep / "x<i>\u202e", examples=100, exp_name=HOSTILE, lr="<script>")
+    page, rows = make(monkeypatch, sweep, "--samples", "9")
+    assert not re.search("<script|<b>|<i>|[\u202e\u2028\x07]", page)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; \\u202eevil\\u0007 \\ud800" in page
+    assert "&lt;b&gt;\\u2028The film was" in page and "x&lt;i&gt;\\u202e" in page
+    assert rows[2]["run"] == "x<i>\\u202e"
+
+
+def test_samples_side_by_side(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, _ = make(monkeypatch, sweep, "--samples", "2")
+    articles = re.findall("<article>(.*?)</article>", page, re.DOTALL)
+    assert [PROMPTS[i] in article for i, article in enumerate(articles)] == [True, True]
+    first = re.findall("<h4>(.*?)</h4><p>(.*?)</p>", articles[0])
+    assert [text for _, text in first] == [TEXTS[1], TEXTS[2], TEXTS[1]]  # reference, after 200, after 100
+    assert "after 200 examples, first of 2 samples</small>" in first[1][0]
+    score = SentimentIntensityAnalyzer().polarity_scores(PROMPTS[0] + TEXTS[2])["compound"]
+    assert f"reward {score:+.2f}" in first[1][0]
+    assert "<em>(empty)</em>" in articles[1]
+    assert report.samples_html(report.load_runs([sweep]), 0) == ""
+
+
+def test_the_frontier(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sweep / "beta=0.1"
+    run = report.load_runs([folder])[0]
+    score = SentimentIntensityAnalyzer().polarity_scores
+    for point, n in zip(report.frontier(run), (100, 200), strict=True):
+        rows = [row for row in read(folder / "samples.jsonl") if row["counters/examples"] == n]
+        means = []
+        for prompt in PROMPTS:
+            scores = [score(prompt + row["policy"])["compound"] for row in rows if row["prompt"] == prompt]
+            means.append(sum(scores) / len(scores))
+        width = 1.96 * statistics.stdev(means) / math.sqrt(3)
+        assert point[:3] == (n, n / 50 * 0.1, 0.25)
+        assert point.reward == (pytest.approx(statistics.mean(means)), pytest.approx(width), 3)
+    references = [score(prompt + TEXTS[1])["compound"] for prompt in PROMPTS]
+    assert [r.mean for r in report.reference_rewards([run])] == [pytest.approx(statistics.mean(references))]
+    page, rows = make(monkeypatch, sweep)
+    assert "mean over 3 held-out prompts" in page
+    assert float(rows[0]["true_reward"]) == pytest.approx(point.reward.mean)
+
+
+def test_no_reward_for_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, rows = make(monkeypatch, make_run(tmp_path / "run", datasets=["hh"]))
+    assert "true_reward" not in rows[0] and "Reward against KL" not in page and ", reward " not in page
+
+
+def test_the_plain_estimate_where_there_is_no_other(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", examples=100)
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace("rao_blackwell", "plain"))
+    assert [point[:3] for point in report.frontier(report.load_runs([folder])[0])] == [(100, 0.2, 0.25)]
+
+
+def test_nan_is_shown(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = sweep / "beta=0.1" / "metrics.jsonl"
+    rows = read(file)
+    write(file, [*rows[:-1], rows[-1] | {"kl_eval/rao_blackwell": math.nan, "rewards_eval/margins": math.inf}])
+    page, table = make(monkeypatch, sweep)
+    assert table[0]["kl_eval/rao_blackwell"] == "nan" and "<td>nan ± 0.49</td>" in page and "<td>inf</td>" in page
+    assert "beta=0.1: 1 of kl_eval/rao_blackwell nan or infinite" in page
+    assert "Evaluations without a KL or a known reward are left out: of beta=0.1." in page
+
+
+def test_a_cut_last_line(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = sweep / "beta=0.1" / "metrics.jsonl"
+    with open(file, "ab") as end:
+        end.write(b'{"counters/examples": 210, "lo\xe2')
+    assert make(monkeypatch, sweep)[1][0]["examples"] == "200"
+    with open(file, "a") as end:
+        end.write("\n" + json.dumps({"counters/examples": 220}) + "\n")
+    with pytest.raises(UserError, match=r"beta=0\.1/metrics\.jsonl, line 23 is no JSON object with counters/examples"):
+        make(monkeypatch, sweep)
+
+
+def test_runs_that_are_not_there_yet(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(sweep / "early", examples=50)
+    (make_run(sweep / "empty", examples=0) / "metrics.jsonl").unlink()
+    page, rows = make(monkeypatch, sweep)
+    assert rows[2]["status"] == "unfinished, 50 examples, no evaluation" and rows[2]["loss/eval"] == ""
+    assert rows[3]["status"] == "nothing logged" and page.count("nothing logged") == 2
+    assert "Evaluations without a KL or a known reward are left out: of early, empty." in page
+
+
+def test_sft_and_dpo_have_a_loss_panel_each(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(sweep / "sft", loss={"name": "sft"})
+    write(folder / "metrics.jsonl", [{"counters/examples": 200, "loss/eval": 80.0}])
+    page, rows = make(monkeypatch, sweep)
+    assert re.findall("<h3>(Loss.*?)</h3>", page) == ["Loss: dpo", "Loss: sft"]
+    assert rows[2]["loss.beta"] == "–" and rows[2]["rewards_eval/margins"] == ""
+
+
+@pytest.mark.parametrize("n", [1, 399, 400, 401, 12345])
+def test_thinning_keeps_both_ends(n: int) -> None:
+    thin = report.thin_out(range(n))
+    assert len(thin) == min(n, 400) and (thin[0], thin[-1]) == (0, n - 1) and thin == sorted(set(thin))
+
+
+def test_misuse(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (sweep.parent / "nothing").mkdir()
+    (sweep.parent / "file").touch()
+    for arguments, message in [
+        ([sweep.parent / "missing"], "missing does not exist"),
+        ([sweep.parent / "nothing"], "nothing holds no run"),
+        ([sweep, "--samples", "-1"], "--samples -1 must be"),
+        ([sweep, "--out", sweep.parent / "file"], "--out: cannot create the folder"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
+        with pytest.raises(UserError, match=message) as error:
+            report.main()
+        assert "\n" not in str(error.value)
+    (sweep.parent / "out" / "report.html").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"report\.html cannot be written"):
+        make(monkeypatch, sweep)
+
+
+def test_a_broken_config(sweep: Path) -> None:
+    (sweep / "beta=0.5" / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"beta=0\.5/config\.yaml cannot be read"):
+        report.load_runs([sweep])

@@ -117,13 +117,14 @@ def trained(folder: Path) -> Path:
 def assert_same_events(found: list[dict], wanted: list[dict]) -> None:
     """Every number to a relative 1e-5.
 
-    A reward is a difference of log-probabilities of some 60 nats, whose float32 rounding it keeps: that is its scale.
+    A reward or KL is a difference of log-probabilities of some 60 nats, whose float32 rounding it keeps: that is its
+    scale.
     """
     for one, other in zip(wanted, found, strict=True):
         assert one.keys() == other.keys()
         scale = max(abs(one[name]) for name in one if name.startswith("logps"))
         for name in one.keys() - COSTS:
-            rounding = 1e-6 * scale if name.startswith(("rewards", "logratios")) else 0.0
+            rounding = 1e-6 * scale if name.startswith(("rewards", "logratios", "kl_eval")) else 0.0
             assert other[name] == pytest.approx(one[name], rel=1e-5, abs=rounding), (name, one)
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trainers
 from checkpoint import CheckpointWriter
 from models import add_token_logps
+from sampling import Sampling, sample
 from stopping import SAME_REQUEST
 from utils import UserError, run_main
 
@@ -56,6 +57,52 @@ def test_sft_then_dpo_as_processes(train_process: RunTrain, tmp_path: Path) -> N
     card = (tmp_path / "dpo" / "LATEST" / "README.md").read_text()
     for fact in ("beta 0.1", "24 examples", "rewards_eval/accuracies", str(tmp_path / "sft"), "python train.py"):
         assert fact in card
+
+
+def test_kl_is_seen_while_training(overrides: Overrides, tmp_path: Path) -> None:
+    given = ("n_eval_examples=8", "n_eval_model_samples=4", "n_eval_samples_per_prompt=3", "lr=1e-3", "eval_every=12")
+    for mode in ("stored", "live"):
+        train_here(overrides(*DPO, *given, f"reference.mode={mode}", f"local_run_dir={tmp_path / mode}"))
+    stored, live = (
+        [e for e in read_jsonl(tmp_path / mode / "metrics.jsonl") if "loss/eval" in e] for mode in ("stored", "live")
+    )
+    names = [f"kl_eval/{name}{end}" for name in ("plain", "rao_blackwell") for end in ("", "_error")]
+    assert [e["counters/examples"] for e in stored] == [0, 12, 24]
+    assert {stored[0][name] for name in names} == {0.0}
+    assert 0.01 < stored[1]["kl_eval/rao_blackwell"] < stored[2]["kl_eval/rao_blackwell"]
+    for one, other in zip(stored, live):
+        assert [other[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-5, abs=1e-6)
+    rows = read_jsonl(tmp_path / "stored" / "samples.jsonl")
+    assert len(rows) == 3 * 12 and len({row["prompt"] for row in rows}) == 4
+
+    # SFT has no reference, but a beginning.
+    train_here(overrides(*given, "loss=sft", f"local_run_dir={tmp_path / 'sft'}"))
+    train_here(overrides(*given, "loss=sft", "kl_during_eval=true", f"local_run_dir={tmp_path / 'far'}"))
+    without, far = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("sft", "far"))
+    assert not any(name in event for event in without for name in names)
+    assert far[0]["kl_eval/plain"] == 0 and far[-1]["kl_eval/rao_blackwell"] > 0.01
+
+
+def test_kl_of_the_last_evaluation_is_that_of_the_checkpoint(overrides: Overrides, tmp_path: Path) -> None:
+    train_here(overrides(*DPO, "n_eval_examples=8", "n_eval_model_samples=4", "lr=1e-3"))
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "LATEST").double()
+    reference, tokenizer = make_model().double(), make_tokenizer()
+    last = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    rows = [r for r in read_jsonl(tmp_path / "run" / "samples.jsonl") if r["counters/examples"] == 24]
+    prompts = [tokenizer(row["prompt"]).input_ids for row in rows]
+    how = Sampling(64 - max(map(len, prompts)), 16, 0, torch.float32)
+    found = sample(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "LATEST"), tokenizer, prompts, how)
+    assert tokenizer.batch_decode(found, skip_special_tokens=True) == [row["policy"] for row in rows]
+    plain, exact = [], []
+    with torch.no_grad():
+        for prompt, response in zip(prompts, found):
+            ids = torch.tensor([prompt + response])
+            ours, theirs = (m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (policy, reference))
+            tokens = torch.tensor(response)[:, None]
+            plain.append(float((ours.gather(1, tokens) - theirs.gather(1, tokens)).sum()))
+            exact.append(float((ours.exp() * (ours - theirs)).sum()))
+    assert last["kl_eval/plain"] == pytest.approx(sum(plain) / 4, abs=1e-4)
+    assert last["kl_eval/rao_blackwell"] == pytest.approx(sum(exact) / 4, abs=1e-4)
 
 
 def test_a_checkpoint_gives_the_same_logits_in_a_fresh_process(overrides: Overrides, tmp_path: Path) -> None:
@@ -396,8 +443,6 @@ def test_a_gradient_that_is_not_finite_is_named(overrides: Overrides, monkeypatc
 
 
 def test_samples_do_not_take_the_models_own_generation_settings() -> None:
-    from sampling import Sampling, sample
-
     model, tokenizer = make_model().eval(), make_tokenizer()
     plain = sample(model, tokenizer, [[5, 6], [7]], Sampling(22, 2, 0, torch.float32))
     model.generation_config.repetition_penalty = 5.0

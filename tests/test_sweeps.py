@@ -1,0 +1,109 @@
+"""python train.py -m: what fails holds up nothing, what is finished is left alone, what is not goes on."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, read_jsonl, train_here
+
+import settings
+import sweeps
+from utils import UserError
+
+Overrides = Callable[..., list[str]]
+
+
+@pytest.fixture
+def sweep(overrides: Overrides, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python train.py -m` with the tiny model and `given`, into tmp_path/out/<user>/tuned."""
+
+    def run(*given: str) -> subprocess.CompletedProcess[str]:
+        own = ("local_run_dir=", "exp_name=tuned", f"local_dirs=[{tmp_path / 'out'}]", "loss=dpo", "n_eval_examples=4")
+        command = [sys.executable, str(ROOT / "train.py"), "-m", *overrides(*own, *given)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, env={**os.environ})
+
+    return run
+
+
+def test_a_sweep_finishes_what_it_can_and_the_second_call_trains_nothing(
+    sweep: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    first = sweep("loss.beta=0.1,-1,0.3")
+    (folder,) = (tmp_path / "out").glob("*/tuned")
+    assert first.returncode == 1 and "Traceback" not in first.stderr
+    assert "loss.beta=-1.0 must be a number above 0" in first.stderr
+    assert "The same command runs those again that are not finished" in first.stderr
+    runs = [folder / "loss.beta=0.1", folder / "loss.beta=0.3"]
+    files = {path: path.read_bytes() for run in runs for path in (run / "metrics.jsonl", run / "samples.jsonl")}
+    betas = [read_jsonl(run / "metrics.jsonl")[-1]["rewards_eval/margins"] for run in runs]
+    assert betas[1] / betas[0] == pytest.approx(3, rel=0.2)  # the second run is not the first once more
+    assert "loss.beta=-1.0" not in (runs[0] / "log.txt").read_text()
+    for run in runs:
+        assert "log-probabilities: " in (run / "log.txt").read_text()
+    assert "log-probabilities: 0 to compute" in (runs[1] / "log.txt").read_text()
+
+    second = sweep("loss.beta=0.1,0.3,0.5")
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("nothing to do") == 2
+    assert (folder / "loss.beta=0.5" / "LATEST").exists()
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+    other = sweep("loss.beta=0.1,0.3", "lr=1e-3")
+    assert other.returncode == 1 and other.stdout.count("=== tuned") == 2
+    assert other.stderr.count("lr=0.001 (was 5e-07)") == 2 and "another exp_name" in other.stderr
+
+
+def finished(overrides: Overrides, run_dir: Path, *given: str) -> bool:
+    """Train in this process with resume=auto; whether there was nothing to do."""
+    before = (run_dir / "log.txt").read_text() if (run_dir / "log.txt").exists() else ""
+    train_here(overrides("loss=dpo", "loss.beta=0.1", "resume=auto", *given))
+    return "nothing to do" in (run_dir / "log.txt").read_text().removeprefix(before)
+
+
+def test_finished_means_the_same_settings_data_and_start(overrides: Overrides, tmp_path: Path, pairs_dir: Path) -> None:
+    run_dir, pairs = tmp_path / "run", tmp_path / "pairs"
+    shutil.copytree(pairs_dir, pairs)
+    start = tmp_path / "start"
+    train_here(overrides("loss=sft", f"local_run_dir={start}", "n_eval_examples=0"))
+    given = (f"datasets=[{pairs}]", f"model.archive={start}/LATEST/")
+    assert not finished(overrides, run_dir, *given, "n_examples=8", "n_eval_examples=4")
+    assert finished(overrides, run_dir, *given, "n_examples=8", "n_eval_examples=0")  # more or less is measured
+    assert not finished(overrides, run_dir, *given, "n_examples=12")  # it goes on to there
+    assert finished(overrides, run_dir, *given, "n_examples=12")
+    with pytest.raises(UserError, match=r"loss\.beta=0\.2 \(was 0\.1\)"):
+        finished(overrides, run_dir, *given, "n_examples=12", "loss.beta=0.2")
+    # Other weights under the same path.
+    shutil.rmtree(start)
+    train_here(overrides("loss=sft", f"local_run_dir={start}", "n_eval_examples=0", "lr=1e-3"))
+    with pytest.raises(UserError, match=r"model\.archive has changed|reference has changed"):
+        finished(overrides, run_dir, *given, "n_examples=12")
+
+
+def test_changed_data_is_not_finished(overrides: Overrides, tmp_path: Path, pairs_dir: Path) -> None:
+    pairs = tmp_path / "pairs"
+    shutil.copytree(pairs_dir, pairs)
+    assert not finished(overrides, tmp_path / "run", f"datasets=[{pairs}]")
+    rows = (pairs / "train.jsonl").read_text().splitlines(keepends=True)
+    (pairs / "train.jsonl").write_text("".join(rows[1:] + rows[:1]))
+    with pytest.raises(UserError, match="training data has changed"):
+        finished(overrides, tmp_path / "run", f"datasets=[{pairs}]")
+
+
+def test_runs_are_named_by_what_is_swept() -> None:
+    arguments = ["-m", "exp_name=x", "loss=dpo", "loss.beta=0.1,0.3", "+optimizer_kwargs.betas=[0.9,0.95],[0.8,0.9]"]
+    arguments += ["lr=choice(1e-6,1e-5)", "hydra.sweep.dir=/a", "dataset_sources.hh=/b"]
+    (naming,) = sweeps.naming(arguments)
+    assert naming.partition("=")[2] == '["dataset_sources.hh", "exp_name", "loss"]'
+    assert sweeps.naming(arguments[1:]) == [] == sweeps.naming(["-m", "a=[1"])
+
+
+def test_names_of_runs_suit_folders() -> None:
+    name = settings._run_name
+    assert name("loss.beta=0.1,seed=2") == "loss.beta=0.1,seed=2" and name("") == "run"
+    assert name("model.archive=/a/b") != name("model.archive=/a_b")
+    long = name(f"datasets=[{'x' * 500}]")
+    assert "/" not in name("model.archive=/a/b") + long and len(long) < 150

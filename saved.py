@@ -1,28 +1,44 @@
 """Open a trained policy, and the reference it was trained against, from what a run left behind."""
 
-import dataclasses
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint import STATE_FILE, find_archive, read_state
-from models import Computation, check_fits, load_policy, load_tokenizer, pick_computation, pick_device
-from settings import Config, load_config
+from models import Computation, check_fits, load_policy, load_tokenizer, local_folder, pick_computation, pick_device
+from settings import Config, check_keys, load_config
 from utils import UserError
 
 # What a checkpoint knows of its run that also matters for using its policy.
-KEPT = ("datasets", "chat_format", "max_length", "max_prompt_length", "mixed_precision", "layout")
+KEPT = ["datasets", "dataset_sources", "holdout_fraction", "drop_bad_rows", "chat_format"]
+KEPT += ["max_length", "max_prompt_length", "mixed_precision", "layout"]
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A model that can be opened: its configuration, and the name or path of the reference it was trained against."""
+    """A model that can be opened. `trained`: the configuration of the run that made it, {} where that is not known."""
 
     config: Config
-    reference: str | None
+    trained: dict[str, Any]
+
+    @property
+    def reference(self) -> str | None:
+        """Name or path of what it was trained against, and from."""
+        model = self.trained.get("model", {})
+        return model.get("archive") or model.get("name_or_path")
+
+    def architecture(self) -> Any:
+        """The model's configuration, as transformers has it. Raises UserError where there is no such model."""
+        name, own_code = self.config.model.name_or_path, self.config.model.trust_remote_code
+        try:
+            return AutoConfig.from_pretrained(local_folder(name, self.config.cache), trust_remote_code=own_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"no model could be read from {name}: {str(error).strip().splitlines()[0]}") from error
 
     def open(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Computation]:
         """The model, frozen, its tokenizer, and how its log-probabilities are computed."""
@@ -34,39 +50,75 @@ class Saved:
         return model, tokenizer, pick_computation(model, config)
 
 
+def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the other arguments, the KEY=VALUE, which may stand anywhere). Raises UserError for a misspelt key."""
+    overrides = [a for a in arguments if re.match(r"[+~]{0,2}[A-Za-z_][\w./@]*=", a)]
+    check_keys(overrides)
+    return [a for a in arguments if a not in overrides], overrides
+
+
 def find_saved(name: str, overrides: list[str]) -> Saved:
     """What `name` means: a run's folder, a checkpoint, a policy.pt, any model folder, .gguf file or hub id.
 
-    Settings are those of the run where that is known, then `overrides` as train.py takes them. Raises UserError.
+    Settings are those of the run where that is known, then `overrides` as train.py takes them. Raises UserError where
+    there is no such model.
     """
-    given = {override.partition("=")[0].lstrip("+") for override in overrides}
-    if not Path(name).expanduser().exists() or name.endswith(".gguf"):
-        return Saved(_configure(["model=blank_model", f"model.name_or_path={name}"], {}, overrides), None)
-    path = find_archive(name)
-    if path.is_file():  # the original code's, which does not say what it is
-        if not {"model", "model.name_or_path"} & given:
-            raise UserError(f"{path} does not say which model it is of: add model=<name>, such as model=pythia28")
-        return Saved(_configure([f"model.archive={_quoted(str(path))}"], {}, overrides), None)
-    known = read_state(path)["config"] if (path / STATE_FILE).exists() else {}
-    model = known.get("model", {})
-    own = ["model=blank_model", f"model.name_or_path={_quoted(str(path))}"]
-    own += [f"model.policy_dtype={model['policy_dtype']}"] if model else []
-    return Saved(_configure(own, known, overrides), model.get("archive") or model.get("name_or_path"))
+    own = ["model=blank_model", f"model.name_or_path={_quoted(name)}"]
+    known: dict[str, Any] = {}
+    if Path(name).expanduser().exists() and not name.endswith(".gguf"):
+        path = find_archive(name)
+        if path.is_file():  # the original code's, which does not say what it is
+            if not any(re.match(r"model(\.name_or_path)?=", override) for override in overrides):
+                raise UserError(f"{path} does not say which model it is of: add model=<name>, such as model=pythia28")
+            own = [f"model.archive={_quoted(str(path))}"]
+        else:
+            known = read_state(path)["config"] if (path / STATE_FILE).exists() else {}
+            own[1] = f"model.name_or_path={_quoted(str(path))}"
+            own += [f"model.policy_dtype={known['model']['policy_dtype']}"] if known else []
+    saved = Saved(_configure(own, known, overrides), known)
+    saved.architecture()
+    return saved
 
 
 def _configure(own: list[str], known: dict[str, Any], overrides: list[str]) -> Config:
     given = {override.partition("=")[0].lstrip("+") for override in overrides}
     loss = {key: value for key, value in known.get("loss", {"name": "dpo", "beta": 1.0}).items() if value is not None}
     settings = {"exp_name": "saved", "loss": loss.pop("name"), **{f"loss.{key}": value for key, value in loss.items()}}
-    settings |= {key: known[key] for key in KEPT if key in known}
+    for key in (key for key in KEPT if key in known):
+        settings |= (
+            {f"{key}.{k}": v for k, v in known[key].items()} if isinstance(known[key], dict) else {key: known[key]}
+        )
     taken = [
         f"{key}={_quoted(value)}"
         for key, value in settings.items()
         if key not in given and not ("loss" in given and key.startswith("loss"))
     ]
-    config = load_config([*own, *taken, *overrides])
-    return dataclasses.replace(config, trainer="BasicTrainer")
+    return replace(load_config([*own, *taken, *overrides]), trainer="BasicTrainer")
 
 
 def _quoted(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Saved:
+    """The reference `given`, or else the one `policy` was trained against, to be computed as the policy is.
+
+    Raises UserError where there is none, or its vocabulary is another.
+    """
+    name = given or policy.reference
+    if name is None:
+        raise UserError("it is not known what the policy was trained against: give --reference <run, folder or hub id>")
+    if name.endswith(".pt") and not given:  # of the original code, which does not say what it is
+        base = policy.trained["model"]["name_or_path"]
+        overrides = [*overrides, "model=blank_model", f"model.name_or_path={_quoted(base)}"]
+    own = policy.config.model
+    try:
+        found = find_saved(name, overrides).config.model
+        own_tokenizer = load_tokenizer(replace(policy.config, model=found)) if given else None
+    except UserError as error:
+        raise UserError(f"reference {name}: {error}\nGive one with --reference <run, folder or hub id>") from error
+    if own_tokenizer is not None and own_tokenizer.get_vocab() != load_tokenizer(policy.config).get_vocab():
+        raise UserError(f"--reference {name} has another vocabulary than the policy; give one with the same tokenizer")
+    tokenizer = own.tokenizer_name_or_path or own.name_or_path
+    shared = replace(found, policy_dtype=own.policy_dtype, tokenizer_name_or_path=tokenizer)
+    return Saved(replace(policy.config, model=shared), {})

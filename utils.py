@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -57,6 +58,13 @@ def log(message: str) -> None:
         print(message, flush=True)
     if _log_file is not None:
         _log_file.add(message)
+
+
+def visible(text: str) -> str:
+    """`text` of any origin, with control characters and those that change its direction as escapes."""
+    kept = "\n\t\u200c\u200d"
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(repr(c)[1:-1] if c not in kept and unicodedata.category(c) in hidden else c for c in text)
 
 
 def notice(message: str) -> None:
@@ -210,7 +218,8 @@ class _Stderr:
 def progress(iterable: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
     """A tqdm bar that redraws often on a terminal and every few seconds where the output goes to a file."""
     interval = 0.2 if sys.stderr.isatty() else 5.0
-    options.setdefault("disable", _quiet)
+    # A bar that would be wiped away leaves a line each time where the output goes to a file.
+    options.setdefault("disable", _quiet or (not options.get("leave", True) and not sys.stderr.isatty()))
     options.setdefault("file", _Stderr())
     return tqdm(iterable, mininterval=interval, maxinterval=max(interval, 10), dynamic_ncols=True, **options)
 

@@ -217,8 +217,8 @@ def write(folder: Path, points: Sequence[Point], minutes: float) -> str:
     lines = [
         f"Measured {datetime.now(UTC):%Y-%m-%d} in {minutes:.0f} minutes: {_hardware()}, torch {version('torch')}, "
         f"transformers {version('transformers')}, commit {commit.stdout.strip() or 'unknown'}. Reward: VADER's score, "
-        f"mean over {points[0].prompts} held-out prompts with its 95 % interval; KL: nats a response, Rao-Blackwellised "
-        "and, as plain KL, the mean log-ratio, each with its standard error.",
+        f"mean over {points[0].prompts} held-out prompts, 95 % interval; KL: nats a response, Rao-Blackwellised and, "
+        "as plain KL, the mean log-ratio, each with its standard error.",
         "",
         "| method | setting | examples | KL | plain KL | reward |",
         "|---|---|---|---|---|---|",

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import load_tokenizer
 from preference_datasets import PreferenceData, Record, format_funnel, load_data
 from settings import data_settings, load_config
-from utils import UserError, run_main
+from utils import UserError, run_main, visible
 
 DIM, GREEN, SPECIAL, RESET = "\033[2m", "\033[32m", "\033[1;30;43m", "\033[0m"
 
@@ -41,8 +41,7 @@ def show_tokens(ids: Sequence[int], tokenizer: Any, colour: str) -> str:
     special = set(tokenizer.all_special_ids)
     shown = []
     for token, text in zip(ids, pieces(ids, tokenizer), strict=True):
-        # Control characters of the data must not reach the terminal.
-        text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text).replace("\n", "⏎\n")
+        text = visible(text).replace("\n", "⏎\n")
         if token in special:
             text = f"{SPECIAL}{text}{RESET}{colour}" if colour else f"[{text}]"
         shown.append(text)

@@ -18,7 +18,6 @@ import shlex
 import shutil
 import statistics
 import sys
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from utils import UserError, log, make_dir, redact, run_main
+from utils import UserError, log, make_dir, redact, run_main, visible
 
 EXAMPLES = "counters/examples"
 EVALUATED = re.compile("(^|[_/])eval(/|$)")
@@ -317,13 +316,6 @@ def table_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     names = dict.fromkeys(name for row in rows for name in row)
     first = ["run", "status", *differing, "examples", "evaluated_after", *SHORT]
     return [{name: row.get(name) for name in dict.fromkeys([*first, *names]) if name in names} for row in rows]
-
-
-def visible(text: str) -> str:
-    """`text` with control characters and those that change the direction of text as escapes."""
-    kept = "\n\t\u200c\u200d"
-    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return "".join(f"\\u{ord(c):04x}" if c not in kept and unicodedata.category(c) in hidden else c for c in text)
 
 
 def shown(value: Any) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from settings import load_config
 
@@ -22,8 +23,17 @@ def test_training_commands_pass_validation(command: str) -> None:
     words = shlex.split(command.replace("<run folder of step 1>", "run"))
     words = words[words.index("train.py") + 1 :]
     sweep = "-m" in words
-    words = [word.split(",")[0] if sweep else word for word in words if word != "-m" and not word.startswith("hydra")]
-    assert load_config(words)
+    words = [word for word in words if word != "-m" and not word.startswith("hydra")]
+    assert load_config([first_of(word) for word in words] if sweep else words)
+
+
+def first_of(word: str) -> str:
+    """An override with the first value of a sweep, or the lower end of an interval."""
+    (override,) = OverridesParser.create().parse_overrides([word])
+    if override.is_interval_sweep():
+        return f"{override.key_or_group}={override.value().start}"
+    first = next(override.sweep_string_iterator()) if override.is_sweep_override() else None
+    return word if first is None else f"{override.key_or_group}={first}"
 
 
 def test_make_targets_exist() -> None:

@@ -1,0 +1,295 @@
+"""Samples of a trained policy and of its reference for the same prompts, with estimates of the KL divergence.
+
+    python scripts/sample.py RUN --prompts prompts.txt --out samples.jsonl
+
+RUN is a run's folder, a checkpoint, a model folder or a hub id; the reference is the one it was trained against, and
+`--reference none` goes without. Prompts: one a line of a .txt file, taken literally, or the column `prompt` of a .jsonl
+file: text, or a list of {role, content}, to be rendered with the chat template. Started again after an interruption
+with the same --out it goes on, and the file becomes what it would have become. KEY=VALUE are overrides as train.py
+takes them: device=cpu, model.policy_dtype=bfloat16.
+"""
+
+import argparse
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoint import MANIFEST, find_archive
+from models import load_tokenizer, pick_device, quiet_transformers
+from preference_datasets import BadRow, ChatFormat, Message, ParseRows, get, messages, own_bos
+from sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample
+from saved import Saved, find_reference, find_saved, take_overrides
+from utils import UserError, file_hash, log, make_dir, progress, run_main, visible
+
+
+class Prompt(NamedTuple):
+    """A prompt as the model sees it, and the line it stands in."""
+
+    where: str
+    text: str
+    ids: list[int]
+
+
+Item = tuple[Prompt, int]
+"""A prompt and which of its samples."""
+
+
+def read_prompts(path: Path, tokenizer: Any, chat_format: str) -> list[Prompt]:
+    """The prompts of a .jsonl or .txt file. Raises UserError naming the line that is none."""
+    if path.suffix not in (".jsonl", ".txt"):
+        raise UserError(f"--prompts {path}: give a .jsonl file with a column 'prompt', or a .txt file, a prompt a line")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path} cannot be read: {error}; give a UTF-8 text file") from error
+    prompts, bos = [], own_bos(tokenizer)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            text = line.removesuffix("\r") if path.suffix == ".txt" else _rendered(line, tokenizer, chat_format)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise BadRow("empty prompt", "it has no tokens")
+        except BadRow as bad:
+            raise UserError(f"{path}:{number}: {bad}; mend or remove the line") from None
+        prompts.append(Prompt(f"{path}:{number}", text, ids if ids[: len(bos)] == bos else bos + ids))
+    if not prompts:
+        raise UserError(f"--prompts {path} holds no prompt; give a file with at least one")
+    return prompts
+
+
+def _rendered(line: str, tokenizer: Any, chat_format: str) -> str:
+    """The text of a line of JSON. Raises BadRow."""
+    row = ParseRows.decode(line.encode())
+    if not isinstance(row, dict):
+        raise BadRow("not an object", f"a row is {{...}}, this one is {type(row).__name__}")
+    prompt = get(row, "prompt", str, list)
+    if isinstance(prompt, list):
+        # As in training, which renders a prompt with its response.
+        said: list[Message] = [{"role": "assistant", "content": "x"}]
+        prompt = ChatFormat(tokenizer, chat_format)(messages(row, "prompt"), said)[0]
+    if not prompt.strip():
+        raise BadRow("empty prompt")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise BadRow("broken Unicode", "half of a surrogate pair") from None
+    return prompt
+
+
+def check_lengths(prompts: Sequence[Prompt], models: Sequence[Saved], max_new_tokens: int) -> None:
+    """Raise UserError where a prompt leaves no room for its response in the positions that the models have."""
+    limits = [getattr(model.architecture().get_text_config(), "max_position_embeddings", None) for model in models]
+    positions = min((limit for limit in limits if limit), default=sys.maxsize)
+    for where, _, ids in prompts:
+        if len(ids) + max_new_tokens > positions:
+            raise UserError(
+                f"{where}: {len(ids)} tokens of the prompt + --max-new-tokens {max_new_tokens} = "
+                f"{len(ids) + max_new_tokens} is more than the model's {positions} positions; lower the latter, or "
+                "shorten the prompt"
+            )
+
+
+def identity(saved: Saved | None) -> Any:
+    """A model's name, and what tells its weights from others: a hash of its manifest, or of file sizes and times."""
+    if saved is None:
+        return None
+    name = saved.config.model.archive or saved.config.model.name_or_path
+    if not Path(name).expanduser().exists():
+        return name
+    path = find_archive(name) if not name.endswith(".gguf") else Path(name).expanduser()
+    if (path / MANIFEST).exists():
+        return [str(path), file_hash(path / MANIFEST)]
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [str(path), hashlib.sha256(str(facts).encode()).hexdigest()]
+
+
+# --- The file that grows ---
+
+
+def open_out(path: Path, settings: dict[str, Any], items: Sequence[Item], overwrite: bool) -> tuple[BinaryIO, int]:
+    """`path`, open for adding rows to it, and how many of `items` are there: a whole number of batches.
+
+    Raises UserError where it holds anything else than what `settings` make, or another process writes to it.
+    """
+    beside = path.with_name(f"{path.name}.settings.json")
+    there = path.exists() and path.stat().st_size > 0
+    try:
+        file = open(path, "ab+")
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror}; give another one") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"--out {path}: another process writes to it; wait for it, or give another --out") from error
+    if there and not overwrite:
+        _check_settings(path, beside, settings)
+    else:
+        file.truncate(0)
+        temporary = beside.with_name(f".{beside.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        temporary.replace(beside)
+    file.seek(0)
+    lines = file.read().split(b"\n")[:-1]  # what follows the last line's end is a line that was cut
+    if _written(lines) != [(prompt.text, number) for prompt, number in items[: len(lines)]]:
+        raise UserError(f"--out {path} holds rows that are not of this command; give another --out, or --overwrite")
+    done = len(lines) if len(lines) == len(items) else len(lines) // settings["batch_size"] * settings["batch_size"]
+    file.truncate(sum(len(line) + 1 for line in lines[:done]))
+    return file, done
+
+
+def _check_settings(path: Path, beside: Path, settings: dict[str, Any]) -> None:
+    advice = "give another --out, or --overwrite"
+    try:
+        before = json.loads(beside.read_text())
+        differing = [key for key in settings | before if settings.get(key) != before.get(key)]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--out {path} exists, and {beside.name} does not say what made it; {advice}") from error
+    if differing:
+        shown = "; ".join(f"{key} was {before.get(key)} and is {settings.get(key)}" for key in differing)
+        raise UserError(f"--out {path} was made with other settings ({shown}): {advice}")
+
+
+def _written(lines: Sequence[bytes]) -> list[tuple[str, int]] | None:
+    """(prompt, sample) of each row; None where a line is no row."""
+    try:
+        return [(row["prompt"], row["sample"]) for row in map(json.loads, lines)]
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+# --- Sampling ---
+
+
+def sampler(policy: Saved, reference: Saved | None, how: Sampling) -> Callable[[Sequence[Item], int], list[dict]]:
+    """A function of a batch and its number that samples from both models and compares them."""
+    model, tokenizer, computation = policy.open()
+    other = reference.open()[0] if reference is not None else None
+
+    def batch(items: Sequence[Item], number: int) -> list[dict[str, Any]]:
+        ids, own = [prompt.ids for prompt, _ in items], dataclasses.replace(how, seed=how.seed + number)
+        sampled = sample(model, tokenizer, ids, own)
+        rows: list[dict[str, Any]] = [{"prompt": prompt.text, "sample": n} for prompt, n in items]
+        found: dict[str, Sequence[Any]] = {"policy": tokenizer.batch_decode(sampled, skip_special_tokens=True)}
+        if other is not None:
+            theirs = sample(other, tokenizer, ids, own)
+            found["reference"] = tokenizer.batch_decode(theirs, skip_special_tokens=True)
+            if how.own_distribution:
+                compared = divergence(model, other, ids, sampled, computation)
+                found |= {f"kl_{name}": getattr(compared, name) for name in ESTIMATORS}
+        found["tokens_policy"] = [len(response) for response in sampled]
+        found["ended"] = [response[-1] == tokenizer.eos_token_id for response in sampled]
+        return [row | {key: values[i] for key, values in found.items()} for i, row in enumerate(rows)]
+
+    return batch
+
+
+def summary(rows: Sequence[dict[str, Any]], how: Sampling) -> str:
+    """Means over the rows of a finished file, and the first of them."""
+    lines = []
+    for row in [row for row in rows if row["sample"] == 0][:3]:
+        lines.append(f"\n{visible(row['prompt'])}")
+        lines += [f"  {name:9} {visible(row[name])}" for name in ("policy", "reference") if name in row]
+    prompts = [row["prompt"] for row in rows]
+    length = sum(row["tokens_policy"] for row in rows) / len(rows)
+    ended = sum(row["ended"] for row in rows) / len(rows)
+    lines.append(
+        f"\n{len(rows)} samples of {len(set(prompts))} prompts: {length:.1f} tokens on average, {ended:.1%} ended"
+    )
+    if "reference" not in rows[0]:
+        lines.append("no KL divergence: there is no reference")
+    elif not how.own_distribution:
+        what = f"temperature {how.temperature:g}, top-p {how.top_p:g}"
+        lines.append(f"no KL divergence: samples at {what} are not of the policy's own distribution, as it needs them")
+    else:
+        for name in ESTIMATORS:
+            mean, error = mean_and_error([row[f"kl_{name}"] for row in rows], prompts)
+            shown = f"{error:.3f} (standard error over prompts)" if error is not None else "unknown (one sample)"
+            lines.append(f"KL(policy || reference), nats a response, {name:13} {mean:.3f} ± {shown}")
+    return "\n".join(lines)
+
+
+def read_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s RUN --prompts FILE [options] [KEY=VALUE ...]",
+    )
+    parser.add_argument("run")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help=".jsonl or .txt")
+    parser.add_argument("--out", type=Path, default=Path("samples.jsonl"))
+    parser.add_argument("--overwrite", action="store_true", help="start --out anew")
+    parser.add_argument("--reference", metavar="NAME", help="run, checkpoint, model folder, hub id, or none")
+    parser.add_argument("--n", type=int, default=1, help="samples a prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time: temperature 0")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples at a time")
+    parser.add_argument("--seed", type=int, default=0, help="of the first batch; each has one more than the last")
+    others, overrides = take_overrides(sys.argv[1:])
+    given = parser.parse_args(others)
+    wrong = [
+        f"--{key.replace('_', '-')} {vars(given)[key]} must be at least 1"
+        for key in ("n", "max_new_tokens", "batch_size")
+        if vars(given)[key] < 1
+    ]
+    wrong += (
+        [f"--temperature {given.temperature} must be 0 or more"] if not 0 <= given.temperature < float("inf") else []
+    )
+    wrong += [f"--top-p {given.top_p} must be above 0 and at most 1"] if not 0 < given.top_p <= 1 else []
+    wrong += [f"--seed {given.seed} must be 0 or more, and less than 2^62"] if not 0 <= given.seed < 2**62 else []
+    if given.greedy and (given.temperature, given.top_p) != (1, 1):
+        wrong.append("--greedy takes neither --temperature nor --top-p")
+    given.temperature = 0.0 if given.greedy else given.temperature
+    if given.temperature == 0 and given.n > 1:
+        wrong.append(f"--n {given.n}: greedy samples of a prompt are all the same; leave it out, or --greedy")
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return given, overrides
+
+
+def main() -> None:
+    given, overrides = read_arguments()
+    quiet_transformers()
+    policy = find_saved(given.run, overrides)
+    reference = None if given.reference == "none" else find_reference(policy, given.reference, overrides)
+    prompts = read_prompts(given.prompts, load_tokenizer(policy.config), policy.config.chat_format)
+    check_lengths(prompts, [policy, reference] if reference else [policy], given.max_new_tokens)
+    items = [(prompt, n) for prompt in prompts for n in range(given.n)]
+    settings = {"policy": identity(policy), "reference": identity(reference), "overrides": sorted(overrides)}
+    settings |= {"device": str(pick_device(policy.config)), "dtype": str(policy.config.compute_dtype)}
+    settings |= {"prompts_sha256": file_hash(given.prompts)}
+    settings |= {key: vars(given)[key] for key in ("n", "max_new_tokens", "temperature", "top_p", "batch_size", "seed")}
+    how = Sampling(
+        given.max_new_tokens, given.batch_size, given.seed, policy.config.compute_dtype, given.temperature, given.top_p
+    )
+    make_dir(given.out.parent, "--out")
+    file, done = open_out(given.out, settings, items, given.overwrite)
+    with file:
+        if done:
+            log(f"{given.out} has {done} of {len(items)} samples")
+        batch = sampler(policy, reference, how) if done < len(items) else None
+        for start in progress(range(done, len(items), given.batch_size), desc="batches"):
+            assert batch is not None
+            rows = batch(items[start : start + given.batch_size], start // given.batch_size)
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        file.seek(0)
+        log(summary([json.loads(line) for line in file.read().split(b"\n")[:-1]], how))
+    log(f"written to {given.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

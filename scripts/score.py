@@ -1,0 +1,296 @@
+"""The rewards that a policy stands for, beta log policy(y | x) / reference(y | x), of responses and of their tokens.
+
+    python scripts/score.py RUN --data pairs.jsonl --out scores.jsonl
+
+RUN is a run's folder, a checkpoint, a model folder or a hub id; the reference is the one it was trained against. These
+rewards (Rafailov et al. 2023, section 4) are known up to a function of the prompt: compare responses to one prompt.
+Without --data: the held-out part of what the run was trained on. Rows have pairs (chosen, rejected; or prompt,
+responses, scores), and then those of one prompt become one record; or single responses (prompt, completion). KEY=VALUE
+are overrides as train.py takes them: device=cpu, max_length=1024, loss.beta=0.2.
+"""
+
+import argparse
+import gc
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from batching import Batch, Cut, Tree
+from data_files import numbered_rows
+from inspect_data import DIM, RESET, pieces
+from losses import reduce_tokens
+from models import load_tokenizer, quiet_transformers, response_logps
+from preference_datasets import (
+    REGISTRY,
+    BadRow,
+    ParseRows,
+    PreferenceData,
+    find_source,
+    load_data,
+    own_bos,
+    short_names,
+)
+from saved import Saved, find_reference, find_saved, take_overrides
+from settings import Config, data_settings
+from utils import UserError, log, make_dir, progress, run_main, visible
+
+PAIRED = {"chosen", "rejected", "responses", "scores"}
+GREENS, REDS = (22, 28, 34, 40, 46), (52, 88, 124, 160, 196)  # of a terminal's 256 colours, small to large
+
+
+@dataclass(frozen=True)
+class Item:
+    """A record to score: number `number` of the data set `name`, at `index` of `data`."""
+
+    name: str
+    number: int
+    data: PreferenceData
+    index: int
+
+
+# --- Data ---
+
+
+def load_items(config: Config, tokenizer: Any, split: str, own: bool, limit: int | None) -> list[Item]:
+    """The first `limit` records of each of `config.datasets`.
+
+    `split` auto is the test split, or everything where there is none; of the run's `own` data it is what training held
+    out. Raises UserError for what cannot be loaded, and where single responses come with pairs.
+    """
+    items: list[Item] = []
+    kinds: dict[bool, str] = {}
+    for name in config.datasets:
+        sft = name in REGISTRY and REGISTRY[name].sft_only
+        settings = replace(data_settings(config), names=(name,), sft=sft)
+        undivided = find_source(name, settings, "test")[1].held_out
+        if undivided and (split == "all" or (split == "auto" and not (own and config.holdout_fraction))):
+            splits, shown, settings = ["train"], "all rows", replace(settings, holdout_fraction=0.0)
+        else:
+            splits = {"all": ["train", "test"], "auto": ["test"]}.get(split, [split])
+            shown = f"{' and '.join(splits)} split"
+        here = {sft: name} if name in REGISTRY else _kinds(find_source(name, settings, s)[1].chunks() for s in splits)
+        kinds = here | kinds
+        if len(kinds) == 2:
+            raise UserError(f"{kinds[True]} is a single response, but {kinds[False]} has pairs: score them apart")
+        parts = [load_data(replace(settings, sft=True in kinds), tokenizer, s) for s in splits]
+        lost = [
+            (k, n) for part in parts for k, n in part.funnel[name].items() if n and re.search("dropped|truncated", k)
+        ]
+        everything = [(part, index) for part in parts for index in range(len(part))]
+        log(", ".join([f"{name}, {shown}: {len(everything)} records", *(f"{k}: {n}" for k, n in lost)]))
+        items += [Item(name, number, *where) for number, where in enumerate(everything[:limit])]
+    return items
+
+
+def _kinds(sources: Iterable[Iterator[Any]]) -> dict[bool, str]:
+    """Where the first single response (True) and the first row with pairs (False) of some data are."""
+    kinds: dict[bool, str] = {}
+    for where, row in (numbered for chunks in sources for chunk in chunks for numbered in numbered_rows(chunk)):
+        try:
+            row = ParseRows.decode(row) if isinstance(row, bytes) else row
+        except BadRow:  # load_data will say so
+            continue
+        if isinstance(row, Mapping):
+            kinds.setdefault("completion" in row and not PAIRED & row.keys(), where)
+    return kinds
+
+
+# --- Scores ---
+
+
+@torch.no_grad()
+def token_logps(saved: Saved, items: Sequence[Item], who: str) -> list[list[np.ndarray]]:
+    """log p(token | all before it) of each item's responses, float32. The model is in memory only meanwhile."""
+    model, _, how = saved.open()
+    found: list[list[np.ndarray]] = [[] for _ in items]
+    sizes = [(len(r.prompt), list(map(len, r.responses))) for r in (item.data[item.index] for item in items)]
+    with progress(total=len(items), desc=who, unit="prompts") as bar:
+        for (part,) in Cut(how.layout, 1, 1, saved.config.microbatch_tokens).deal(sizes):
+            records = [items[i].data[items[i].index] for i in part]
+            batch = Batch([Tree(record.prompt, record.responses) for record in records], [], None)
+            rows = iter(response_logps(model, batch, how).logps.cpu().numpy())
+            for i, record in zip(part, records):
+                found[i] = [next(rows)[: len(response)].copy() for response in record.responses]
+                if not all(np.isfinite(logps).all() for logps in found[i]):
+                    raise UserError(
+                        f"{who}: log-probabilities of {items[i].name}, record {items[i].number} are not finite"
+                    )
+            bar.update(len(part))
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found
+
+
+def rewards(ours: np.ndarray, theirs: np.ndarray, beta: float, average: bool) -> dict[str, Any]:
+    """A response's reward, its log-probabilities (sums, in nats), and the part that each token has in the reward."""
+    policy, reference = (torch.from_numpy(logps).double()[None] for logps in (ours, theirs))
+    ratios, mask = policy - reference, torch.ones(policy.shape, dtype=torch.bool)
+    return {
+        "reward": beta * float(reduce_tokens(ratios, mask, average)),
+        "logp_policy": float(policy.sum()),
+        "logp_reference": float(reference.sum()),
+        "token_rewards": (beta * ratios[0] / (len(ours) if average else 1)).tolist(),
+    }
+
+
+def rows_of(items: Sequence[Item], policy: Saved, reference: Saved, beta: float, tokenizer: Any) -> Iterator[dict]:
+    """The lines of the result: texts as the models saw them, that is, after truncation."""
+    average, end = policy.config.loss.build().average_log_prob, tokenizer.eos_token_id
+    n_bos = len(own_bos(tokenizer))
+    ours, theirs = token_logps(policy, items, "policy"), token_logps(reference, items, "reference")
+    for item, own, other in zip(items, ours, theirs):
+        record = item.data[item.index]
+        responses = []
+        for ids, logps, other_logps in zip(record.responses, own, other):
+            text = tokenizer.decode(ids[:-1] if ids[-1] == end else ids, clean_up_tokenization_spaces=False)
+            responses.append(
+                {"text": text, **rewards(logps, other_logps, beta, average), "tokens": pieces(ids, tokenizer)}
+            )
+        prompt = tokenizer.decode(record.prompt[n_bos:], clean_up_tokenization_spaces=False)
+        row = {"dataset": item.name, "record": item.number, "prompt": prompt, "responses": responses}
+        yield row | {"pairs": [list(pair) for pair in record.pairs]}
+
+
+def interval(values: np.ndarray, prompts: np.ndarray) -> tuple[float, float] | None:
+    """95 % interval of the mean of `values` [n], by bootstrap over their `prompts` [n]; None for a single prompt."""
+    group = np.unique(prompts, return_inverse=True)[1]
+    counts, sums = np.bincount(group), np.bincount(group, values)
+    if len(counts) == 1:
+        return None
+    rng = np.random.default_rng(0)
+    draws = (rng.integers(len(counts), size=len(counts)) for _ in range(2000))
+    low, high = np.percentile([sums[draw].sum() / counts[draw].sum() for draw in draws], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def table(pairs: Sequence[tuple[int, str, float, int]]) -> str:
+    """How often the preferred response has the higher reward (equal: half), from (prompt, data set, reward of the
+    preferred minus that of the other, how many tokens longer it is) of each pair."""
+    prompts, names, margins, longer = map(np.array, zip(*pairs))
+    groups = {"all": np.ones(len(pairs), dtype=bool)}
+    sets = list(dict.fromkeys(names.tolist()))
+    groups |= {short: names == name for short, name in zip(short_names(sets), sets)} if len(sets) > 1 else {}
+    sizes = {"longer": longer > 0, "as long": longer == 0, "shorter": longer < 0}
+    groups |= {f"preferred is {size}": there for size, there in sizes.items()}
+    width = max(map(len, groups))
+    lines = [f"{'':{width}}  {'pairs':>7} {'prompts':>7}  accuracy  95 % interval   mean margin"]
+    for name, there in groups.items():
+        if there.any():
+            hits = (margins[there] > 0) + 0.5 * (margins[there] == 0)
+            found = interval(hits, prompts[there])
+            shown = f"[{found[0]:.3f}, {found[1]:.3f}]" if found else "unknown: 1 prompt"
+            n = f"{len(hits):>7} {len(np.unique(prompts[there])):>7}"
+            lines.append(f"{name:{width}}  {n}  {hits.mean():>8.3f}  {shown:<16} {margins[there].mean():>+10.4f}")
+    return "\n".join(lines)
+
+
+# --- Showing and writing ---
+
+
+def coloured(token: str, value: float, largest: float, colours: bool) -> str:
+    """A token on green (its `value` is positive) or red, the stronger the larger; without `colours` with its value."""
+    if not colours:
+        return f"{visible(token)}[{value:+.2f}]"
+    level = round(5 * abs(value) / largest) if largest else 0
+    if not level:
+        return visible(token)
+    start = f"\033[38;5;{16 if level > 3 else 231};48;5;{(GREENS if value > 0 else REDS)[level - 1]}m"
+    return start + visible(token).replace("\n", f"{RESET}\n{start}") + RESET
+
+
+def show(row: Mapping[str, Any], colours: bool) -> str:
+    dim, reset = (DIM, RESET) if colours else ("", "")
+    largest = max(abs(value) for response in row["responses"] for value in response["token_rewards"])
+    lines = [f"\n--- {visible(row['dataset'])}, record {row['record']}", f"{dim}{visible(row['prompt'])}{reset}"]
+    for number, response in enumerate(row["responses"]):
+        below = [other for better, other in row["pairs"] if better == number]
+        over = f", preferred to {', '.join(map(str, below))}" if below else ""
+        lines.append(f"response {number}: reward {response['reward']:+.3f}, {len(response['tokens'])} tokens{over}")
+        tokens = zip(response["tokens"], response["token_rewards"])
+        lines.append("".join(coloured(token, value, largest, colours) for token, value in tokens))
+    return "\n".join(lines)
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]], n_shown: int) -> tuple[list[dict], list[tuple], list[float]]:
+    """Write `rows` to `path`, which appears when complete. Returns the first `n_shown`, what `table` takes, and all
+    rewards."""
+    shown, pairs, every = [], [], []
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for number, row in enumerate(rows):
+                print(json.dumps(row, ensure_ascii=False), file=file)
+                shown += [row] if number < n_shown else []
+                every += [response["reward"] for response in row["responses"]]
+                for a, b in ((row["responses"][a], row["responses"][b]) for a, b in row["pairs"]):
+                    longer = len(a["tokens"]) - len(b["tokens"])
+                    pairs.append((number, row["dataset"], a["reward"] - b["reward"], longer))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return shown, pairs, every
+
+
+def read_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s RUN [options] [KEY=VALUE ...]",
+    )
+    parser.add_argument("run")
+    parser.add_argument("--reference", metavar="NAME", help="run, checkpoint, model folder or hub id")
+    parser.add_argument("--data", nargs="+", metavar="FILE_OR_SET", help="as datasets=[...] takes them")
+    parser.add_argument("--split", choices=("auto", "train", "test", "all"), default="auto")
+    parser.add_argument("--out", type=Path, default=Path("scores.jsonl"))
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="records to show, token by token")
+    parser.add_argument("--limit", type=int, metavar="N", help="score the first N records of each data set")
+    others, overrides = take_overrides(sys.argv[1:])
+    arguments = parser.parse_args(others)
+    if arguments.show < 0 or (arguments.limit is not None and arguments.limit < 1):
+        raise UserError(f"--show {arguments.show} must be at least 0 and --limit {arguments.limit} at least 1")
+    if arguments.out.is_dir() or (arguments.out.exists() and not arguments.overwrite):
+        raise UserError(f"--out {arguments.out} exists: give another file, or --overwrite to replace a file")
+    if arguments.data and len(set(arguments.data)) < len(arguments.data):
+        raise UserError(f"--data {' '.join(arguments.data)} names a data set twice; name each once")
+    return arguments, overrides
+
+
+def main() -> None:
+    arguments, overrides = read_arguments()
+    quiet_transformers()
+    data = [f"datasets={json.dumps(arguments.data, ensure_ascii=False)}"] if arguments.data else []
+    policy = find_saved(arguments.run, [*overrides, *data])
+    if not policy.trained and not data:
+        raise UserError(f"it is not known what {arguments.run} was trained on: give --data <files or data sets>")
+    reference = find_reference(policy, arguments.reference, overrides)
+    make_dir(arguments.out.parent, "--out")
+    tokenizer, loss = load_tokenizer(policy.config), policy.config.loss
+    beta = 1.0 if loss.beta is None else loss.beta
+    items = load_items(policy.config, tokenizer, arguments.split, not data, arguments.limit)
+    rows = rows_of(items, policy, reference, beta, tokenizer)
+    shown, pairs, every = write(arguments.out, rows, arguments.show)
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for row in shown:
+        log(show(row, colours))
+    why = f" (loss={loss.name} has none)" if loss.beta is None else ""
+    why = " (the run's loss is not known)" if not policy.trained and "loss.beta" not in " ".join(overrides) else why
+    unit = "mean over" if loss.average_log_prob else "sum over"
+    log(f"\nreward: the {unit} a response's tokens of beta log policy / reference, beta={beta}{why}")
+    log(f"{len(items)} records, {len(every)} responses, mean reward {np.mean(every):+.4f}: {arguments.out}")
+    log(table(pairs) if pairs else "no pairs: no accuracy")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -109,10 +109,25 @@ def find_archive(name: str, how: str = "fast") -> Path:
     return path
 
 
-def manifest_hash(archive: str | None) -> str | None:
-    """Stands for the content of a checkpoint of ours, which its manifest lists by hashes; None of anything else."""
-    path = Path(archive or "", MANIFEST)
-    return file_hash(path) if archive and path.is_file() else None
+def weights_identity(name: str) -> str | None:
+    """Tells the weights in a file or folder from others under the same path; None of a hub's model.
+
+    A checkpoint of ours lists its files by hashes. Of other files only both ends are looked at.
+    """
+    path = Path(name).expanduser()
+    if (path / MANIFEST).is_file():
+        return file_hash(path / MANIFEST)
+    if not path.exists():
+        return None
+    found = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            found.update(f"{file.name} {file.stat().st_size}".encode())
+            with open(file, "rb") as content:
+                found.update(content.read(2**20))
+                content.seek(max(file.stat().st_size - 2**20, 0))
+                found.update(content.read())
+    return found.hexdigest()
 
 
 def _read_policy_pt(path: Path) -> Archive:

@@ -235,7 +235,8 @@ def _runs_of(config: Config) -> list[Path]:
 def _changes(config: Config, state: dict[str, Any], free: set[str]) -> tuple[dict[str, str], list[str]]:
     """A line for each key in which this run differs from the one of `state`, and those keys that are not `free`."""
     before, now = flat(state["config"]), flat(dataclasses.asdict(config))
-    changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    # A key that there was not yet has not changed where it is off.
+    changed = {key for key, value in now.items() if before.get(key) != value and (key in before or value)}
     lines = {key: f"{key}={now.get(key)} (was {before.get(key)})" for key in sorted(changed)}
     return lines, [key for key in lines if key not in free and key.partition(".")[0] not in free]
 
@@ -245,9 +246,12 @@ def is_finished(config: Config, data: PreferenceData) -> bool:
     if config.checkpoint is None or not goes_on_inside(config):
         return False
     state = checkpoint.read_state(config.checkpoint)
-    same = state["training data"] == data.identity
-    same &= state.get("model.archive") == checkpoint.manifest_hash(config.model.archive)
-    return state["examples"] >= state["total_examples"] and same and not _changes(config, state, FREE)[1]
+    if state["examples"] < state["total_examples"] or _changes(config, state, FREE)[1]:
+        return False
+    if config.do_final_eval and config.n_eval_examples and state["evaluated"] != state["examples"]:
+        return False  # it was stopped just before
+    start = checkpoint.weights_identity(config.model.start)
+    return state["training data"] == data.identity and state.get("start") == start
 
 
 def check_changes(config: Config, state: dict[str, Any]) -> None:

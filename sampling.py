@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 import parallel
 from batching import Batch, Cut, Example, Tree, chunks
 from models import LOGITS_AT_ONCE, Computation, autocast, input_device, next_token_logps
-from preference_datasets import PreferenceData
+from preference_datasets import PreferenceData, own_bos
 from utils import progress
 
 ESTIMATORS = ("plain", "rao_blackwell")
@@ -31,6 +32,12 @@ class Sampling:
     dtype: torch.dtype
     temperature: float = 1.0
     top_p: float = 1.0
+    first_batch: int = 0
+    """The number of the first batch, where some have been sampled before."""
+
+    def batch_seed(self, number: int) -> int:
+        """The seed of a batch. Not seed + number: batches of neighbouring seeds would be the same."""
+        return int(np.random.SeedSequence([self.seed, self.first_batch + number]).generate_state(1)[0])
 
     @property
     def own_distribution(self) -> bool:
@@ -63,7 +70,7 @@ def sample(
             for start in progress(range(0, len(batches), ranks), desc="sampling", leave=False):
                 turn = start + parallel.data_rank()
                 some = batches[turn] if turn < len(batches) else batches[start]
-                torch.manual_seed(how.seed + turn)
+                torch.manual_seed(how.batch_seed(turn))
                 ids, mask = left_padded(some, end, width)
                 # Processes end at different lengths; synced_gpus makes each go on with the others' forward passes.
                 out: Any = model.generate(  # type: ignore[operator]
@@ -174,13 +181,12 @@ def _compare(
     how = replace(how, layout="padded")
     ours, rows = next_token_logps(policy, batch, how)
     theirs, _ = next_token_logps(reference, batch, how)
-    # A token that the model rules out adds nothing: 0 log 0.
-    exact = torch.where(ours.isneginf(), 0.0, ours.exp() * (ours - theirs)).double().sum(-1)
-    tokens = rows.targets.to(ours.device)[:, None]
-    plain = (ours.gather(-1, tokens) - theirs.gather(-1, tokens)).double().squeeze(-1)
-    response = rows.places.to(ours.device) // rows.shape[1]
-    sums = torch.zeros(2, rows.shape[0], dtype=torch.float64, device=ours.device)
-    sums.index_add_(1, response, torch.stack([plain, exact]))
+    # In place, as these are large. A token that the model rules out adds nothing: 0 log 0.
+    logratios = theirs.to(ours.device).neg_().add_(ours).masked_fill_(ours.isneginf(), 0.0)
+    plain = logratios.gather(-1, rows.targets.to(ours.device)[:, None]).squeeze(-1)
+    exact = logratios.mul_(ours.exp_()).sum(-1)
+    sums = torch.zeros(2, rows.shape[0], dtype=torch.float64)
+    sums.index_add_(1, rows.places.cpu() // rows.shape[1], torch.stack([plain, exact]).cpu().double())
     return [(float(a), float(b)) for a, b in sums.T.tolist()]
 
 
@@ -209,6 +215,7 @@ class SampleEvaluator:
             metrics[f"samples_eval/{model}_length"] = sum(map(len, responses)) / len(responses)
             metrics[f"samples_eval/{model}_eos_rate"] = sum(r[-1:] == [end] for r in responses) / len(responses)
         texts = {model: self.tokenizer.batch_decode(r, skip_special_tokens=True) for model, r in sampled.items()}
-        prompts = self.tokenizer.batch_decode(self.prompts)
+        bos = len(own_bos(self.tokenizer))
+        prompts = self.tokenizer.batch_decode([prompt[bos:] for prompt in self.prompts])
         rows = [{"prompt": prompt, **{model: texts[model][i] for model in texts}} for i, prompt in enumerate(prompts)]
         return sampled["policy"], metrics, rows

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoint import STATE_FILE, find_archive, read_state
+from checkpoint import STATE_FILE, find_archive, read_state, weights_identity
 from models import Computation, check_fits, load_policy, load_tokenizer, local_folder, pick_computation, pick_device
 from settings import Config, check_keys, load_config
 from utils import UserError
@@ -21,10 +21,12 @@ KEPT += ["max_length", "max_prompt_length", "mixed_precision", "layout"]
 
 @dataclass(frozen=True)
 class Saved:
-    """A model that can be opened. `trained`: the configuration of the run that made it, {} where that is not known."""
+    """A model that can be opened. `trained`: the configuration of the run that made it, {} where that is not known;
+    `start`: the weights_identity of what it was trained from."""
 
     config: Config
     trained: dict[str, Any]
+    start: str | None = None
 
     @property
     def reference(self) -> str | None:
@@ -52,7 +54,7 @@ class Saved:
 
 def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """(the other arguments, the KEY=VALUE, which may stand anywhere). Raises UserError for a misspelt key."""
-    overrides = [a for a in arguments if re.match(r"[+~]{0,2}[A-Za-z_][\w./@]*=", a)]
+    overrides = [a for a in arguments if re.match(r"[+~]{0,2}[A-Za-z_][\w.@]*=", a) and not Path(a).exists()]
     check_keys(overrides)
     return [a for a in arguments if a not in overrides], overrides
 
@@ -65,6 +67,7 @@ def find_saved(name: str, overrides: list[str]) -> Saved:
     """
     own = ["model=blank_model", f"model.name_or_path={_quoted(name)}"]
     known: dict[str, Any] = {}
+    start = None
     if Path(name).expanduser().exists() and not name.endswith(".gguf"):
         path = find_archive(name)
         if path.is_file():  # the original code's, which does not say what it is
@@ -72,10 +75,11 @@ def find_saved(name: str, overrides: list[str]) -> Saved:
                 raise UserError(f"{path} does not say which model it is of: add model=<name>, such as model=pythia28")
             own = [f"model.archive={_quoted(str(path))}"]
         else:
-            known = read_state(path)["config"] if (path / STATE_FILE).exists() else {}
+            state = read_state(path) if (path / STATE_FILE).exists() else {"config": {}}
+            known, start = state["config"], state.get("start")
             own[1] = f"model.name_or_path={_quoted(str(path))}"
             own += [f"model.policy_dtype={known['model']['policy_dtype']}"] if known else []
-    saved = Saved(_configure(own, known, overrides), known)
+    saved = Saved(_configure(own, known, overrides), known, start)
     saved.architecture()
     return saved
 
@@ -112,6 +116,11 @@ def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Sa
         base = policy.trained["model"]["name_or_path"]
         overrides = [*overrides, "model=blank_model", f"model.name_or_path={_quoted(base)}"]
     own = policy.config.model
+    if not given and policy.start not in (None, weights_identity(name)):
+        raise UserError(
+            f"the reference {name} is not what the policy was trained against: its weights have changed since; give "
+            "that with --reference"
+        )
     try:
         found = find_saved(name, overrides).config.model
         own_tokenizer = load_tokenizer(replace(policy.config, model=found)) if given else None

@@ -50,6 +50,11 @@ class ModelConfig:
     device_map: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def start(self) -> str:
+        """What training starts from."""
+        return self.archive or self.name_or_path
+
 
 @dataclass
 class LossConfig:
@@ -202,9 +207,9 @@ def _package_file(package: str, file: str) -> str:
 
 
 def _run_name(swept: str) -> str:
-    """What a sweep calls the folder of a run, from its overrides, such as loss.beta=0.1,seed=2. Signs that do not suit
-    the name of a folder are replaced; a hash then keeps names apart."""
-    name = re.sub(r"[^\w.,=+-]", "_", swept)[:LONGEST_NAME]
+    """What a sweep calls the folder of a run, from its overrides, such as loss.beta-0.1_seed-2. Signs that do not suit
+    the name of a folder, or an override that names it, are replaced; a hash then keeps names apart."""
+    name = re.sub(r"[^\w.+-]", "_", swept)[:LONGEST_NAME]
     if not swept:
         return "run"
     return name if name == swept else f"{name}-{hashlib.sha256(swept.encode()).hexdigest()[:8]}"
@@ -392,6 +397,11 @@ def _other_problems(c: Config) -> list[str]:
             f"batch_size={c.batch_size} is not divisible by "
             f"gradient_accumulation_steps={c.gradient_accumulation_steps}: "
             f"{c.batch_size} / {c.gradient_accumulation_steps} = {c.batch_size / c.gradient_accumulation_steps:.2f}"
+        )
+    if c.kl_during_eval and not (c.sample_during_eval and c.n_eval_model_samples and c.n_eval_examples):
+        problems.append(
+            "kl_during_eval=true is estimated on samples: it needs sample_during_eval=true, n_eval_model_samples and "
+            "n_eval_examples"
         )
     if c.keep_best is not None and not c.n_eval_examples:
         problems.append(f"keep_best={c.keep_best} needs evaluations: set n_eval_examples")

@@ -1,18 +1,23 @@
 """Sweeps: python train.py -m loss.beta=0.1,0.3 ... One folder for the sweep, in it one for each run, which is called
 after what the sweep varies, so that the same command finds what is finished and what is not."""
 
+import gc
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import CompactHydraException, HydraException
 from omegaconf import DictConfig
 
+import parallel
 from checkpoint import checkpoints, read_state
-from utils import close_log, log
+from utils import UserError, close_log, log
 
 SWEPT_BY = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 
@@ -39,6 +44,8 @@ def run_in_sweep(composed: DictConfig, run: Callable[[], Any]) -> float | None:
 
     The run goes on where an earlier one of the same sweep ended; a finished one is left as it is. Raises RunFailed.
     """
+    if parallel.joined() and int(os.environ["WORLD_SIZE"]) > 1:
+        raise UserError("a sweep cannot run inside torchrun or srun: its runs start processes of their own (nproc)")
     hydra_config = HydraConfig.get()
     given = {str(override).partition("=")[0] for override in hydra_config.overrides.task}
     if "local_run_dir" not in given:
@@ -48,15 +55,21 @@ def run_in_sweep(composed: DictConfig, run: Callable[[], Any]) -> float | None:
     run_dir = Path(composed.local_run_dir)
     close_log()  # of the run before
     log(f"\n=== {run_dir.parent.name}: {run_dir.name} ===")
+    code: Any = 0
     try:
         run()
     except SystemExit as ended:
-        if ended.code not in (1, 2):
-            raise  # it was asked to stop, and so is the sweep
+        code = ended.code
+    gc.collect()  # before the next run loads its model: one refers to itself
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if code in (1, 2):  # raised here, where nothing holds on to what the run had in memory
         raise RunFailed(
             f"error: {run_dir.name} failed, for the reason given above; it did not hold up the others. The same "
             "command runs those again that are not finished"
-        ) from None
+        )
+    if code:
+        sys.exit(code)  # it was asked to stop, and so is the sweep
     newest = next(iter(checkpoints(run_dir)), None)
     metrics = read_state(newest)["metrics"] if newest is not None else {}
     value = metrics.get(composed.keep_best or "loss/eval")

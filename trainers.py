@@ -458,8 +458,8 @@ class BasicTrainer:
         """What a run that goes on from a checkpoint must share with it besides settings: data, and the reference."""
         reference = self.scorer.reference
         name = reference.folder.name if isinstance(reference, StoredReference) else None
-        start = checkpoint.manifest_hash(self.config.model.archive)
-        return {"training data": self.train_data.identity, "reference": name, "model.archive": start}
+        start = checkpoint.weights_identity(self.config.model.start)
+        return {"training data": self.train_data.identity, "reference": name, "start": start}
 
 
 class FSDPTrainer(BasicTrainer):

@@ -7,48 +7,29 @@ compound score), so that reward and KL can be measured. About 9 minutes on 2 cor
 """
 
 import argparse
-import json
+import math
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "scripts"))
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-from models import Computation, load_policy, load_tokenizer, pick_device, quiet_transformers
-from preference_datasets import load_data
-from sampling import Divergence, Sampling, divergence, mean_and_error, sample
-from settings import Config, data_settings, load_config
-from utils import UserError, log, make_dir, run_main
+from report import EXAMPLES, Z95, Run, load_runs, sentiment, write_report
+from sampling import mean_and_error
+from utils import UserError, log, make_dir, run_main, visible
 
 COMMON = ["model=smollm2", "datasets=[sentiment]", "max_length=32", "max_prompt_length=16", "optimizer=AdamW"]
-COMMON += ["+optimizer_kwargs.fused=true", "warmup_steps=2", "lr_schedule=linear"]
+COMMON += ["+optimizer_kwargs.fused=true", "warmup_steps=2", "lr_schedule=linear", "kl_during_eval=true"]
 SFT = ["loss=sft", "lr=2e-5", "batch_size=16", "n_examples=160"]
-DPO = ["loss=dpo", "loss.beta=0.1", "lr=2e-4", "batch_size=32", "n_examples=832"]
-EVALUATION = ["n_eval_examples=392", "n_eval_model_samples=8", "eval_batch_size=48", "do_first_eval=false"]
+DPO = ["loss=dpo", "loss.beta=0.1", "lr=2e-4", "batch_size=32", "n_examples=832", "do_first_eval=false"]
+EVALUATION = ["n_eval_examples=392", "n_eval_model_samples=80", "n_eval_samples_per_prompt=2", "eval_batch_size=80"]
 EVALUATION += ["wandb.enabled=false"]
-SAMPLES_PER_PROMPT = 2
-MODELS = ("base", "SFT", "DPO")
 MARKER = ".made_by_the_demo"
-
-
-@dataclass
-class Measured:
-    """Samples of one model on held-out prompts; all lists have one entry a sample."""
-
-    prompts: list[str]
-    responses: list[str]
-    rewards: list[float]
-    divergence: Divergence
-    lengths: list[int]
 
 
 def train(name: str, folder: Path, overrides: list[str]) -> Path:
@@ -61,74 +42,44 @@ def train(name: str, folder: Path, overrides: list[str]) -> Path:
     return run_dir
 
 
-def measure(model: PreTrainedModel, reference: PreTrainedModel, task: "Task") -> Measured:
-    """Sample from `model`, score the samples, and estimate how far it is from `reference`."""
-    config, tokenizer = task.config, task.tokenizer
-    room = config.max_length - max(map(len, task.prompts))
-    sampled = sample(model, tokenizer, task.prompts, Sampling(room, 64, seed=1, dtype=config.compute_dtype))
-    responses = tokenizer.batch_decode(sampled, skip_special_tokens=True)
-    score = SentimentIntensityAnalyzer().polarity_scores
-    rewards = [score(prompt + response)["compound"] for prompt, response in zip(task.texts, responses)]
-    found = divergence(model, reference, task.prompts, sampled, Computation(config.compute_dtype))
-    return Measured(task.texts, responses, rewards, found, [len(ids) for ids in sampled])
+Sampled = dict[str, dict[str, list[str]]]
+"""Model -> prompt -> responses."""
 
 
-@dataclass
-class Task:
-    """The held-out prompts, each repeated SAMPLES_PER_PROMPT times: token ids and text."""
-
-    config: Config
-    tokenizer: PreTrainedTokenizerBase
-    prompts: list[list[int]]
-    texts: list[str]
-
-
-def load_task(config: Config) -> Task:
-    tokenizer = load_tokenizer(config)
-    data = load_data(data_settings(config), tokenizer, "test")
-    prompts = [data[i].prompt for i in range(len(data)) for _ in range(SAMPLES_PER_PROMPT)]
-    return Task(config, tokenizer, prompts, tokenizer.batch_decode(prompts, skip_special_tokens=True))
+def sampled(sft: Run, dpo: Run) -> Sampled:
+    """What base, SFT and DPO model answered to the prompts that DPO is evaluated on: those with a pair."""
+    last = dpo.last_samples()
+    first = [row for row in sft.samples if row[EXAMPLES] == 0]
+    return {
+        "base": {prompt: [row["policy"] for row in first if row["prompt"] == prompt] for prompt in last},
+        "SFT": {prompt: [row["reference"] for row in rows] for prompt, rows in last.items()},
+        "DPO": {prompt: [row["policy"] for row in rows] for prompt, rows in last.items()},
+    }
 
 
-def table(measured: dict[str, Measured], accuracy: float) -> str:
-    rows = [f"{'':6}{'sentiment (95 % interval)':>28}{'KL to SFT, nats':>18}{'pair accuracy':>15}{'tokens':>8}"]
-    for name, m in measured.items():
-        reward, error = mean_and_error(m.rewards, m.prompts)
-        width = 1.96 * (error or 0.0)
-        kl = f"{statistics.fmean(m.divergence.rao_blackwell):.2f}"
-        shown = f"{accuracy:.3f}" if name == "DPO" else "-"
+def table(models: Sampled, sft: dict[str, float], dpo: dict[str, float]) -> str:
+    """A line for each model; `sft` and `dpo` are the metrics of their last evaluations."""
+    lines = [f"{'':6}{'sentiment (95 % interval)':>28}{'KL, nats (95 % interval)':>28}{'pair accuracy':>15}"]
+    for name, row, start in (("base", {}, ""), ("SFT", sft, "base"), ("DPO", dpo, "SFT")):
+        scores = [(sentiment(prompt + text), prompt) for prompt, texts in models[name].items() for text in texts]
+        reward, error = mean_and_error(*zip(*scores))
+        width = Z95 * (error or math.nan)
         interval = f"{reward:+.3f} [{reward - width:+.3f}, {reward + width:+.3f}]"
-        rows.append(f"{name:6}{interval:>28}{kl:>18}{shown:>15}{statistics.fmean(m.lengths):>8.1f}")
-    return "\n".join(rows)
+        far = [row[f"kl_eval/rao_blackwell{end}"] for end in ("", "_error")] if start else []
+        kl = f"{far[0]:.2f} ± {Z95 * far[1]:.2f} from {start}" if far else "-"
+        accuracy = f"{row['rewards_eval/accuracies']:.3f}" if "rewards_eval/accuracies" in row else "-"
+        lines.append(f"{name:6}{interval:>28}{kl:>28}{accuracy:>15}")
+    return "\n".join(lines)
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def plot(sft: Path, dpo: Path, target: Path) -> None:
-    """Training curves of both runs as one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [
-        (sft, "SFT: loss (nats a response)", ["loss/train", "loss/eval"]),
-        (dpo, "DPO: loss", ["loss/train", "loss/eval"]),
-        (dpo, "DPO: accuracy of pairs", ["rewards_train/accuracies", "rewards_eval/accuracies"]),
-        (dpo, "DPO: implicit rewards", ["rewards_train/chosen", "rewards_train/rejected", "rewards_train/margins"]),
-    ]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    for axis, (run, title, names) in zip(axes.flat, panels):
-        events = read_metrics(run)
-        for name in names:
-            points = [(event["counters/examples"], event[name]) for event in events if name in event]
-            axis.plot(*zip(*points), marker="o", markersize=3, label=name)
-        axis.set(title=title, xlabel="examples")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(target, dpi=110)
+def show_samples(models: Sampled, n: int = 4) -> str:
+    lines = []
+    for prompt in list(models["DPO"])[:n]:
+        lines.append(f"\n{visible(prompt)} ...")
+        for name, texts in models.items():
+            text = texts[prompt][0]
+            lines.append(f"  {name:4} {sentiment(prompt + text):+.2f} {visible(text.strip())!r}")
+    return "\n".join(lines)
 
 
 def prepare(folder: Path) -> None:
@@ -141,44 +92,24 @@ def prepare(folder: Path) -> None:
     (folder / MARKER).touch()
 
 
-def show_samples(task: Task, measured: dict[str, Measured], n: int = 4) -> str:
-    lines = []
-    for i in range(0, n * SAMPLES_PER_PROMPT, SAMPLES_PER_PROMPT):
-        lines.append(f"\n{task.texts[i]} ...")
-        lines += [f"  {name:4} {m.rewards[i]:+.2f} {m.responses[i].strip()!r}" for name, m in measured.items()]
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="results go here; emptied first")
     folder = parser.parse_args().folder.resolve()
     start = time.time()
-    quiet_transformers()
     prepare(folder)
     sft = train("sft", folder, SFT)
     dpo = train("dpo", folder, [*DPO, f"model.archive={sft}"])
-
-    log("\n=== sampling from the three models on held-out prompts ===")
-    config = load_config(["exp_name=demo", "loss=dpo", "loss.beta=0.1", *COMMON])
-    task = load_task(config)
-    models = {}
-    for name, archive in zip(MODELS, (None, sft, dpo)):
-        config.model.archive = str(archive) if archive else None
-        models[name] = load_policy(config, pick_device(config), archive=config.model.archive).eval()
-    measured = {name: measure(model, models["SFT"], task) for name, model in models.items()}
-    plot(sft, dpo, folder / "curves.png")
-    accuracy = next(e for e in reversed(read_metrics(dpo)) if "rewards_eval/accuracies" in e)["rewards_eval/accuracies"]
-    result = table(measured, accuracy)
+    runs = load_runs([sft, dpo])
+    write_report(runs, folder, 8, "make demo")
+    models = sampled(*runs)
+    result = table(models, *(run.evaluations[-1] for run in runs))
     (folder / "table.txt").write_text(result + "\n")
-    log(show_samples(task, measured))
-    n_prompts = len(task.prompts) // SAMPLES_PER_PROMPT
-    log(
-        f"\n{result}\n\n{len(task.prompts)} samples on {n_prompts} held-out prompts; sentiment: VADER's compound score,"
-    )
-    log("-1 to 1. KL(model || SFT) estimated on the model's own samples; accuracy: held-out pairs that the implicit")
-    log(f"reward ranks as VADER does. Training curves: {folder / 'curves.png'}")
-    log(f"finished in {(time.time() - start) / 60:.1f} minutes")
+    log(show_samples(models))
+    n = len(models["DPO"])
+    log(f"\n{result}\n\nTwo samples for each of {n} held-out prompts; sentiment: VADER's score, -1 to 1; KL: on")
+    log("the model's own samples; accuracy: of held-out pairs, those that the implicit reward ranks as VADER does.")
+    log(f"Curves and samples: {folder / 'report.html'}\nfinished in {(time.time() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

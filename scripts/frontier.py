@@ -13,15 +13,11 @@ import gzip
 import itertools
 import json
 import math
-import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +27,19 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import yaml
 
+from batching import eval_examples
+from benchmark import machine
 from models import quiet_transformers
 from preference_datasets import load_data
-from report import EXAMPLES, Z95, read_lines, sentiment, sentiment_rewards
-from sampling import ESTIMATORS, Sampling, mean_and_error, sample
+from report import Z95, load_runs, points_along, sentiment
+from sampling import Sampling, mean_and_error, prompts_of, sample
 from saved import find_saved
 from settings import data_settings
 from utils import UserError, log, make_dir, run_main
 
 SETTINGS = ROOT / "scripts" / "frontier.yaml"
-START, BEST_OF = "start", "best of N"
+START, BEST_OF, PREFERRED = "start", "best of N", "preferred"
+ERRORS = 2  # standard errors that count as a difference
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,19 @@ class Point:
     examples: int
     kl: float
     kl_error: float
-    kl_plain: float
-    kl_plain_error: float
     reward: float
     half_width: float
     prompts: int
 
 
+def quoted(path: Path) -> str:
+    """As a value of an override."""
+    return json.dumps(str(path), ensure_ascii=False)
+
+
 def train(name: str, folder: Path, sweep: bool, overrides: Sequence[str]) -> None:
     """Run train.py; a sweep's folder is `folder`, and a run's too."""
-    where = [f"hydra.sweep.dir={folder}"] if sweep else [f"local_run_dir={folder}", "resume=auto"]
+    where = [f"hydra.sweep.dir={quoted(folder)}"] if sweep else [f"local_run_dir={quoted(folder)}", "resume=auto"]
     arguments = [*(["-m"] if sweep else []), f"exp_name={name}", *where, "wandb.enabled=false", *overrides]
     log(f"\n=== {name} ===")
     if subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], check=False).returncode:
@@ -70,11 +72,15 @@ def train(name: str, folder: Path, sweep: bool, overrides: Sequence[str]) -> Non
 
 def fine_tune(folder: Path, data: Path, settings: dict[str, Any], given: list[str]) -> Path:
     """The starting policy: SFT on every response of the training rows. Returns its run's folder."""
-    rows_file = folder / "responses.jsonl"
-    rows = [json.loads(line) for line in gzip.open(next(data.glob("train.jsonl*")), "rt", encoding="utf-8")]
+    source = next(data.glob("train.jsonl*"))
+    with (
+        gzip.open(source, "rt", encoding="utf-8") if source.suffix == ".gz" else open(source, encoding="utf-8") as file
+    ):
+        rows = [json.loads(line) for line in file]
+    responses = folder / "responses.jsonl"
     pairs = ({"prompt": row["prompt"], "completion": response} for row in rows for response in row["responses"])
-    rows_file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    only = ["holdout_fraction=0", "n_eval_examples=0", "loss=sft", "n_epochs=null", f"datasets=[{rows_file}]"]
+    responses.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    only = ["holdout_fraction=0", "n_eval_examples=0", "loss=sft", "n_epochs=null", f"datasets=[{quoted(responses)}]"]
     train("frontier_sft", folder / START, False, [*settings["common"], *settings["sft"], *only, *given])
     return folder / START
 
@@ -84,55 +90,52 @@ def train_methods(folder: Path, start: Path, data: str, settings: dict[str, Any]
     measured = settings["evaluation"]
     evaluation = [f"n_eval_examples={measured['pairs']}", f"n_eval_model_samples={measured['prompts']}"]
     evaluation += [f"n_eval_samples_per_prompt={measured['samples']}", f"eval_batch_size={measured['batch']}"]
-    evaluation += ["do_first_eval=false", "kl_during_eval=true", f"datasets=[{data}]", f"model.archive={start}"]
-    methods = dict(settings["methods"])
-    common = [*settings["common"], *methods.pop("common"), *evaluation]
-    for name, overrides in methods.items():
-        train(f"frontier_{name.replace(' ', '_')}", folder / name, True, [*common, *overrides, *given])
+    evaluation += ["do_first_eval=false", "kl_during_eval=true", f"datasets=[{data}]"]
+    for name, method in settings["methods"].items():
+        swept = f"loss.{method['sweep']}=choice({','.join(map(str, method['values']))})"
+        overrides = [*settings["common"], *settings["training"], *evaluation, *method["overrides"], swept]
+        train(
+            f"frontier_{name.replace(' ', '_')}",
+            folder / name,
+            True,
+            [*overrides, f"model.archive={quoted(start)}", *given],
+        )
 
 
-def points_of(folder: Path, methods: Sequence[str]) -> list[Point]:
-    """Every evaluation of every run, in order of training."""
+def points_of(folder: Path, methods: dict[str, Any]) -> list[Point]:
+    """Every evaluation of every run that `methods` name, in their order and that of training."""
     found: list[Point] = []
-    for method in methods:
-        for run in (path.parent for path in (folder / method).glob("*/metrics.jsonl")):
-            rewards = sentiment_rewards(read_lines(run / "samples.jsonl", "prompt"))
-            for row in read_lines(run / "metrics.jsonl"):
-                if "kl_eval/plain" in row:
-                    kl = [row[f"kl_eval/{name}{end}"] for name in reversed(ESTIMATORS) for end in ("", "_error")]
-                    reward = rewards[row[EXAMPLES]]
-                    setting = run.name if "=" in run.name else ""  # a sweep of one run
-                    found.append(Point(method, setting, row[EXAMPLES], *kl, *reward))
-    return sorted(found, key=lambda p: (list(methods).index(p.method), float(_value(p) or 0), p.examples))
-
-
-def _value(point: Point) -> str:
-    """What its setting is set to, such as 0.1."""
-    return point.setting.rpartition("=")[2]
+    for name, method in methods.items():
+        key = method["sweep"]
+        runs = {run.config.get(f"loss.{key}"): run for run in load_runs([folder / name])}
+        for value in method["values"]:
+            along = points_along(runs[value]) if value in runs else []
+            found += [Point(name, f"{key} {value}", p.examples, p.kl, p.kl_error, *p.reward) for p in along]
+    return found
 
 
 def best_of(start: Path, data: str, settings: dict[str, Any], given: list[str]) -> list[Point]:
     """Best of N samples of the starting policy, N = 1, 2, 4 ... The expected best of N is over all N of the samples.
 
-    KL = log N - (N - 1) / N is an upper bound, close where no response is likely by itself (Beirami et al. 2024,
-    arXiv:2401.01879). It is 0 at N = 1: the starting policy itself.
+    KL = log N - (N - 1) / N is an upper bound, close where no response and no reward is likely by itself (Beirami et
+    al. 2024, arXiv:2401.01879). It is 0 at N = 1: the starting policy itself.
     """
+    measured, n = settings["evaluation"], settings["best_of"]
     saved = find_saved(str(start), [f"datasets=[{data}]", "loss=dpo", "loss.beta=1", *settings["common"], *given])
     model, tokenizer, how = saved.open()
     test = load_data(data_settings(saved.config), tokenizer, "test")
-    n, prompts = settings["best_of"], [test[i].prompt for i in range(min(len(test), settings["evaluation"]["prompts"]))]
+    prompts = prompts_of(test, eval_examples(test, measured["pairs"]), measured["prompts"])  # as in training
     room = saved.config.max_length - max(map(len, prompts))
-    sampling = Sampling(room, settings["evaluation"]["batch"], 1, how.dtype)
-    responses = tokenizer.batch_decode(
-        sample(model, tokenizer, [p for p in prompts for _ in range(n)], sampling), skip_special_tokens=True
-    )
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    sampled = sample(model, tokenizer, repeated, Sampling(room, measured["batch"], 1, how.dtype))
+    responses = tokenizer.batch_decode(sampled, skip_special_tokens=True)
     texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     scores = [sorted(sentiment(text + r) for r in responses[i * n : (i + 1) * n]) for i, text in enumerate(texts)]
     found = []
     for best in itertools.takewhile(lambda size: size <= n, (2**k for k in itertools.count())):
         mean, error = mean_and_error([expected_best(row, best) for row in scores], range(len(scores)))
         kl = math.log(best) - (best - 1) / best
-        found.append(Point(BEST_OF, f"N={best}", 0, kl, 0.0, kl, 0.0, mean, Z95 * (error or math.nan), len(scores)))
+        found.append(Point(BEST_OF, f"N {best}", 0, kl, 0.0, mean, Z95 * (error or math.nan), len(scores)))
     return found
 
 
@@ -146,32 +149,35 @@ def verdicts(points: Sequence[Point]) -> list[str]:
     """What the points say of the paper's two claims: larger beta, smaller KL; DPO above the preferred responses."""
     last = {(p.method, p.setting): p for p in points}  # a run's last evaluation is its last point
     lines = []
-    for method in ("DPO", "conservative DPO", "IPO"):
+    for method in dict.fromkeys(p.method for p in points if p.setting.startswith("beta")):
         runs = [p for p in last.values() if p.method == method]
-        rises = [(a, b) for a, b in itertools.pairwise(runs) if b.kl - a.kl > 2 * math.hypot(a.kl_error, b.kl_error)]
         shown = ", ".join(f"{p.setting}: {p.kl:.2f} ± {p.kl_error:.2f}" for p in runs)
-        how = "falls with beta within error" if not rises else f"RISES with beta from {rises[0][0].setting}"
-        lines.append(f"{method}: KL at the end {how} ({shown})")
-    for p in (p for p in points if p.method == "preferred"):
-        rival = at_equal_kl([q for q in points if q.method == "DPO"], p.kl)
+        rises = [f"{a.setting} to {b.setting}" for a, b in itertools.combinations(runs, 2) if above(b, a)]
+        falls = above(runs[0], runs[-1])
+        what = f"RISES from {rises[0]}" if rises else "falls as beta grows" if falls else "does not change with beta"
+        lines.append(f"{method}: KL at the end of training {what}, beyond error ({shown})")
+    for p in (p for p in points if p.method == PREFERRED):
+        rival = at_kl([q for q in points if q.method == "DPO"], p.kl)
         if rival is None:
-            lines.append(f"preferred after {p.examples} examples: no DPO run has been as near as KL {p.kl:.2f}")
+            lines.append(f"fine-tuning on preferred, KL {p.kl:.2f}: no DPO run was measured as near to the start")
             continue
-        low, high = rival.reward - rival.half_width, rival.reward + rival.half_width
-        above = (
-            "above" if low > p.reward + p.half_width else "below" if high < p.reward - p.half_width else "level with"
-        )
+        gap, error = rival.reward - p.reward, math.hypot(rival.half_width, p.half_width)
+        what = "above" if gap > error else "BELOW" if gap < -error else "level with"
         lines.append(
-            f"at KL {p.kl:.2f}: DPO's {rival.setting} at KL {rival.kl:.2f} has reward {rival.reward:.3f} ± "
-            f"{rival.half_width:.3f}, {above} fine-tuning on preferred, {p.reward:.3f} ± {p.half_width:.3f}"
+            f"DPO ({rival.setting}, KL {rival.kl:.2f}, reward {rival.reward:+.3f}) is {what} fine-tuning on preferred "
+            f"(KL {p.kl:.2f}, reward {p.reward:+.3f}): difference {gap:+.3f} ± {error:.3f}"
         )
     return lines
 
 
-def at_equal_kl(points: Sequence[Point], kl: float) -> Point | None:
-    """The best of `points` with no more KL than `kl`, within two standard errors; None where there is none."""
-    near = [p for p in points if p.kl <= kl + 2 * p.kl_error]
-    return max(near, key=lambda p: p.reward, default=None)
+def above(a: Point, b: Point) -> bool:
+    """Whether the KL of `a` is larger than that of `b` beyond their errors."""
+    return a.kl - b.kl > ERRORS * math.hypot(a.kl_error, b.kl_error)
+
+
+def at_kl(points: Sequence[Point], kl: float) -> Point | None:
+    """The one of `points` with the largest KL of up to `kl`; None where there is none."""
+    return max((p for p in points if p.kl <= kl), key=lambda p: p.kl, default=None)
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
@@ -182,20 +188,16 @@ def draw(points: Sequence[Point], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    methods = list(dict.fromkeys(p.method for p in points))
-    for number, method in enumerate(methods):
-        own = [p for p in points if p.method == method]
-        runs = [("", own)] if method == BEST_OF else itertools.groupby(own, lambda p: p.setting)
+    for number, (method, own) in enumerate(itertools.groupby(points, lambda p: p.method)):
+        runs = itertools.groupby(own, lambda p: p.method == BEST_OF or p.setting)
         for turn, (_, group) in enumerate(runs):
             run = list(group)
-            style: dict[str, Any] = {"color": f"C{number}", "label": method if not turn else None, "alpha": 0.8}
-            errors: dict[str, Any] = {"yerr": [p.half_width for p in run], "xerr": [2 * p.kl_error for p in run]}
-            marker = "os^Dvx*P"[number % 8]
-            axes.errorbar(
-                [p.kl for p in run], [p.reward for p in run], **errors, marker=marker, elinewidth=0.5, **style
-            )
+            x, y = [p.kl for p in run], [p.reward for p in run]
+            bars = [p.half_width for p in run], [Z95 * p.kl_error for p in run]
+            look: dict[str, Any] = {"color": f"C{number}", "marker": "os^Dvx*P"[number % 8], "alpha": 0.8}
+            axes.errorbar(x, y, *bars, elinewidth=0.5, label=method if not turn else None, **look)
             if method != BEST_OF:
-                axes.annotate(_value(run[-1]), (run[-1].kl, run[-1].reward), fontsize=7, color=f"C{number}")
+                axes.annotate(run[-1].setting.split()[-1], (x[-1], y[-1]), fontsize=7, color=f"C{number}")
     axes.set(xlabel="KL(policy || starting policy), nats a response", ylabel="true reward (VADER), held-out prompts")
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=-0.05)
@@ -204,45 +206,38 @@ def draw(points: Sequence[Point], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def write(folder: Path, points: Sequence[Point], minutes: float) -> str:
+def write(folder: Path, points: Sequence[Point]) -> str:
     """frontier.csv and frontier.png, and the table as Markdown, which is returned."""
+    if len({p.prompts for p in points}) > 1:
+        raise UserError(f"{folder} holds runs measured on other numbers of prompts; give another --folder")
     with open(folder / "frontier.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Point)])
         writer.writeheader()
         writer.writerows(dataclasses.asdict(p) for p in points)
     draw(points, folder / "frontier.png")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     lines = [
-        f"Measured {datetime.now(UTC):%Y-%m-%d} in {minutes:.0f} minutes: {_hardware()}, torch {version('torch')}, "
-        f"transformers {version('transformers')}, commit {commit.stdout.strip() or 'unknown'}. Reward: VADER's score, "
-        f"mean over {points[0].prompts} held-out prompts, 95 % interval; KL: nats a response, Rao-Blackwellised and, "
-        "as plain KL, the mean log-ratio, each with its standard error.",
+        *(f"- {key}: {value}" for key, value in machine().items()),
+        f"- reward: VADER's score of prompt and response, -1 to 1: the mean over {points[0].prompts} held-out prompts, "
+        "and its 95 % interval",
+        "- KL: kl_eval/rao_blackwell, nats a response from the starting policy, and its standard error; of best of N, "
+        "an upper bound",
         "",
-        "| method | setting | examples | KL | plain KL | reward |",
-        "|---|---|---|---|---|---|",
+        "| method | setting | examples | KL | reward |",
+        "|---|---|---|---|---|",
     ]
     for p in points:
-        kl = f"{p.kl:.2f} ± {p.kl_error:.2f} | {p.kl_plain:.2f} ± {p.kl_plain_error:.2f}"
+        kl = f"{p.kl:.2f} ± {p.kl_error:.2f}" if p.method != BEST_OF else f"≤ {p.kl:.2f}"
         lines.append(f"| {p.method} | {p.setting} | {p.examples} | {kl} | {p.reward:+.3f} ± {p.half_width:.3f} |")
     text = "\n".join([*lines, "", *(f"- {line}" for line in verdicts(points))])
-    (folder / "frontier.md").write_text(text + "\n")
+    (folder / "frontier.md").write_text(f"# Reward against KL\n\n{text}\n")
     return text
-
-
-def _hardware() -> str:
-    import torch
-
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{name}, {len(os.sched_getaffinity(0))} CPU cores"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "frontier", help="runs and results go here")
     parser.add_argument("--settings", default="small", help="of scripts/frontier.yaml")
-    parser.add_argument("--start", help="the starting policy, a run's folder; default: an SFT of its own")
+    parser.add_argument("--start", type=Path, help="the starting policy, a run's folder; default: an SFT of its own")
     parser.add_argument("--data", type=Path, help="folder of train and test rows with prompt, responses, scores")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run, as train.py takes them")
     arguments = parser.parse_args()
@@ -251,20 +246,18 @@ def main() -> None:
         raise UserError(f"--settings {arguments.settings} is not in {SETTINGS}; choose from: {', '.join(known)}")
     settings = known[arguments.settings]
     data = arguments.data or (settings["data"] and ROOT / settings["data"])
-    if data is None or not list(Path(data).glob("train.jsonl*")):
+    if data is None or not list(data.glob("train.jsonl*")):
         raise UserError(f"--data {data} must be a folder with train.jsonl(.gz) and test.jsonl(.gz)")
     if settings["sft"] is None and not arguments.start:
         raise UserError(f"--settings {arguments.settings} needs --start, the policy to start from")
-    began, folder = time.time(), make_dir(arguments.folder.resolve(), "--folder")
+    began, folder, given = time.time(), make_dir(arguments.folder.resolve(), "--folder"), arguments.overrides
     quiet_transformers()
-    start = (
-        Path(arguments.start).resolve() if arguments.start else fine_tune(folder, data, settings, arguments.overrides)
-    )
-    name = "sentiment" if data == ROOT / "data" / "sentiment" else str(Path(data).resolve())
-    train_methods(folder, start, name, settings, arguments.overrides)
-    methods = [method for method in settings["methods"] if method != "common"]
-    points = [*best_of(start, name, settings, arguments.overrides), *points_of(folder, methods)]
-    log(f"\n{write(folder, points, (time.time() - began) / 60)}\n\nwritten: {folder}/frontier.csv, .png and .md")
+    start = arguments.start.resolve() if arguments.start else fine_tune(folder, data, settings, given)
+    name = "sentiment" if data == ROOT / "data" / "sentiment" else quoted(data.resolve())
+    train_methods(folder, start, name, settings, given)
+    points = [*best_of(start, name, settings, given), *points_of(folder, settings["methods"])]
+    log(f"\n{write(folder, points)}\n\nwritten: {folder}/frontier.csv, .png and .md")
+    log(f"finished in {(time.time() - began) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ update, and says which are not finite. Takes overrides such as mixed_precision=n
 """
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def replay(folder: Path, overrides: list[str]) -> None:
     before = read_state(folder)["config"]
     kept = [f"model.policy_dtype={before['model']['policy_dtype']}"]
     kept += [f"mixed_precision={before['mixed_precision'] or 'null'}", f"device={before['device']}"]
-    given = ["exp_name=replay", "model=blank_model", f"model.name_or_path={folder}", *kept, *overrides]
+    given = ["exp_name=replay", "model=blank_model", f"model.name_or_path={json.dumps(str(folder))}", *kept, *overrides]
     config = load_config(list({item.partition("=")[0]: item for item in given}.values()))
     quiet_transformers()
     policy = load_policy(config, pick_device(config)).train()

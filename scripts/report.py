@@ -186,7 +186,12 @@ class Point(NamedTuple):
 
 def frontier(run: Run) -> list[Point]:
     """The evaluations that have a KL and a known reward, in order of training."""
-    rewards = sentiment_rewards(run.samples) if run.rewarded else {}
+    return points_along(run) if run.rewarded else []
+
+
+def points_along(run: Run) -> list[Point]:
+    """The evaluations that have a KL, with the sentiment of their samples."""
+    rewards = sentiment_rewards(run.samples)
     points = []
     for row in run.evaluations:
         name = next((n for n in ("kl_eval/rao_blackwell", "kl_eval/plain") if n in row), None)
@@ -542,6 +547,18 @@ def write(path: Path, text: str) -> None:
         raise UserError(f"--out: {path} cannot be written: {error.strerror}; give another folder") from error
 
 
+def write_report(runs: Sequence[Run], out: Path, samples: int, command: str) -> list[dict[str, Any]]:
+    """Write report.csv and report.html, made by `command`, into `out`; returns the table's rows."""
+    rows = table_rows(runs)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write(out / "report.csv", table.getvalue())
+    write(out / "report.html", page(runs, rows, samples, command))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="SWEEP_OR_RUN", help="run folders, or folders of runs")
@@ -552,16 +569,8 @@ def main() -> None:
         raise UserError(f"--samples {arguments.samples} must be a number of prompts, 0 or more")
     runs = load_runs(arguments.runs)
     out = make_dir(arguments.out, "--out")
-    rows = table_rows(runs)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write(out / "report.csv", table.getvalue())
-    write(
-        out / "report.html",
-        page(runs, rows, arguments.samples, shlex.join(["python", "scripts/report.py", *sys.argv[1:]])),
-    )
+    command = shlex.join(["python", "scripts/report.py", *sys.argv[1:]])
+    rows = write_report(runs, out, arguments.samples, command)
     log(text_table(rows, shutil.get_terminal_size((120, 24)).columns))
     log(f"written: {out / 'report.csv'}, {out / 'report.html'}")
 

@@ -177,7 +177,7 @@ def sampler(policy: Saved, reference: Saved | None, how: Sampling) -> Callable[[
     other = reference.open()[0] if reference is not None else None
 
     def batch(items: Sequence[Item], number: int) -> list[dict[str, Any]]:
-        ids, own = [prompt.ids for prompt, _ in items], dataclasses.replace(how, seed=how.seed + number)
+        ids, own = [prompt.ids for prompt, _ in items], dataclasses.replace(how, first_batch=number)
         sampled = sample(model, tokenizer, ids, own)
         rows: list[dict[str, Any]] = [{"prompt": prompt.text, "sample": n} for prompt, n in items]
         found: dict[str, Sequence[Any]] = {"policy": tokenizer.batch_decode(sampled, skip_special_tokens=True)}
@@ -236,7 +236,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time: temperature 0")
     parser.add_argument("--batch-size", type=int, default=16, help="samples at a time")
-    parser.add_argument("--seed", type=int, default=0, help="of the first batch; each has one more than the last")
+    parser.add_argument("--seed", type=int, default=0, help="with a batch's number it gives its samples")
     others, overrides = take_overrides(sys.argv[1:])
     given = parser.parse_args(others)
     wrong = [

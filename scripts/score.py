@@ -73,7 +73,9 @@ def load_items(config: Config, tokenizer: Any, split: str, own: bool, limit: int
         sft = name in REGISTRY and REGISTRY[name].sft_only
         settings = replace(data_settings(config), names=(name,), sft=sft)
         undivided = find_source(name, settings, "test")[1].held_out
-        if undivided and (split == "all" or (split == "auto" and not (own and config.holdout_fraction))):
+        if undivided and split == "auto" and own and not config.holdout_fraction:
+            raise UserError(f"the run held nothing of {name} out: its rows are those it trained on; say --split all")
+        if undivided and (split == "all" or (split == "auto" and not own)):
             splits, shown, settings = ["train"], "all rows", replace(settings, holdout_fraction=0.0)
         else:
             splits = {"all": ["train", "test"], "auto": ["test"]}.get(split, [split])

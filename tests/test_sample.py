@@ -83,7 +83,7 @@ def test_samples_and_their_divergence(call: Call, run_dir: Path, tiny_model_dir:
     for start in range(0, 21, 4):
         some = rows[start : start + 4]
         ids = [tokenizer(row["prompt"])["input_ids"] for row in some]
-        responses = sample(policy, tokenizer, ids, Sampling(8, 4, start // 4, torch.float32))
+        responses = sample(policy, tokenizer, ids, Sampling(8, 4, 0, torch.float32, first_batch=start // 4))
         for row, before, after in zip(some, ids, responses):
             assert row["policy"] == tokenizer.decode(after, skip_special_tokens=True)
             assert row["tokens_policy"] == len(after) and row["ended"] == (after[-1] == tokenizer.eos_token_id)

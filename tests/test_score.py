@@ -1,7 +1,9 @@
 """scripts/score.py: rewards against a slow computation in float64, what they do not depend on, and misuse."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -268,6 +270,29 @@ def test_a_reference_with_another_vocabulary(scored: Score, tmp_path: Path) -> N
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="another vocabulary"):
         scored("--reference", tmp_path / "other")
+
+
+def test_a_reference_whose_weights_have_changed_is_refused(
+    scored: Score, run_dir: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """The same name is not the same model."""
+    run, start = tmp_path / "run", tmp_path / "start"
+    shutil.copytree(tiny_model_dir, start)
+    shutil.copytree(run_dir, run, symlinks=True)
+    state_file = run / os.readlink(run / "LATEST") / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    state["config"]["model"]["name_or_path"] = str(start)
+    state_file.write_text(json.dumps(state))
+    (state_file.parent / "manifest.json").unlink()
+    before = scored(run=run)
+    (start / "model.safetensors").unlink()
+    model = make_model()
+    model.lm_head.weight.data.mul_(1.5)
+    model.save_pretrained(start)
+    with pytest.raises(UserError, match="weights have changed since"):
+        scored("--overwrite", run=run)
+    rows = scored("--overwrite", "--reference", start, run=run)
+    assert rows[0]["responses"][0]["reward"] != before[0]["responses"][0]["reward"]
 
 
 def test_command(run_dir: Path, tiny_model_dir: Path, cache_dir: Path, pairs_dir: Path, tmp_path: Path) -> None:

@@ -4,14 +4,19 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, read_jsonl, train_here
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 import settings
+import stopping
 import sweeps
+import trainers
 from utils import UserError
 
 Overrides = Callable[..., list[str]]
@@ -37,7 +42,7 @@ def test_a_sweep_finishes_what_it_can_and_the_second_call_trains_nothing(
     assert first.returncode == 1 and "Traceback" not in first.stderr
     assert "loss.beta=-1.0 must be a number above 0" in first.stderr
     assert "The same command runs those again that are not finished" in first.stderr
-    runs = [folder / "loss.beta=0.1", folder / "loss.beta=0.3"]
+    runs = [folder / "loss.beta-0.1", folder / "loss.beta-0.3"]
     files = {path: path.read_bytes() for run in runs for path in (run / "metrics.jsonl", run / "samples.jsonl")}
     betas = [read_jsonl(run / "metrics.jsonl")[-1]["rewards_eval/margins"] for run in runs]
     assert betas[1] / betas[0] == pytest.approx(3, rel=0.2)  # the second run is not the first once more
@@ -49,7 +54,7 @@ def test_a_sweep_finishes_what_it_can_and_the_second_call_trains_nothing(
     second = sweep("loss.beta=0.1,0.3,0.5")
     assert second.returncode == 0, second.stderr
     assert second.stdout.count("nothing to do") == 2
-    assert (folder / "loss.beta=0.5" / "LATEST").exists()
+    assert (folder / "loss.beta-0.5" / "LATEST").exists()
     assert all(path.read_bytes() == content for path, content in files.items())
 
     other = sweep("loss.beta=0.1,0.3", "lr=1e-3")
@@ -79,8 +84,60 @@ def test_finished_means_the_same_settings_data_and_start(overrides: Overrides, t
     # Other weights under the same path.
     shutil.rmtree(start)
     train_here(overrides("loss=sft", f"local_run_dir={start}", "n_eval_examples=0", "lr=1e-3"))
-    with pytest.raises(UserError, match=r"model\.archive has changed|reference has changed"):
+    with pytest.raises(UserError, match=r"start has changed|reference has changed"):
         finished(overrides, run_dir, *given, "n_examples=12")
+
+
+def test_a_run_stopped_before_its_last_evaluation_is_not_finished(
+    overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = trainers.BasicTrainer.stop_if_asked
+    with monkeypatch.context() as patch:
+
+        def asked(trainer: trainers.BasicTrainer) -> None:
+            at_the_end = trainer.examples == trainer.total_examples
+            patch.setattr(stopping, "reason", lambda *_: "the test" if at_the_end else None)
+            stop(trainer)
+
+        patch.setattr(trainers.BasicTrainer, "stop_if_asked", asked)
+        with pytest.raises(stopping.Stopped):
+            finished(overrides, tmp_path / "run", "n_eval_examples=4")
+    events = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert events[-1]["counters/examples"] == 24 and "loss/eval" not in events[-1]
+    assert not finished(overrides, tmp_path / "run", "n_eval_examples=4")
+    assert "loss/eval" in read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert finished(overrides, tmp_path / "run", "n_eval_examples=4")
+
+
+def test_a_failed_run_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large:
+        pass
+
+    def run() -> None:
+        large = Large()
+        large.itself = large  # type: ignore[attr-defined]
+        seen.append(weakref.ref(large))
+        sys.exit(1)
+
+    seen: list[weakref.ref] = []
+    job = {"overrides": {"task": ["local_run_dir=x", "resume=null"]}, "runtime": {"output_dir": "x"}}
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(job))
+    with pytest.raises(sweeps.RunFailed) as failure:
+        sweeps.run_in_sweep(OmegaConf.create({"local_run_dir": "a/b", "resume": None, "keep_best": None}), run)
+    assert failure.value.__context__ is None and seen[0]() is None
+
+
+def test_sweeps_and_torchrun_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps.parallel, "joined", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="a sweep cannot run inside torchrun"):
+        sweeps.run_in_sweep(OmegaConf.create(), lambda: None)
+
+
+def test_the_folder_of_a_swept_run_can_be_named_in_an_override(overrides: Overrides, tmp_path: Path) -> None:
+    folder = tmp_path / settings._run_name("lr-1e-3_seed-2")
+    train_here(overrides("loss=sft", f"local_run_dir={folder}", "n_eval_examples=0"))
+    train_here(overrides("loss=dpo", "loss.beta=0.1", f"model.archive={folder}", "n_eval_examples=0"))
 
 
 def test_changed_data_is_not_finished(overrides: Overrides, tmp_path: Path, pairs_dir: Path) -> None:
@@ -103,7 +160,7 @@ def test_runs_are_named_by_what_is_swept() -> None:
 
 def test_names_of_runs_suit_folders() -> None:
     name = settings._run_name
-    assert name("loss.beta=0.1,seed=2") == "loss.beta=0.1,seed=2" and name("") == "run"
+    assert name("loss.beta-0.1_seed-2") == "loss.beta-0.1_seed-2" and name("") == "run"
     assert name("model.archive=/a/b") != name("model.archive=/a_b")
     long = name(f"datasets=[{'x' * 500}]")
     assert "/" not in name("model.archive=/a/b") + long and len(long) < 150

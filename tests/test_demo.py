@@ -16,7 +16,7 @@ def test_the_demo_runs_and_writes_table_and_page(
     common = ["model=blank_model", f"model.name_or_path={tiny_model_dir}", f"cache_dir={cache_dir}", "device=cpu"]
     common += ["datasets=[sentiment]", "max_length=48", "max_prompt_length=24", "kl_during_eval=true"]
     monkeypatch.setattr(demo, "COMMON", common)
-    monkeypatch.setattr(demo, "SFT", ["loss=sft", "n_examples=16", "batch_size=8", "lr=1e-3"])
+    monkeypatch.setattr(demo, "SFT", ["loss=sft", "n_examples=16", "batch_size=8", "lr=1e-2", "warmup_steps=0"])
     monkeypatch.setattr(demo, "DPO", ["loss=dpo", "loss.beta=0.1", "n_examples=16", "batch_size=8"])
     evaluation = ["n_eval_examples=392", "n_eval_model_samples=80", "eval_batch_size=80", "wandb.enabled=false"]
     monkeypatch.setattr(demo, "EVALUATION", evaluation)

@@ -270,7 +270,7 @@ def check_changes(config: Config, state: dict[str, Any]) -> None:
         raise UserError(
             f"resume={config.resume} was trained with other settings: "
             + ", ".join(lines[key] for key in meaningful)
-            + "; give the same, start anew under another exp_name, or set resume_allow_changes=true"
+            + "; train these anew under another exp_name, or go on with them all the same: resume_allow_changes=true"
         )
     if meaningful:
         log(f"resume_allow_changes=true: from here on {', '.join(lines[key] for key in meaningful)}")

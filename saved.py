@@ -116,13 +116,11 @@ def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Sa
         base = policy.trained["model"]["name_or_path"]
         overrides = [*overrides, "model=blank_model", f"model.name_or_path={_quoted(base)}"]
     own = policy.config.model
-    if not given and policy.start not in (None, weights_identity(name)):
-        raise UserError(
-            f"the reference {name} is not what the policy was trained against: its weights have changed since; give "
-            "that with --reference"
-        )
+    overrides = [override for override in overrides if not override.startswith("loss")]  # which are the policy's
     try:
         found = find_saved(name, overrides).config.model
+        if not given and policy.start not in (None, weights_identity(name)):
+            raise UserError("it is not what the policy was trained against: its weights have changed since")
         own_tokenizer = load_tokenizer(replace(policy.config, model=found)) if given else None
     except UserError as error:
         raise UserError(f"reference {name}: {error}\nGive one with --reference <run, folder or hub id>") from error

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from omegaconf import DictConfig
 
 import parallel
 from checkpoint import checkpoints, read_state
-from utils import UserError, close_log, log
+from utils import UserError, log, make_dir, open_log
 
 SWEPT_BY = ("-m", "--multirun", "hydra.mode=MULTIRUN")
+PLUGINS = {
+    "hydra/launcher": {"joblib": "hydra_joblib_launcher", "submitit": "hydra_submitit_launcher"},
+    "hydra/sweeper": {"optuna": "hydra_optuna_sweeper"},
+}
 
 
 class RunFailed(CompactHydraException):
@@ -27,7 +32,10 @@ class RunFailed(CompactHydraException):
 
 
 def naming(arguments: list[str]) -> list[str]:
-    """The argument that makes Hydra name a sweep's runs by what is swept; none where `arguments` are of one run."""
+    """The argument that makes Hydra name a sweep's runs by what is swept; none where `arguments` are of one run.
+
+    Raises UserError for a sweep that cannot be.
+    """
     if not any(argument in SWEPT_BY for argument in arguments):
         return []
     given = [argument for argument in arguments if "=" in argument and not argument.startswith(("-", "hydra"))]
@@ -35,8 +43,27 @@ def naming(arguments: list[str]) -> list[str]:
         overrides = OverridesParser.create().parse_overrides(given)
     except HydraException:
         return []  # Hydra will say what is wrong
-    fixed = sorted({override.key_or_group for override in overrides if not override.is_sweep_override()})
+    swept = {override.key_or_group: override for override in overrides if override.is_sweep_override()}
+    fixed = sorted({override.key_or_group for override in overrides} - swept.keys())
+    _check([argument for argument in arguments if argument.startswith("hydra")], swept, fixed)
     return [f"hydra.job.config.override_dirname.exclude_keys={json.dumps(fixed)}"]
+
+
+def _check(hydras: list[str], swept: dict[str, Any], fixed: list[str]) -> None:
+    chosen = dict(argument.split("=", 1) for argument in hydras if "=" in argument)
+    for key, names in PLUGINS.items():
+        module = next((module for name, module in names.items() if chosen.get(key, "").startswith(name)), None)
+        if module is not None and find_spec(f"hydra_plugins.{module}") is None:
+            raise UserError(f"{key}={chosen[key]} is not installed: pip install -r requirements-sweeps.txt")
+    if "exp_name" not in {*fixed, *swept}:
+        raise UserError("exp_name is missing: pass exp_name=<value>")
+    if "local_run_dir" in fixed:
+        raise UserError("local_run_dir is one folder, and a sweep's runs have one each: set hydra.sweep.dir instead")
+    if not swept and not any(key.startswith("hydra.sweeper.params") for key in chosen):
+        raise UserError("-m, but no key has several values: leave -m out, or write <key>=choice(<value>) for one value")
+    interval = next((key for key, override in swept.items() if override.is_interval_sweep()), None)
+    if interval and "hydra/sweeper" not in chosen:
+        raise UserError(f"{interval} is an interval, which a search is for: hydra/sweeper=optuna (see README)")
 
 
 def run_in_sweep(composed: DictConfig, run: Callable[[], Any]) -> float | None:
@@ -53,7 +80,7 @@ def run_in_sweep(composed: DictConfig, run: Callable[[], Any]) -> float | None:
     if "resume" not in given:
         composed.resume = "auto"
     run_dir = Path(composed.local_run_dir)
-    close_log()  # of the run before
+    open_log(make_dir(run_dir, "local_run_dir"))
     log(f"\n=== {run_dir.parent.name}: {run_dir.name} ===")
     code: Any = 0
     try:
@@ -65,7 +92,7 @@ def run_in_sweep(composed: DictConfig, run: Callable[[], Any]) -> float | None:
         torch.cuda.empty_cache()
     if code in (1, 2):  # raised here, where nothing holds on to what the run had in memory
         raise RunFailed(
-            f"error: {run_dir.name} failed, for the reason given above; it did not hold up the others. The same "
+            f"error: {run_dir.name} failed: for the reason see {run_dir / 'log.txt'}. Every run was tried; the same "
             "command runs those again that are not finished"
         )
     if code:

@@ -108,15 +108,9 @@ class Lines:
 def open_log(run_dir: Path) -> None:
     """Send every later `log` line to `run_dir/log.txt` as well."""
     global _log_file
-    _log_file = Lines(run_dir / "log.txt")
-
-
-def close_log() -> None:
-    """Print only, until `open_log` names another folder."""
-    global _log_file
     if _log_file is not None:
         _log_file.close()
-    _log_file = None
+    _log_file = Lines(run_dir / "log.txt")
 
 
 def run_main(main: Callable[[], Any], speaks: Callable[[], bool] = lambda: True) -> Any:
@@ -129,7 +123,7 @@ def run_main(main: Callable[[], Any], speaks: Callable[[], bool] = lambda: True)
     try:
         return main()
     except KeyboardInterrupt:
-        _fail("interrupted; checkpoints already written are complete", 130)
+        _fail("interrupted", 130)
     except Exception as error:
         message, code = _explain(error)
         _fail(message if speaks() else "", code)

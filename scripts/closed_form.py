@@ -157,7 +157,9 @@ def main() -> None:
     except ValueError as error:
         raise UserError(f"--betas {arguments.betas}: give numbers, such as 0.1,0.5") from error
     if min(betas) <= 0 or not 0 <= arguments.noise < 0.5:
-        raise UserError("--betas must be above 0, and --noise at least 0 and less than 0.5")
+        raise UserError(
+            f"--betas {arguments.betas} must be above 0, and --noise {arguments.noise} at least 0 and less than 0.5"
+        )
     world = random_world(arguments.seed)
     rows = compare(world, betas, arguments.noise)
     out = make_dir(arguments.out, "--out")
@@ -165,6 +167,9 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    print(
+        "TV: the policy's total variation from the optimum; reward error: of differences of implicit rewards; at most"
+    )
     print(f"{'method':<34}{'beta':>6}{'KL, nats':>10}{'reward':>9}{'TV':>10}{'reward error':>14}")
     for row in rows:
         numbers = "{beta:>6g}{KL:>10.4f}{reward:>9.4f}{TV:>10.1e}{reward error:>14.1e}".format_map(row)

@@ -248,6 +248,8 @@ def main() -> None:
     data = arguments.data or (settings["data"] and ROOT / settings["data"])
     if data is None or not list(data.glob("train.jsonl*")):
         raise UserError(f"--data {data} must be a folder with train.jsonl(.gz) and test.jsonl(.gz)")
+    if arguments.start and not arguments.start.exists():
+        raise UserError(f"--start {arguments.start}: there is no such folder")
     if settings["sft"] is None and not arguments.start:
         raise UserError(f"--settings {arguments.settings} needs --start, the policy to start from")
     began, folder, given = time.time(), make_dir(arguments.folder.resolve(), "--folder"), arguments.overrides

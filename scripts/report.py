@@ -37,15 +37,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from runs import FREE
 from utils import UserError, log, make_dir, redact, run_main, visible
 
 EXAMPLES = "counters/examples"
 EVALUATED = re.compile("(^|[_/])eval(/|$)")
 MOST_POINTS = 400  # of a curve
 Z95 = 1.96
-# Where and how a run ran, not what it computed.
-IGNORED = {"local_run_dir", "exp_name", "resume", "resume_allow_changes", "cache_dir", "fsdp_port", "local_dirs"}
-IGNORED |= {"tensorboard", "num_proc", "wandb", "max_runtime"}
 MAIN_KEYS = ["model.name_or_path", "model.archive", "datasets", "loss.name", "loss.beta", "lr", "batch_size"]
 MAIN_KEYS += ["n_epochs", "n_examples", "seed"]
 SHORT = {"loss/eval": "loss", "rewards_eval/accuracies": "accuracy", "rewards_eval/margins": "margin"}
@@ -238,8 +236,10 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}; leave it out") from error
         if not runs:
-            raise UserError(f"{path} holds no run: no config.yaml in it or up to two levels down; give another folder")
+            log(f"left out: {path} holds no run (no config.yaml in it or up to two levels down)")
         found |= dict.fromkeys(run.resolve() for run in runs)
+    if not found:
+        raise UserError(f"{', '.join(map(str, paths))} holds no run; give run folders, or folders that hold runs")
     return list(found)
 
 
@@ -301,8 +301,9 @@ def _finished(folder: Path, logged: float) -> bool:
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """Keys of the configuration whose values differ; a key that a run does not have counts as null."""
-    keys = dict.fromkeys(key for run in runs for key in run.config if key.split(".")[0] not in IGNORED)
+    """Keys of the configuration whose values differ, but for those that change nothing of what is trained; a key that
+    a run does not have counts as null."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if not {key, key.split(".")[0]} & FREE)
     return [key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1]
 
 
@@ -348,11 +349,11 @@ def text_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
     settings, short = names[2 : names.index("examples")], [name for name in SHORT if name in names]
     cells = {name: [SHORT.get(name, name), *(with_error(row, name) for row in rows)] for name in names}
     widths = {name: max(map(len, column)) for name, column in cells.items()}
-    wanted = ["run", "status", "examples", *short, *settings]
+    wanted = ["run", "status", *settings[:2], "examples", *short, *settings[2:]]
     fitting = {n for i, n in enumerate(wanted) if i < 2 or sum(widths[w] + 2 for w in wanted[: i + 1]) <= width}
     columns = [[text.ljust(widths[name]) for text in cells[name]] for name in names if name in fitting]
     left_out = [SHORT.get(name, name) for name in wanted if name not in fitting]
-    note = f"\n(no room for {', '.join(left_out)})" if left_out else ""
+    note = "\n± is a 95 % interval" + (f"; no room for {', '.join(left_out)}: see report.csv" if left_out else "")
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns)) + note
 
 

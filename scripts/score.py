@@ -203,7 +203,7 @@ def table(pairs: Sequence[tuple[int, str, float, int]]) -> str:
 def coloured(token: str, value: float, largest: float, colours: bool) -> str:
     """A token on green (its `value` is positive) or red, the stronger the larger; without `colours` with its value."""
     if not colours:
-        return f"{visible(token)}[{value:+.2f}]"
+        return f"{visible(token)}[{value:+.2g}]"
     level = round(5 * abs(value) / largest) if largest else 0
     if not level:
         return visible(token)
@@ -218,7 +218,7 @@ def show(row: Mapping[str, Any], colours: bool) -> str:
     for number, response in enumerate(row["responses"]):
         below = [other for better, other in row["pairs"] if better == number]
         over = f", preferred to {', '.join(map(str, below))}" if below else ""
-        lines.append(f"response {number}: reward {response['reward']:+.3f}, {len(response['tokens'])} tokens{over}")
+        lines.append(f"response {number}: reward {response['reward']:+.3g}, {len(response['tokens'])} tokens{over}")
         tokens = zip(response["tokens"], response["token_rewards"])
         lines.append("".join(coloured(token, value, largest, colours) for token, value in tokens))
     return "\n".join(lines)
@@ -273,6 +273,8 @@ def main() -> None:
     arguments, overrides = read_arguments()
     quiet_transformers()
     data = [f"datasets={json.dumps(arguments.data, ensure_ascii=False)}"] if arguments.data else []
+    if arguments.reference == "none":
+        raise UserError("--reference none: a reward is against a reference; leave it out, or name one")
     policy = find_saved(arguments.run, [*overrides, *data])
     if not policy.trained and not data:
         raise UserError(f"it is not known what {arguments.run} was trained on: give --data <files or data sets>")

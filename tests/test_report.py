@@ -88,7 +88,7 @@ def test_the_table(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     make(monkeypatch, sweep)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines()[:3])) <= 60
-    assert "(no room for accuracy, margin, KL, reward, loss.beta)" in printed
+    assert "no room for loss, accuracy, margin, KL, reward: see report.csv" in printed
 
 
 def test_only_what_differs(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_what_models_write_is_text(sweep: Path, monkeypatch: pytest.MonkeyPatch)
     make_run(sweep / "x<i>\u202e", examples=100, exp_name=HOSTILE, lr="<script>")
     page, rows = make(monkeypatch, sweep, "--samples", "9")
     assert not re.search("<script|<b>|<i>|[\u202e\u2028\x07]", page)
-    assert "&lt;script&gt;alert(1)&lt;/script&gt; \\u202eevil\\u0007 \\ud800" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; \\u202eevil\\x07 \\ud800" in page
     assert "&lt;b&gt;\\u2028The film was" in page and "x&lt;i&gt;\\u202e" in page
     assert rows[2]["run"] == "x<i>\\u202e"
 

@@ -41,7 +41,8 @@ def test_a_sweep_finishes_what_it_can_and_the_second_call_trains_nothing(
     (folder,) = (tmp_path / "out").glob("*/tuned")
     assert first.returncode == 1 and "Traceback" not in first.stderr
     assert "loss.beta=-1.0 must be a number above 0" in first.stderr
-    assert "The same command runs those again that are not finished" in first.stderr
+    assert "the same command runs those again that are not finished" in first.stderr.replace("\n", " ")
+    assert "loss.beta=-1.0 must be" in (folder / "loss.beta--1" / "log.txt").read_text()
     runs = [folder / "loss.beta-0.1", folder / "loss.beta-0.3"]
     files = {path: path.read_bytes() for run in runs for path in (run / "metrics.jsonl", run / "samples.jsonl")}
     betas = [read_jsonl(run / "metrics.jsonl")[-1]["rewards_eval/margins"] for run in runs]
@@ -109,7 +110,7 @@ def test_a_run_stopped_before_its_last_evaluation_is_not_finished(
     assert finished(overrides, tmp_path / "run", "n_eval_examples=4")
 
 
-def test_a_failed_run_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Large:
         pass
 
@@ -120,7 +121,7 @@ def test_a_failed_run_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyPatch) 
         sys.exit(1)
 
     seen: list[weakref.ref] = []
-    job = {"overrides": {"task": ["local_run_dir=x", "resume=null"]}, "runtime": {"output_dir": "x"}}
+    job = {"overrides": {"task": ["resume=null"]}, "runtime": {"output_dir": str(tmp_path / "b")}}
     monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(job))
     with pytest.raises(sweeps.RunFailed) as failure:
         sweeps.run_in_sweep(OmegaConf.create({"local_run_dir": "a/b", "resume": None, "keep_best": None}), run)
@@ -156,6 +157,27 @@ def test_runs_are_named_by_what_is_swept() -> None:
     (naming,) = sweeps.naming(arguments)
     assert naming.partition("=")[2] == '["dataset_sources.hh", "exp_name", "loss"]'
     assert sweeps.naming(arguments[1:]) == [] == sweeps.naming(["-m", "a=[1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["loss.beta=0.1,0.3"], "exp_name is missing"),
+        (["exp_name=x", "loss.beta=0.1"], "no key has several values"),
+        (["exp_name=x", "loss.beta=0.1,0.3", "local_run_dir=/a"], "set hydra.sweep.dir instead"),
+        (["exp_name=x", "loss.beta=interval(0.1,1)"], "loss.beta is an interval"),
+        (["exp_name=x", "seed=0,1", "hydra/launcher=joblib"], "pip install -r requirements-sweeps.txt"),
+        (["exp_name=x", "seed=0,1", "hydra/launcher=submitit_local"], "pip install -r requirements-sweeps.txt"),
+        (["exp_name=x", "seed=0,1", "hydra/sweeper=optuna"], "pip install -r requirements-sweeps.txt"),
+    ],
+)
+def test_sweeps_that_cannot_be(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=message):
+        sweeps.naming(["-m", *arguments])
+    monkeypatch.setattr(sweeps, "find_spec", lambda name: name)
+    assert sweeps.naming(["-m", "exp_name=x", "loss.beta=choice(0.1)"])
+    assert sweeps.naming(["-m", "exp_name=x", "loss.beta=interval(0.1,1)", "hydra/sweeper=optuna"])
 
 
 def test_names_of_runs_suit_folders() -> None:

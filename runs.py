@@ -276,7 +276,7 @@ def check_changes(config: Config, state: dict[str, Any]) -> None:
         log(f"resume_allow_changes=true: from here on {', '.join(lines[key] for key in meaningful)}")
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     """{"loss": {"beta": 1}} as {"loss.beta": 1}."""
     out: dict[str, Any] = {}
     for key, value in values.items():

@@ -1,6 +1,5 @@
 """Open a trained policy, and the reference it was trained against, from what a run left behind."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint import STATE_FILE, find_archive, read_state, weights_identity
 from models import Computation, check_fits, load_policy, load_tokenizer, local_folder, pick_computation, pick_device
-from settings import Config, check_keys, load_config
+from settings import Config, check_keys, load_config, quoted
 from utils import UserError
 
 # What a checkpoint knows of its run that also matters for using its policy.
@@ -65,7 +64,7 @@ def find_saved(name: str, overrides: list[str]) -> Saved:
     Settings are those of the run where that is known, then `overrides` as train.py takes them. Raises UserError where
     there is no such model.
     """
-    own = ["model=blank_model", f"model.name_or_path={_quoted(name)}"]
+    own = ["model=blank_model", f"model.name_or_path={quoted(name)}"]
     known: dict[str, Any] = {}
     start = None
     if Path(name).expanduser().exists() and not name.endswith(".gguf"):
@@ -73,11 +72,11 @@ def find_saved(name: str, overrides: list[str]) -> Saved:
         if path.is_file():  # the original code's, which does not say what it is
             if not any(re.match(r"model(\.name_or_path)?=", override) for override in overrides):
                 raise UserError(f"{path} does not say which model it is of: add model=<name>, such as model=pythia28")
-            own = [f"model.archive={_quoted(str(path))}"]
+            own = [f"model.archive={quoted(path)}"]
         else:
             state = read_state(path) if (path / STATE_FILE).exists() else {"config": {}}
             known, start = state["config"], state.get("start")
-            own[1] = f"model.name_or_path={_quoted(str(path))}"
+            own[1] = f"model.name_or_path={quoted(path)}"
             own += [f"model.policy_dtype={known['model']['policy_dtype']}"] if known else []
     saved = Saved(_configure(own, known, overrides), known, start)
     saved.architecture()
@@ -93,15 +92,11 @@ def _configure(own: list[str], known: dict[str, Any], overrides: list[str]) -> C
             {f"{key}.{k}": v for k, v in known[key].items()} if isinstance(known[key], dict) else {key: known[key]}
         )
     taken = [
-        f"{key}={_quoted(value)}"
+        f"{key}={quoted(value)}"
         for key, value in settings.items()
         if key not in given and not ("loss" in given and key.startswith("loss"))
     ]
     return replace(load_config([*own, *taken, *overrides]), trainer="BasicTrainer")
-
-
-def _quoted(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Saved:
@@ -114,7 +109,7 @@ def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Sa
         raise UserError("it is not known what the policy was trained against: give --reference <run, folder or hub id>")
     if name.endswith(".pt") and not given:  # of the original code, which does not say what it is
         base = policy.trained["model"]["name_or_path"]
-        overrides = [*overrides, "model=blank_model", f"model.name_or_path={_quoted(base)}"]
+        overrides = [*overrides, "model=blank_model", f"model.name_or_path={quoted(base)}"]
     own = policy.config.model
     overrides = [override for override in overrides if not override.startswith("loss")]  # which are the policy's
     try:

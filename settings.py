@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import importlib.util
+import json
 import math
 import re
 import shlex
@@ -213,6 +214,11 @@ def _run_name(swept: str) -> str:
     if not swept:
         return "run"
     return name if name == swept else f"{name}-{hashlib.sha256(swept.encode()).hexdigest()[:8]}"
+
+
+def quoted(value: Any) -> str:
+    """As the value of an override, whatever signs it has."""
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
 
 
 def load_config(overrides: list[str]) -> Config:

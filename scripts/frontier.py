@@ -34,7 +34,7 @@ from preference_datasets import load_data
 from report import Z95, load_runs, points_along, sentiment
 from sampling import Sampling, mean_and_error, prompts_of, sample
 from saved import find_saved
-from settings import data_settings
+from settings import data_settings, quoted
 from utils import UserError, log, make_dir, run_main
 
 SETTINGS = ROOT / "scripts" / "frontier.yaml"
@@ -54,11 +54,6 @@ class Point:
     reward: float
     half_width: float
     prompts: int
-
-
-def quoted(path: Path) -> str:
-    """As a value of an override."""
-    return json.dumps(str(path), ensure_ascii=False)
 
 
 def train(name: str, folder: Path, sweep: bool, overrides: Sequence[str]) -> None:

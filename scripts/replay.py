@@ -5,7 +5,6 @@ update, and says which are not finite. Takes overrides such as mixed_precision=n
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from checkpoint import read_state
 from evaluation import Scorer
 from health import broken_parameters, read_batch
 from models import Computation, load_policy, pick_device, quiet_transformers
-from settings import LossConfig, load_config
+from settings import LossConfig, load_config, quoted
 from utils import UserError, run_main
 
 
@@ -27,7 +26,7 @@ def replay(folder: Path, overrides: list[str]) -> None:
     before = read_state(folder)["config"]
     kept = [f"model.policy_dtype={before['model']['policy_dtype']}"]
     kept += [f"mixed_precision={before['mixed_precision'] or 'null'}", f"device={before['device']}"]
-    given = ["exp_name=replay", "model=blank_model", f"model.name_or_path={json.dumps(str(folder))}", *kept, *overrides]
+    given = ["exp_name=replay", "model=blank_model", f"model.name_or_path={quoted(folder)}", *kept, *overrides]
     config = load_config(list({item.partition("=")[0]: item for item in given}.values()))
     quiet_transformers()
     policy = load_policy(config, pick_device(config)).train()

@@ -37,7 +37,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from runs import FREE
+from runs import FREE, flat
 from utils import UserError, log, make_dir, redact, run_main, visible
 
 EXAMPLES = "counters/examples"
@@ -280,15 +280,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); leave that run out") from error
-    return _flat(config) if isinstance(config, dict) else {}
-
-
-def _flat(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = prefix + visible(str(key))
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return flat
+    return {visible(key): value for key, value in flat(config).items()} if isinstance(config, dict) else {}
 
 
 def _finished(folder: Path, logged: float) -> bool:

@@ -12,7 +12,6 @@ takes them: device=cpu, model.policy_dtype=bfloat16.
 import argparse
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import MANIFEST, find_archive
+from checkpoint import weights_identity
 from models import load_tokenizer, pick_device, quiet_transformers
 from preference_datasets import BadRow, ChatFormat, Message, ParseRows, get, messages, own_bos
 from sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample
@@ -99,19 +98,9 @@ def check_lengths(prompts: Sequence[Prompt], models: Sequence[Saved], max_new_to
             )
 
 
-def identity(saved: Saved | None) -> Any:
-    """A model's name, and what tells its weights from others: a hash of its manifest, or of file sizes and times."""
-    if saved is None:
-        return None
-    name = saved.config.model.archive or saved.config.model.name_or_path
-    if not Path(name).expanduser().exists():
-        return name
-    path = find_archive(name) if not name.endswith(".gguf") else Path(name).expanduser()
-    if (path / MANIFEST).exists():
-        return [str(path), file_hash(path / MANIFEST)]
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return [str(path), hashlib.sha256(str(facts).encode()).hexdigest()]
+def identity(saved: Saved | None) -> list[str | None] | None:
+    """A model's name, and what tells its weights from others."""
+    return None if saved is None else [saved.config.model.start, weights_identity(saved.config.model.start)]
 
 
 # --- The file that grows ---
@@ -267,7 +256,11 @@ def main() -> None:
     prompts = read_prompts(given.prompts, load_tokenizer(policy.config), policy.config.chat_format)
     check_lengths(prompts, [policy, reference] if reference else [policy], given.max_new_tokens)
     items = [(prompt, n) for prompt in prompts for n in range(given.n)]
-    settings = {"policy": identity(policy), "reference": identity(reference), "overrides": sorted(overrides)}
+    settings: dict[str, Any] = {
+        "policy": identity(policy),
+        "reference": identity(reference),
+        "overrides": sorted(overrides),
+    }
     settings |= {"device": str(pick_device(policy.config)), "dtype": str(policy.config.compute_dtype)}
     settings |= {"prompts_sha256": file_hash(given.prompts)}
     settings |= {key: vars(given)[key] for key in ("n", "max_new_tokens", "temperature", "top_p", "batch_size", "seed")}

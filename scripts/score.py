@@ -41,7 +41,7 @@ from preference_datasets import (
     short_names,
 )
 from saved import Saved, find_reference, find_saved, take_overrides
-from settings import Config, data_settings
+from settings import Config, data_settings, quoted
 from utils import UserError, log, make_dir, progress, run_main, visible
 
 PAIRED = {"chosen", "rejected", "responses", "scores"}
@@ -272,7 +272,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
 def main() -> None:
     arguments, overrides = read_arguments()
     quiet_transformers()
-    data = [f"datasets={json.dumps(arguments.data, ensure_ascii=False)}"] if arguments.data else []
+    data = [f"datasets={quoted(arguments.data)}"] if arguments.data else []
     if arguments.reference == "none":
         raise UserError("--reference none: a reward is against a reference; leave it out, or name one")
     policy = find_saved(arguments.run, [*overrides, *data])

@@ -178,5 +178,14 @@ def train_in_group(cases: list[dict]) -> None:
             train.train_in_process(case, [])
 
 
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, pairs_dir: Path, cache_dir: Path) -> Path:
+    """A DPO run that has moved away from its reference, the tiny model."""
+    folder = tmp_path_factory.mktemp("dpo") / "run"
+    given = ["loss=dpo", "loss.beta=0.3", "lr=1e-2", "n_examples=16", "batch_size=8", "n_eval_examples=8"]
+    train_here(tiny_overrides(tiny_model_dir, pairs_dir, cache_dir, folder, *given, "sample_during_eval=false"))
+    return folder
+
+
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_tokenizer, read_jsonl, tiny_overrides, train_here
+from conftest import ROOT, make_tokenizer, read_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sample as script
@@ -25,15 +25,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 PROMPTS = ["Rivers are", "\n\nHuman: What?\n\nAssistant:", "It", "Tell me \u00e9", "The film was", "17 green", "boats,"]
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, pairs_dir: Path, cache_dir: Path) -> Path:
-    """A DPO run that has moved away from its reference, the tiny model."""
-    folder = tmp_path_factory.mktemp("dpo") / "run"
-    given = ["loss=dpo", "loss.beta=0.1", "lr=1e-2", "n_examples=16", "batch_size=8", "n_eval_examples=0"]
-    train_here(tiny_overrides(tiny_model_dir, pairs_dir, cache_dir, folder, *given, "sample_during_eval=false"))
-    return folder
 
 
 @pytest.fixture

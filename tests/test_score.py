@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_model, make_tokenizer, read_jsonl, tiny_overrides, train_here
+from conftest import ROOT, make_model, make_tokenizer, read_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import score
@@ -20,15 +20,6 @@ from preference_datasets import own_bos
 from utils import UserError
 
 Score = Callable[..., list[dict]]
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, pairs_dir: Path, cache_dir: Path) -> Path:
-    """A DPO run that has moved away from its reference, the tiny model."""
-    folder = tmp_path_factory.mktemp("dpo") / "run"
-    given = ["loss=dpo", "loss.beta=0.3", "lr=1e-2", "n_examples=16", "batch_size=8", "n_eval_examples=8"]
-    train_here(tiny_overrides(tiny_model_dir, pairs_dir, cache_dir, folder, *given, "sample_during_eval=false"))
-    return folder
 
 
 @pytest.fixture

@@ -499,7 +499,8 @@ def test_ctrl_c_says_what_is_left(overrides: Overrides, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 75 and "Traceback" not in stderr, stderr
-    assert "SIGINT: this step is finished and saved" in stderr and "to go on, give resume=auto" in stdout
+    assert "SIGINT: this step is finished and saved" in stderr
+    assert "to go on: the same command, with resume=auto" in stdout
     assert (tmp_path / "run" / "LATEST").is_dir()
 
 

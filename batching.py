@@ -16,6 +16,7 @@ Example = tuple[int, int]
 """(record, pair of that record); in SFT the second is 0: the record's one target."""
 
 T = TypeVar("T")
+BLOCK = 128
 EVAL_SEED = 0
 """The evaluation examples are the same whatever a run's seed, so that runs can be compared."""
 
@@ -31,6 +32,11 @@ class Tree:
 def n_tokens(prompt: int, responses: Iterable[int]) -> int:
     """Tokens of a tree that have to be computed, from the lengths of prompt and responses: a last one predicts none."""
     return prompt + sum(length - 1 for length in responses)
+
+
+def packed_width(tokens: int) -> int:
+    """Tokens of a row with `tokens` of them: filled up to a whole number of FlexAttention's blocks."""
+    return max(-(-tokens // BLOCK), 1) * BLOCK
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ def eval_examples(data: PreferenceData, n: int) -> list[Example]:
 @dataclass(frozen=True)
 class Cut:
     """Into which micro-batches work is cut: at least `passes` forward passes of `ranks` processes, of up to `tokens`
-    tokens with padding in each process (None: no limit), under the layout `tree` or `padded`."""
+    tokens with padding in each process (None: no limit), under the layout `packed`, `tree` or `padded`."""
 
     layout: str
     ranks: int
@@ -167,11 +173,13 @@ class Cut:
         Sorted by length, so that rows of a micro-batch are about equally long and those of one pass about equally much
         work. An empty micro-batch still has to make the pass. One that alone has more than `tokens` is left whole.
         """
-        if self.layout == "tree":
-            items = [_Item(i, 1, n_tokens(*size)) for i, size in enumerate(sizes)]
-        else:
+        if self.layout == "padded":
             items = [_Item(i, len(rest), n_tokens(prompt, [max(rest)])) for i, (prompt, rest) in enumerate(sizes)]
-        items.sort(key=lambda item: -item.length)
+        else:
+            trees = [n_tokens(*size) for size in sizes]
+            # On a packed row every token is as good as a row of its own.
+            items = [_Item(i, n, 1) if self.layout == "packed" else _Item(i, 1, n) for i, n in enumerate(trees)]
+        items.sort(key=lambda item: (-item.length, -item.rows))
         limit = self.tokens
         if limit is None or self.passes > 1:
             limit = min(limit or sys.maxsize, _smallest_limit(items, self.passes * self.ranks))

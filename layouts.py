@@ -1,35 +1,41 @@
-"""How prompt trees are laid on a model's rows: `padded` is one row for each response, `tree` one for each prompt.
+"""How prompt trees are laid on a model's rows: `padded` is one row for each response, `tree` one for each prompt, and
+`packed` one for all of a batch, which needs attention that skips what no token sees (FlexAttention, on CUDA).
 
 In a tree a response's tokens attend to the prompt and to their own past, and their positions go on from the prompt's:
-each token sees what it would see in a row of its own, so that both layouts compute the same function. The last token of
+each token sees what it would see in a row of its own, so that all layouts compute the same function. The last token of
 a response predicts nothing and is left out.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 
-from batching import Batch, n_tokens
+from batching import Batch, n_tokens, packed_width
 
-PROMPT, PADDING = 0, -1
+PADDING = -1
+FLEX = "trees_by_flex_attention"
 
 
 @dataclass(frozen=True)
 class Rows:
     """Token ids on rows, padded on the right, and where on them every response token stands.
 
-    `input_ids`, `positions` and `branch` are int64 [rows, width]; `branch` is PADDING, PROMPT, or k in the k-th
-    response of its row. The others tell of the n response tokens with a token before them, int64 [n] each: the slot
-    (row * width + column) of the token before, whose hidden state predicts it; its id; and its index in [responses,
-    longest response], flattened, whose shape is `shape`.
+    `input_ids`, `positions`, `branch` and `prompt` are int64 [rows, width]: `branch` numbers the prompts and responses
+    of a row, and `prompt` is the number of the prompt before a response's token, or of that which the token is in; both
+    are PADDING where there is no token. The others tell of the n response tokens with a token before them, int64 [n]
+    each: the slot (row * width + column) of the token before, whose hidden state predicts it; its id; and its index in
+    [responses, longest response], flattened, whose shape is `shape`.
     """
 
     input_ids: Tensor
     positions: Tensor
     branch: Tensor
+    prompt: Tensor
     sources: Tensor
     targets: Tensor
     places: Tensor
@@ -46,65 +52,133 @@ def lay_out(batch: Batch, layout: str) -> Rows:
     trees = [(tree.prompt, tree.responses) for tree in batch.trees]
     if layout == "padded":
         trees = [(prompt, [response]) for prompt, responses in trees for response in responses]
-    lengths = [len(response) for _, responses in trees for response in responses]
-    width = max(1, *(n_tokens(len(prompt), map(len, responses)) for prompt, responses in trees))
-    input_ids, positions = torch.zeros(2, len(trees), width, dtype=torch.long)
-    branch = torch.full((len(trees), width), PADDING)
+    rows = [trees] if layout == "packed" else [[tree] for tree in trees]
+    sizes = [sum(n_tokens(len(prompt), map(len, responses)) for prompt, responses in row) for row in rows]
+    width = packed_width(sizes[0]) if layout == "packed" else max(1, *sizes)
+    longest = max(len(response) for _, responses in trees for response in responses)
+    table = torch.zeros(4, len(rows), width, dtype=torch.long)
+    table[2:] = PADDING
     sources: list[int] = []
     targets: list[int] = []
     places: list[int] = []
     number = 0
-    for row, (prompt, responses) in enumerate(trees):
-        input_ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-        positions[row, : len(prompt)] = torch.arange(len(prompt))
-        branch[row, : len(prompt)] = PROMPT
-        start = len(prompt)
-        for k, response in enumerate(responses, 1):
-            stop = start + len(response) - 1
-            input_ids[row, start:stop] = torch.tensor(response[:-1])
-            positions[row, start:stop] = torch.arange(len(prompt), len(prompt) + len(response) - 1)
-            branch[row, start:stop] = k
-            before = [len(prompt) - 1, *range(start, stop)]
-            known = 0 if prompt else 1  # without a prompt nothing predicts the first token
-            sources += [row * width + column for column in before[known:]]
-            targets += response[known:]
-            places += range(number * max(lengths) + known, number * max(lengths) + len(response))
-            start, number = stop, number + 1
-    shape = (number, max(lengths))
-    index = [torch.tensor(values, dtype=torch.long) for values in (sources, targets, places)]
-    return Rows(input_ids, positions, branch, index[0], index[1], index[2], shape)
+    for row, some in enumerate(rows):
+        line = _Row()
+        for prompt, responses in some:
+            root = line.branches
+            before = line.add(prompt, 0, root)[-1:]  # none where there is no prompt
+            for response in responses:
+                columns = [*before, *line.add(response[:-1], len(prompt), root)]
+                first = len(response) - len(columns)  # without a prompt nothing predicts the first token
+                sources += [row * width + column for column in columns]
+                targets += response[first:]
+                places += range(number * longest + first, number * longest + len(response))
+                number += 1
+        table[:, row, : len(line.cells[0])] = torch.tensor(line.cells, dtype=torch.long)
+    index = (torch.tensor(values, dtype=torch.long) for values in (sources, targets, places))
+    return Rows(*table, *index, (number, longest))
 
 
-def model_inputs(rows: Rows, layout: str, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What a model needs to compute `rows`. For a tree: positions, and an additive mask in the type of its scores.
+class _Row:
+    """A row as it is filled: ids, positions, branches and prompts of its tokens."""
+
+    def __init__(self) -> None:
+        self.cells: list[list[int]] = [[], [], [], []]
+        self.branches = 0
+
+    def add(self, tokens: list[int], position: int, prompt: int) -> range:
+        """Append the tokens of a branch, the first at `position`. Returns the columns they take."""
+        n, start = len(tokens), len(self.cells[0])
+        new = (tokens, range(position, position + n), [self.branches] * n, [prompt] * n)
+        for cells, values in zip(self.cells, new, strict=True):
+            cells += values
+        self.branches += 1
+        return range(start, start + n)
+
+
+def model_inputs(
+    rows: Rows, layout: str, config: PreTrainedConfig, dtype: torch.dtype, flex: bool = False
+) -> dict[str, Any]:
+    """What a model needs to compute `rows`. For trees: positions, and a mask, which is FlexAttention's if `flex`, and
+    else added to the scores, in their type.
 
     Models with several kinds of layers get a mask for each kind. A sliding window is counted in positions, which is how
     far apart two tokens of a sequence are. Raises ValueError for a kind of layer that is not known here.
     """
     if layout == "padded":
         return {"input_ids": rows.input_ids, "attention_mask": (rows.branch != PADDING).long()}
+
+    def mask_of(window: int | None) -> Tensor | BlockMask:
+        return block_mask(rows, window) if flex else _additive(visible(rows, window), dtype)
+
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
-    sees = visible(rows, None)
-    mask: Any = _additive(sees if kinds or not window else visible(rows, window), dtype)
+    mask: Any = mask_of(None if kinds else window or None)
     if kinds:
         if kinds - {"full_attention", "sliding_attention"}:
             raise ValueError(f"layers of the kinds {', '.join(sorted(kinds))}")
         mask = {"full_attention": mask}
         if "sliding_attention" in kinds:
-            mask["sliding_attention"] = _additive(visible(rows, window), dtype)
+            mask["sliding_attention"] = mask_of(window)
     return {"input_ids": rows.input_ids, "position_ids": rows.positions, "attention_mask": mask}
 
 
+class _Tokens(NamedTuple):
+    """Where tokens are: their columns, and what `Rows` says of them."""
+
+    column: Tensor
+    position: Tensor
+    branch: Tensor
+    prompt: Tensor
+
+    def sees(self, key: "_Tokens", window: int | None) -> Tensor:
+        """Whether each of these tokens sees that of `key`. Padding sees padding."""
+        seen = (self.column >= key.column) & ((self.branch == key.branch) | (self.prompt == key.branch))
+        return seen if window is None else seen & (self.position - key.position < window)
+
+
 def visible(rows: Rows, window: int | None) -> Tensor:
-    """Which tokens (last dimension) each token sees: bool [rows, 1, width, width]. Padding sees padding."""
-    query, key = rows.branch[:, None, :, None], rows.branch[:, None, None, :]
-    order = torch.arange(rows.branch.shape[1], device=rows.branch.device)
-    sees = (order[:, None] >= order) & ((key == query) | ((key == PROMPT) & (query != PADDING)))
-    if window is not None:
-        sees &= rows.positions[:, None, :, None] - rows.positions[:, None, None, :] < window
-    return sees
+    """Which tokens (last dimension) each token sees: bool [rows, 1, width, width]."""
+    column = torch.arange(rows.branch.shape[1], device=rows.branch.device)[None]
+    tokens = (column, rows.positions, rows.branch, rows.prompt)
+    query, key = (_Tokens(*(t.unsqueeze(dim)[:, None] for t in tokens)) for dim in (2, 1))
+    return query.sees(key, window)
 
 
 def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
+
+
+def block_mask(rows: Rows, window: int | None) -> BlockMask:
+    """The same as `visible`, as FlexAttention takes it: blocks in which nothing is seen are not computed."""
+
+    def at(row: Tensor, column: Tensor) -> _Tokens:
+        return _Tokens(column, *(t[row, column] for t in (rows.positions, rows.branch, rows.prompt)))
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return at(row, query).sees(at(row, key), window)
+
+    n, width = rows.branch.shape
+    return create_block_mask(sees, n, None, width, width, device=rows.branch.device)
+
+
+def set_attention(model: PreTrainedModel, flex: bool) -> None:
+    """Let `model` compute attention by FlexAttention, or as it did when it was loaded. Raises ValueError where its
+    attention cannot be exchanged."""
+    own = vars(model).setdefault("own_attention", model.config._attn_implementation)
+    wanted = FLEX if flex else own
+    if model.config._attn_implementation != wanted:
+        model.set_attn_implementation(wanted)
+        if model.config._attn_implementation != wanted:
+            raise ValueError("its attention cannot be exchanged for FlexAttention")
+
+
+def _flex_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: BlockMask, **more: Any
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' own, in one type: rotary embeddings and norms of heads leave float32 under autocast, which does not
+    reach into FlexAttention as it does into other attention."""
+    return flex_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, attention_mask, **more)
+
+
+AttentionInterface.register(FLEX, _flex_attention)

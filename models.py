@@ -21,7 +21,7 @@ import parallel
 from arrow_cache import cached
 from batching import Batch, Tree
 from checkpoint import Archive, resolve_archive
-from layouts import Rows, lay_out, model_inputs
+from layouts import Rows, lay_out, model_inputs, set_attention
 from parallel import Sharding
 from settings import Config
 from utils import UserError, file_hash, log
@@ -309,19 +309,23 @@ class Computation:
 
     dtype: torch.dtype
     layout: str = "padded"
+    flex: bool = False
+    """Whether a packed row's attention is computed by FlexAttention, not with a mask of all pairs of tokens."""
     tolerance: float = 1e-4
     """By how much two ways of computing the same may differ, as the mean over tokens in nats: rounding of `dtype`."""
 
 
 def pick_computation(model: PreTrainedModel, config: Config) -> Computation:
-    """What the configuration asks for: layout `auto` is `tree` for every model that computes it as it does `padded`.
+    """What the configuration asks for: layout `auto` is `packed` on CUDA, else `tree`, for every model that computes
+    it as it does `padded`.
 
-    The two are compared on made-up trees as long as the data's can be, so that a window or a learned position that is
-    counted along the row shows. Raises UserError for `tree` where it differs.
+    They are compared on made-up trees as long as the data's can be, so that a window or a learned position that is
+    counted along the row shows. Raises UserError where the layout that is asked for differs.
     """
     dtype = config.compute_dtype
-    exact = dtype == torch.float32 and not (input_device(model).type == "cuda" and config.allow_tf32)
-    padded = Computation(dtype, "padded", 1e-4 if exact else 0.1)
+    cuda = input_device(model).type == "cuda"
+    exact = dtype == torch.float32 and not (cuda and config.allow_tf32)
+    padded = Computation(dtype, tolerance=1e-4 if exact else 0.1)
     try:
         found = head_difference(model, dtype)
     except TorchDynamoException as error:
@@ -331,18 +335,19 @@ def pick_computation(model: PreTrainedModel, config: Config) -> Computation:
             f"{type(model).__name__} is not supported: its log-probabilities, computed a part at a time, differ by "
             f"{found:.2g} nats per token from those of its own logits"
         )
-    if config.layout == "padded":
-        return padded
-    try:
-        found = layout_difference(model, dtype, config.max_prompt_length, config.max_length)
-        if found <= padded.tolerance:
-            return dataclasses.replace(padded, layout="tree")
-        reason = f"log-probabilities differ by {found:.2g} nats per token, more than {padded.tolerance}"
-    except (ValueError, TypeError, RuntimeError) as error:
-        reason = _first_line(error)
-    if config.layout == "tree":
-        raise UserError(f"layout=tree is not exact for {type(model).__name__}: {reason}; set layout=padded")
-    log(f"layout=padded: {type(model).__name__} cannot share the computation of prompts ({reason})")
+    wanted = [config.layout] if config.layout != "auto" else ["packed", "tree"] if cuda else ["tree"]
+    for layout in wanted if config.layout != "padded" else []:
+        how = dataclasses.replace(padded, layout=layout, flex=cuda and layout == "packed")
+        try:
+            found = layout_difference(model, how, config.max_prompt_length, config.max_length)
+            if found <= how.tolerance:
+                return how
+            reason = f"log-probabilities differ by {found:.2g} nats per token, more than {how.tolerance}"
+        except Exception as error:  # models and compilers refuse in many ways
+            reason = _first_line(error)
+        if layout == config.layout:
+            raise UserError(f"layout={layout} is not exact for {type(model).__name__}: {reason}; set layout=padded")
+        log(f"not layout={layout}: {type(model).__name__} does not compute it exactly ({reason})")
     return padded
 
 
@@ -359,14 +364,15 @@ def head_difference(model: PreTrainedModel, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def layout_difference(model: PreTrainedModel, dtype: torch.dtype, prompt_length: int, length: int) -> float:
-    """Mean absolute difference of the two layouts' log-probabilities on a tree of random tokens, in nats per token."""
+def layout_difference(model: PreTrainedModel, how: Computation, prompt_length: int, length: int) -> float:
+    """Mean absolute difference of `how`'s log-probabilities from `padded` ones on trees of random tokens, in nats per
+    token."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (2 * length,), generator=generator).tolist()
     long, short = ids[prompt_length:length], ids[length : length + max((length - prompt_length) // 2, 1)]
     batch = Batch([Tree(ids[:prompt_length], [long, short, long[::-1]]), Tree(ids[:1], [short])], [], None)
-    tree, padded = (response_logps(model, batch, Computation(dtype, layout)) for layout in ("tree", "padded"))
-    return float((tree.logps - padded.logps)[padded.mask].abs().mean())
+    found, padded = (response_logps(model, batch, way) for way in (how, Computation(how.dtype)))
+    return float((found.logps - padded.logps)[padded.mask].abs().mean())
 
 
 def response_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> TokenLogps:
@@ -375,9 +381,7 @@ def response_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> To
     The log-softmax is float32 whatever the model's type. The first token of a response has none where there is neither
     prompt nor BOS before it.
     """
-    device = input_device(model)
-    rows = lay_out(batch, how.layout).to(device)
-    inputs = model_inputs(rows, how.layout, model.config.get_text_config(), how.dtype)
+    rows, inputs = _inputs(model, batch, how)
     with autocast(model, how.dtype):
         found = model(**inputs, sources=rows.sources, targets=rows.targets)
     places = rows.places.to(found.device)
@@ -389,10 +393,16 @@ def response_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> To
 def next_token_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> tuple[Tensor, Rows]:
     """log p(token | all before it) of every token of the vocabulary, float32 [n, vocabulary], where the batch's rows
     (which come with it) have a response token: n of them. All exist at once: for few rows."""
-    rows = lay_out(batch, how.layout).to(input_device(model))
-    inputs = model_inputs(rows, how.layout, model.config.get_text_config(), how.dtype)
+    rows, inputs = _inputs(model, batch, how)
     with autocast(model, how.dtype):
         return model(**inputs, sources=rows.sources), rows
+
+
+def _inputs(model: PreTrainedModel, batch: Batch, how: Computation) -> tuple[Rows, dict[str, Any]]:
+    """The rows of a batch, and what the model needs to compute them."""
+    set_attention(model, how.flex)
+    rows = lay_out(batch, how.layout).to(input_device(model))
+    return rows, model_inputs(rows, how.layout, model.config.get_text_config(), how.dtype, how.flex)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 import parallel
 from batching import Batch, Cut, Example, Tree, chunks
+from layouts import set_attention
 from models import LOGITS_AT_ONCE, Computation, autocast, input_device, next_token_logps
 from preference_datasets import PreferenceData, own_bos
 from utils import progress
@@ -55,6 +56,7 @@ def sample(
     other random state is left as it was.
     """
     device, end = input_device(model), tokenizer.eos_token_id
+    set_attention(model, flex=False)  # which is for whole responses
     # generate() fills in what is not set from the model's own settings, such as a repetition penalty.
     own, model.generation_config = model.generation_config, _generation(how, end)
     batches, ranks = list(chunks(prompts, how.batch_size)), parallel.data_ranks()
@@ -178,7 +180,7 @@ def _compare(
     policy: PreTrainedModel, reference: PreTrainedModel, batch: Batch, how: Computation
 ) -> list[tuple[float, float]]:
     """(log ratio, sum of next-token divergences) of each response, in nats."""
-    how = replace(how, layout="padded")
+    how = replace(how, layout="padded", flex=False)
     ours, rows = next_token_logps(policy, batch, how)
     theirs, _ = next_token_logps(reference, batch, how)
     # In place, as these are large. A token that the model rules out adds nothing: 0 log 0.

@@ -27,7 +27,7 @@ TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_DTYPES = ("float32", "bfloat16")  # float16 weights overflow; mixed_precision=float16 keeps float32 weights
 LR_SCHEDULES = ("constant", "linear", "cosine")
-LAYOUTS = ("auto", "tree", "padded")
+LAYOUTS = ("auto", "packed", "tree", "padded")
 REFERENCE_MODES = ("stored", "live")
 CHAT_FORMATS = ("auto", "template", "hh")
 CHECKS = ("fast", "full")

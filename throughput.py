@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import parallel
-from batching import Batch, n_tokens
+from batching import Batch, n_tokens, packed_width
 
 # Dense peak of matrix products in bfloat16, FLOP/s, from the makers' data sheets.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "RTX 4090": 165e12}
@@ -32,10 +32,13 @@ def cost_of(batch: Batch, layout: str) -> Cost:
     """What `batch` costs under `layout`."""
     trees = [n_tokens(len(tree.prompt), map(len, tree.responses)) for tree in batch.trees]
     rows = [n_tokens(len(tree.prompt), [len(r)]) for tree in batch.trees for r in tree.responses]
-    laid = trees if layout == "tree" else rows
-    return Cost(
-        sum(trees), len(laid) * max(laid), sum(rows), sum(len(r) for tree in batch.trees for r in tree.responses)
-    )
+    computed = {
+        "packed": packed_width(sum(trees)),
+        "tree": len(trees) * max(trees),
+        "padded": len(rows) * max(rows),
+    }
+    predicted = sum(len(response) for tree in batch.trees for response in tree.responses)
+    return Cost(sum(trees), computed[layout], sum(rows), predicted)
 
 
 def throughput(model: PreTrainedModel, cost: Cost, seconds: float) -> dict[str, float]:

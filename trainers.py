@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -55,11 +56,15 @@ def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict[str, A
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     """The torch.optim class that `optimizer` names. Raises UserError for arguments that it refuses."""
+    chosen = getattr(torch.optim, config.optimizer)
     arguments = {"lr": config.lr, **config.optimizer_kwargs}
     if config.weight_decay is not None:
         arguments["weight_decay"] = config.weight_decay
+    on_cuda = all(p.device.type == "cuda" for p in model.parameters())
+    if on_cuda and "fused" in inspect.signature(chosen).parameters and "foreach" not in arguments:
+        arguments.setdefault("fused", True)
     try:
-        return getattr(torch.optim, config.optimizer)(parameter_groups(model, config), **arguments)
+        return chosen(parameter_groups(model, config), **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"optimizer={config.optimizer} refuses its arguments {arguments}: {error}") from error
 

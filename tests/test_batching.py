@@ -167,7 +167,7 @@ def test_gradients_do_not_depend_on_the_split(kind: str, sft: bool) -> None:
         assert (gradient(policy, data, examples, 16 // steps, scorer) - whole).norm() <= 1e-5 * whole.norm()
 
 
-@pytest.mark.parametrize("layout", ["tree", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "tree", "padded"])
 @given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 4), st.none() | st.integers(1, 200))
 def test_dealing_gives_every_example_once_and_every_process_as_many_passes(
     layout: str, n: int, passes: int, ranks: int, tokens: int | None
@@ -179,8 +179,11 @@ def test_dealing_gives_every_example_once_and_every_process_as_many_passes(
     if tokens is None:
         assert len(dealt) <= passes
     else:
-        rows = [lay_out(make_batch(data, share), layout).input_ids for shares in dealt for share in shares if share]
-        assert all(ids.numel() <= tokens or len(ids) <= len(data[0].responses) + 4 for ids in rows)
+        for batch in (make_batch(data, share) for shares in dealt for share in shares if share):
+            rows = lay_out(batch, layout)
+            used = (rows.branch != PADDING).sum() if layout == "packed" else rows.input_ids.numel()
+            alone = len(batch.trees) == 1 if layout == "packed" else len(rows.branch) <= len(data[0].responses) + 4
+            assert used <= tokens or alone
     assert all(any(shares) for shares in dealt)
     assert sorted(example for shares in dealt for share in shares for example in share) == sorted(examples)
 

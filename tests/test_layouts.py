@@ -13,16 +13,17 @@ from conftest import make_model, read_jsonl, train_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batching import Data, make_data
+from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import models
 from batching import Batch, Cut, Tree, epoch_order
 from evaluation import Scorer, shares
-from layouts import PADDING, lay_out, visible
+from layouts import FLEX, PADDING, block_mask, lay_out, set_attention, visible
 from losses import DPOLoss
 from models import Computation, add_token_logps, disable_dropout, head_difference, pick_computation, response_logps
 from preference_datasets import Record
-from reference import LiveReference, build_reference, wanted_by
+from reference import LiveReference, build_reference, model_key, wanted_by
 from settings import load_config
 from throughput import cost_of
 from utils import UserError
@@ -55,6 +56,14 @@ def model_of(kind: str) -> PreTrainedModel:
     return add_token_logps(model.train())
 
 
+def copy_of(kind: str) -> PreTrainedModel:
+    own = model_of(kind)
+    model = type(own)(own.config)
+    model.load_state_dict(own.state_dict())
+    disable_dropout(model)
+    return add_token_logps(model.train())
+
+
 token = st.integers(0, 319)
 trees = st.builds(
     Tree, st.lists(token, max_size=9), st.lists(st.lists(token, min_size=1, max_size=9), min_size=1, max_size=6)
@@ -79,37 +88,81 @@ def test_trees_equal_one_row_a_response(kind: str, forest: list[Tree], repeat: b
         forest = [Tree(tree.prompt, [*tree.responses[:5], tree.responses[0]]) for tree in forest]
     model, batch = model_of(kind), Batch(forest, [], None)
     wanted, mask, gradient = computed(model, batch, "padded")
-    found, same_mask, same_gradient = computed(model, batch, "tree")
-    assert torch.equal(mask, same_mask)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert (same_gradient - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6
+    for layout in ("tree", "packed"):
+        found, same_mask, same_gradient = computed(model, batch, layout)
+        assert torch.equal(mask, same_mask)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert (same_gradient - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6
 
 
+@pytest.mark.parametrize("layout", ["tree", "packed"])
 @settings(max_examples=30, deadline=None)
-@given(st.lists(trees, min_size=1, max_size=4), st.none() | st.integers(1, 6))
-def test_a_token_sees_what_it_would_see_alone(forest: list[Tree], window: int | None) -> None:
-    rows = lay_out(Batch(forest, [], None), "tree")
+@given(forest=st.lists(trees, min_size=1, max_size=4), window=st.none() | st.integers(1, 6))
+def test_a_token_sees_what_it_would_see_alone(layout: str, forest: list[Tree], window: int | None) -> None:
+    rows = lay_out(Batch(forest, [], None), layout)
     sees = visible(rows, window)[:, 0]
-    for row, tree in enumerate(forest):
-        stops = np.cumsum([len(tree.prompt), *(len(response) - 1 for response in tree.responses)])
-        for start, stop in itertools.pairwise(stops):
-            alone = [*range(len(tree.prompt)), *range(start, stop)]
-            for place in range(len(tree.prompt), len(alone)):
-                first = 0 if window is None else max(place - window + 1, 0)
-                seen = sees[row, alone[place]].nonzero().flatten().tolist()
-                assert seen == alone[first : place + 1]
-    assert not sees[rows.branch[:, :, None].expand_as(sees) != PADDING][
-        (rows.branch[:, None, :].expand_as(sees) == PADDING)[rows.branch[:, :, None].expand_as(sees) != PADDING]
-    ].any()
+    start = 0
+    for number, tree in enumerate(forest):
+        row, start = (0, start) if layout == "packed" else (number, 0)
+        prompt = [*range(start, start + len(tree.prompt))]
+        stops = np.cumsum([start + len(tree.prompt), *(len(response) - 1 for response in tree.responses)])
+        for first, stop in itertools.pairwise(stops):
+            alone = [*prompt, *range(first, stop)]
+            for place, column in enumerate(alone):
+                left = 0 if window is None else max(place - window + 1, 0)
+                assert sees[row, column].nonzero().flatten().tolist() == alone[left : place + 1]
+        start = int(stops[-1])
+    empty = rows.branch == PADDING
+    assert not (sees & (empty[:, :, None] != empty[:, None, :])).any()
+    blocks = block_mask(rows, window)  # what FlexAttention computes by
+    n, width = rows.branch.shape
+    assert torch.equal(create_mask(blocks.mask_mod, n, 1, width, width, device="cpu")[:, 0], sees)
+
+
+def flex(model: PreTrainedModel, forest: list[Tree]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities by FlexAttention, and those of a row for each response."""
+    batch, dtype = Batch(forest, [], None), torch.float32
+    ways = (Computation(dtype, "packed", flex=True), Computation(dtype))
+    found, wanted = (response_logps(model, batch, how) for how in ways)
+    return found.logps, wanted.logps
+
+
+FOREST = [Tree([*range(60)], [[5] * 40, [6, 7, 8]]), Tree([1], [[2, 3]]), Tree([], [[*range(90)], [9]])]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@torch.no_grad()
+def test_flex_attention_computes_a_packed_row(kind: str) -> None:
+    model = model_of(kind)
+    torch.testing.assert_close(*flex(model, FOREST), rtol=1e-5, atol=1e-5)
+    assert model.config._attn_implementation != FLEX  # the second was computed as ever
+    how = Computation(torch.float32)
+    before = model_key(model, how)
+    set_attention(model, flex=True)
+    assert model_key(model, how) == before  # the stored reference of one is that of the other
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", EXACT)
+def test_gradients_of_flex_attention(kind: str) -> None:
+    model, gradients = copy_of(kind).cuda(), []
+    for logps in flex(model, FOREST):
+        model.zero_grad()
+        (logps * torch.linspace(-1, 1, logps.numel(), device="cuda").view(logps.shape)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (gradients[0] - gradients[1]).norm() <= 1e-3 * gradients[1].norm()  # TF32
+
+
+def test_attention_that_cannot_be_exchanged_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be exchanged"):
+        set_attention(model_of("bloom"), flex=True)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
 def test_log_probabilities_are_those_of_the_models_own_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "LOGITS_AT_ONCE", 3 * 320)
-    own = model_of(kind)
-    model = type(own)(own.config)
-    model.load_state_dict(own.state_dict())
-    assert head_difference(add_token_logps(model.train()), torch.float32) < 1e-6
+    assert head_difference(copy_of(kind), torch.float32) < 1e-6
 
 
 def test_layouts_that_are_not_exact_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,29 +193,28 @@ def test_everything_on_gives_the_gradient_of_everything_off(
     data, policy = make_data(16), model_of(kind)
     data.records.append(Record([], [[5], [7, 8, 9]], [(0, 1)]))
     data.source = np.array([*data.source, 0])
-    other = type(policy)(policy.config)
+    other = copy_of(kind)
     other.load_state_dict({k: v + 0.01 * v.abs().mean() * torch.randn_like(v) for k, v in policy.state_dict().items()})
-    disable_dropout(other)
-    add_token_logps(other)
-    plain, tree = Computation(torch.float32), Computation(torch.float32, "tree")
+    plain = Computation(torch.float32)
     slow = Scorer(DPOLoss(0.1), plain, LiveReference(other, plain))
     loss, wanted, passes = gradient(policy, data, slow, Cut("padded", 1, 1, None))
     assert passes == 1
     examples = [(int(record), int(pair)) for record, pair in epoch_order(data, 0, 0)]
-    cut = Cut("tree", 1, 1, 60)
-    stored = build_reference(other, tree, cut, tmp_path, wanted_by(data, examples))
-    again, found, passes = gradient(policy, data, Scorer(DPOLoss(0.1), tree, stored), cut)
-    assert passes > 3
-    assert again == pytest.approx(loss, rel=1e-5)
-    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    for layout in ("tree", "packed"):
+        how, cut = Computation(torch.float32, layout), Cut(layout, 1, 1, 60)
+        stored = build_reference(other, how, cut, tmp_path / layout, wanted_by(data, examples))
+        again, found, passes = gradient(policy, data, Scorer(DPOLoss(0.1), how, stored), cut)
+        assert passes > 3
+        assert again == pytest.approx(loss, rel=1e-5)
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(trees, min_size=1, max_size=4))
 def test_costs_are_those_of_the_rows(forest: list[Tree]) -> None:
     batch = Batch(forest, [], None)
-    tree, padded = (lay_out(batch, layout) for layout in ("tree", "padded"))
-    for rows, layout in ((tree, "tree"), (padded, "padded")):
+    packed, tree, padded = (lay_out(batch, layout) for layout in ("packed", "tree", "padded"))
+    for rows, layout in ((packed, "packed"), (tree, "tree"), (padded, "padded")):
         cost = cost_of(batch, layout)
         assert max(cost.computed, len(rows.input_ids)) == rows.input_ids.numel()
         assert cost.distinct == (tree.branch != PADDING).sum()

@@ -75,8 +75,8 @@ def lay_out(batch: Batch, layout: str) -> Rows:
                 places += range(number * longest + first, number * longest + len(response))
                 number += 1
         table[:, row, : len(line.cells[0])] = torch.tensor(line.cells, dtype=torch.long)
-    index = (torch.tensor(values, dtype=torch.long) for values in (sources, targets, places))
-    return Rows(*table, *index, (number, longest))
+    index = [torch.tensor(values, dtype=torch.long) for values in (sources, targets, places)]
+    return Rows(table[0], table[1], table[2], table[3], index[0], index[1], index[2], (number, longest))
 
 
 class _Row:

@@ -131,10 +131,9 @@ FOREST = [Tree([*range(60)], [[5] * 40, [6, 7, 8]]), Tree([1], [[2, 3]]), Tree([
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @torch.no_grad()
-def test_flex_attention_computes_a_packed_row(kind: str) -> None:
-    model = model_of(kind)
+def test_flex_attention_computes_a_packed_row() -> None:
+    model = model_of("gemma2")  # masks of both kinds, capped scores
     torch.testing.assert_close(*flex(model, FOREST), rtol=1e-5, atol=1e-5)
     assert model.config._attn_implementation != FLEX  # the second was computed as ever
     how = Computation(torch.float32)

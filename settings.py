@@ -250,11 +250,8 @@ def build_config(composed: DictConfig) -> Config:
     names = [str(key) for key in composed if key not in groups]
     names += [f"{group}.{key}" for group in groups for key in composed[group]]
     problems = [problem for name in names if (problem := _copy(composed, typed, name))]
-    if not problems:
-        config = OmegaConf.to_object(typed)
-        assert isinstance(config, Config)
-        problems = validate(config)
-    if problems:
+    config: Any = OmegaConf.to_object(typed)
+    if problems := problems or validate(config):
         raise UserError("\n".join(problems))
     return config
 

@@ -584,7 +584,6 @@ def test_bad_input_is_named(settings: DataSettings, tokenizer: Any, tmp_path: Pa
         (("data/x.jsonl",), {}, r"data/x.jsonl: no such file or folder"),
         (("hh",), {"sources": {"hh": "/nowhere"}}, r"/nowhere: no such file or folder"),
         (("hh", "hh"), {}, r"datasets names 'hh' twice"),
-        ((), {}, r"datasets is empty"),
         (
             ("hh",),
             {"max_prompt_length": 4096},

@@ -30,16 +30,19 @@ T = TypeVar("T")
 
 
 class ArrowRows:
-    """Rows of an Arrow file that stays on disk: the operating system maps in what is read."""
+    """Rows of Arrow files that stay on disk: the operating system maps in what is read."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()  # maps the file, copies nothing
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged ({error}); delete {path.parent} to have it made anew") from error
+    def __init__(self, *paths: Path):
+        self.table = pa.concat_tables([self._mapped(path) for path in paths])  # copies nothing
         self.batches = self.table.to_batches()
         self.starts = np.cumsum([0] + [batch.num_rows for batch in self.batches])
+
+    @staticmethod
+    def _mapped(path: Path) -> pa.Table:
+        try:
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: damaged ({error}); delete {path.parent} to have it made anew") from error
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -24,8 +24,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-import arrow_cache
-import data_files
 from arrow_cache import ArrowRows, cached, digest, parallel, write_arrow
 from data_files import CHUNK_ROWS, PLAIN, SUFFIXES, Chunk, Layout, Row, Source, hub_source, local_source, numbered_rows
 from utils import UserError, file_hash, log, progress
@@ -35,7 +33,9 @@ Text = str | list[Message]
 Pairs = list[tuple[int, int]]
 
 # The caches hold what this code makes: an edit makes them anew.
-_CODE = [file_hash(Path(str(file))) for file in (__file__, data_files.__file__, arrow_cache.__file__)]
+_CODE = [
+    file_hash(Path(__file__).parent / f"{name}.py") for name in ("preference_datasets", "data_files", "arrow_cache")
+]
 
 FORMS = """  chosen, rejected                  two dialogues: text as in HH, or lists of {role, content}
   prompt, chosen, rejected
@@ -211,10 +211,6 @@ def scored(row: Row) -> Judgement:
     return answers(prompt, sides, **rank(scores))
 
 
-def hh(row: Row) -> Judgement:
-    return split_dialogues(get(row, "chosen"), get(row, "rejected"))
-
-
 def human(text: str) -> str:
     return f"\n\nHuman: {text}\n\nAssistant:"
 
@@ -342,7 +338,7 @@ class SetFacts:
 
 
 REGISTRY: dict[str, SetFacts] = {
-    "hh": SetFacts(hh, "Anthropic/hh-rlhf"),
+    "hh": SetFacts(generic, "Anthropic/hh-rlhf"),
     "shp": SetFacts(shp, "stanfordnlp/SHP"),
     "se": SetFacts(se, "HuggingFaceH4/stack-exchange-preferences"),
     "tldr": SetFacts(
@@ -674,8 +670,8 @@ class Loader:
                 "set holdout_fraction, for example 0.01, or add test files"
             )
 
-    def load(self) -> tuple[ArrowRows, dict[str, int]]:
-        """The records and the funnel. Raises UserError if no example is left."""
+    def load(self) -> tuple[Path, dict[str, int]]:
+        """The folder of the records, and the funnel. Raises UserError if no example is left."""
         s = self.settings
         chat = ChatFormat(self.tokenizer, s.chat_format)
         parser = ParseRows(self.facts, chat, self.tokenizer.eos_token, s.drop_bad_rows)
@@ -694,7 +690,7 @@ class Loader:
             hint = "\nThe rows state no preferences: use loss=sft." if not s.sft and not funnel["pairs"] else ""
             table = _table({self.name: funnel})
             raise UserError(f"data set {self.name!r} ({self.split}) has no example left:\n{table}{hint}")
-        return ArrowRows(folder / "records.arrow"), funnel
+        return folder, funnel
 
     def write_rows(self, folder: Path, parser: ParseRows) -> None:
         bar = progress(desc=f"{self.name}: reading", unit=" rows")
@@ -734,26 +730,20 @@ class Loader:
 class PreferenceData:
     """One split of a mixture: `Record`s read from disk when asked for."""
 
-    def __init__(self, names: tuple[str, ...], parts: Sequence[ArrowRows], funnel: dict[str, dict[str, int]]):
-        self.names, self.funnel, self._parts = names, funnel, parts
-        self._starts = np.cumsum([0] + [len(part) for part in parts])
-        self.source = np.repeat(np.arange(len(parts)), np.diff(self._starts))  # [records], index into `names`
-        n_pairs = [pc.list_value_length(part.table["pairs"]).to_numpy() for part in parts]
-        # [records]; one for SFT, where there are no pairs
-        self.n_examples = np.maximum(np.concatenate(n_pairs).astype(np.int64), 1)
-
-    @property
-    def identity(self) -> list[str]:
-        """One name for each data set, of all that its records depend on."""
-        return [part.path.parent.name for part in self._parts]
+    def __init__(self, names: tuple[str, ...], folders: Sequence[Path], funnel: dict[str, dict[str, int]]):
+        self.names, self.funnel = names, funnel
+        self.identity = [folder.name for folder in folders]  # for each data set, of all that its records depend on
+        sizes = [funnel[name]["records"] for name in names]
+        self.source = np.repeat(np.arange(len(names)), sizes)  # [records], index into `names`
+        self._rows = ArrowRows(*(folder / "records.arrow" for folder in folders))
+        n_pairs = pc.list_value_length(self._rows.table["pairs"]).to_numpy().astype(np.int64)
+        self.n_examples = np.maximum(n_pairs, 1)  # [records]; one for SFT, where there are no pairs
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._rows)
 
     def __getitem__(self, i: int) -> Record:
-        i = range(len(self))[i]
-        part = self.source[i]
-        row = self._parts[part].row(i - int(self._starts[part]))
+        row = self._rows.row(range(len(self))[i])
         prompt, responses, pairs = (row.column(name)[0] for name in RECORDS.names)
         return Record(
             prompt.values.to_numpy().tolist(),
@@ -774,8 +764,8 @@ def load_data(settings: DataSettings, tokenizer: Any, split: str) -> PreferenceD
         raise UserError(f"datasets names {twice[0]!r} twice; name each once")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, which ends every response; choose a tokenizer that has one")
-    parts, funnels = zip(*(Loader(name, settings, tokenizer, split).load() for name in settings.names))
-    return PreferenceData(settings.names, parts, dict(zip(settings.names, funnels)))
+    folders, funnels = zip(*(Loader(name, settings, tokenizer, split).load() for name in settings.names))
+    return PreferenceData(settings.names, folders, dict(zip(settings.names, funnels)))
 
 
 def short_names(names: Sequence[str]) -> list[str]:

@@ -280,7 +280,7 @@ def _copy(composed: DictConfig, typed: DictConfig, name: str) -> str | None:
 
 def _meant(key: str) -> str:
     close = difflib.get_close_matches(key, KEYS, 1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def validate(c: Config) -> list[str]:

@@ -30,37 +30,27 @@ T = TypeVar("T")
 
 
 class ArrowRows:
-    """Rows of an Arrow file that stays on disk: the operating system maps in what is read. Can be pickled."""
+    """Rows of Arrow files that stay on disk: the operating system maps in what is read."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()  # maps the file, copies nothing
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged ({error}); delete {path.parent} to have it made anew") from error
+    def __init__(self, *paths: Path):
+        self.table = pa.concat_tables([self._mapped(path) for path in paths])  # copies nothing
         self.batches = self.table.to_batches()
         self.starts = np.cumsum([0] + [batch.num_rows for batch in self.batches])
 
-    def __reduce__(self) -> Any:
-        return ArrowRows, (self.path,)
+    @staticmethod
+    def _mapped(path: Path) -> pa.Table:
+        try:
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: damaged ({error}); delete {path.parent} to have it made anew") from error
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def locate(self, i: int) -> tuple[pa.RecordBatch, int]:
-        """Row `i` as a batch and the row's number in it."""
+    def row(self, i: int) -> pa.RecordBatch:
+        """Row `i`, as a batch of one."""
         number = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return self.batches[number], i - int(self.starts[number])
-
-    def rows(self, indices: np.ndarray) -> dict[int, dict[str, Any]]:
-        """The rows of these indices. Batch by batch: `Table.take` would first join each column's batches in memory."""
-        numbers = np.searchsorted(self.starts, indices, side="right") - 1
-        found: dict[int, dict[str, Any]] = {}
-        for number in np.unique(numbers).tolist():
-            wanted = indices[numbers == number]
-            taken = self.batches[number].take(pa.array(wanted - self.starts[number])).to_pylist()
-            found.update(zip(wanted.tolist(), taken, strict=True))
-        return found
+        return self.batches[number].slice(i - int(self.starts[number]), 1)
 
 
 def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[tuple[pa.RecordBatch, Any]], bar: Any) -> list[Any]:
@@ -103,14 +93,11 @@ def parallel(function: Callable[[Any], T], chunks: Iterable[Any], num_proc: int)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(n_workers, context, _set_function, (function,)) as pool:
-        pending: deque[Any] = deque()
         try:
-            for chunk in chunks:
-                pending.append(pool.submit(_call, chunk))
-                if len(pending) > n_workers + 2:
-                    yield pending.popleft().result()
+            pending = deque(pool.submit(_call, chunk) for chunk in itertools.islice(chunks, n_workers + 3))
             while pending:
                 yield pending.popleft().result()
+                pending.extend(pool.submit(_call, chunk) for chunk in itertools.islice(chunks, 1))
         except BrokenProcessPool as error:
             raise UserError("a data worker was killed, most likely for want of memory; set num_proc lower") from error
         finally:
@@ -140,13 +127,12 @@ def cached(cache_dir: Path, name: str, build: Callable[[Path], None]) -> Path:
         for path in temporary.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        try:
-            temporary.rename(final)
-        except OSError:
-            if not final.is_dir():  # else another process was faster
-                raise
+        temporary.rename(final)
     except OSError as error:
-        raise UserError(f"the cache {cache_dir} cannot be written ({error}); free space or set cache_dir") from error
+        if not final.is_dir():  # else another process was faster
+            raise UserError(
+                f"the cache {cache_dir} cannot be written ({error}); free space or set cache_dir"
+            ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final

@@ -2,6 +2,8 @@
 
 import functools
 import gzip
+import io
+import itertools
 import json
 import re
 import zlib
@@ -19,7 +21,8 @@ Row = Mapping[str, Any]
 NumberedRows = Iterator[tuple[int, bytes | Row]]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-CHUNK_ROWS, CHUNK_BYTES = 512, 2 << 20  # what one worker gets at a time
+CHUNK_ROWS = 512  # what one worker gets at a time
+PIECE = 1 << 19  # characters of a JSON list that are read at a time
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,6 @@ class Layout:
 
     train: tuple[str, ...] = ("train",)
     test: tuple[str, ...] = ("test", "validation", "val", "valid", "dev")
-    unread: tuple[str, ...] = ()  # further files of the hub's that are left out on purpose
     loader: Mapping[str, str] = field(default_factory=dict)  # further arguments of `datasets.load_dataset`
 
 
@@ -49,17 +51,8 @@ def numbered_rows(chunk: Chunk) -> Iterator[tuple[str, bytes | Row]]:
 
 
 def chunks_of_rows(where: str, rows: NumberedRows) -> Iterator[Chunk]:
-    numbers: list[int] = []
-    held: list[bytes | Row] = []
-    size = 0
-    for number, row in rows:
-        numbers.append(number)
-        held.append(row)
-        size += len(row) if isinstance(row, bytes) else 0
-        if len(held) == CHUNK_ROWS or size > CHUNK_BYTES:
-            yield Chunk(where, numbers, held)
-            numbers, held, size = [], [], 0
-    if held:
+    while taken := list(itertools.islice(rows, CHUNK_ROWS)):
+        numbers, held = zip(*taken)
         yield Chunk(where, numbers, held)
 
 
@@ -72,21 +65,20 @@ def chunks_of_batches(where: str, batches: Iterable[pa.RecordBatch]) -> Iterator
 
 def read_json_list(path: Path, handle: Any) -> NumberedRows:
     """The objects of one JSON list, decoded as they come so that the file is never in memory as a whole."""
-    decoder, separator, number, at = json.JSONDecoder(), re.compile(r"\s*(,?)\s*"), 0, 0
-    text = iter(lambda: handle.read(CHUNK_BYTES // 4), "")
-    buffer = next(text, "").lstrip().removeprefix("\ufeff").lstrip()[1:]
+    decoder, closing, number, at = json.JSONDecoder(), re.compile(r"\s*\]"), 0, 0
+    text = iter(lambda: handle.read(PIECE), "")
+    buffer = next(text, "").lstrip("\ufeff \t\r\n")[1:]
     while True:
-        gap: Any = separator.match(buffer, at)
-        start, comma = gap.end(), bool(gap[1])
         try:
-            if buffer.startswith("]", start) and not comma:
-                if (buffer[start + 1 :] + "".join(text)).strip():
-                    raise UserError(f"{path}: something follows the list's closing bracket; a file holds one list")
+            if end := closing.match(buffer, at):
+                if (buffer[end.end() :] + "".join(text)).strip():
+                    raise ValueError("something follows its closing bracket; a file holds one list")
                 return
-            if start < len(buffer) and comma != bool(number):
-                raise ValueError("a comma is missing" if number else "unexpected comma")
-            row, end = decoder.raw_decode(buffer, start)
-            if end == len(buffer):  # a number might go on
+            gap = re.compile(r"\s*,\s*" if number else r"\s*").match(buffer, at)
+            if gap is None:
+                raise ValueError("a comma is missing")
+            row, stop = decoder.raw_decode(buffer, gap.end())
+            if stop == len(buffer):  # a number might go on
                 raise ValueError("unfinished")
         except (ValueError, RecursionError) as error:
             more = next(text, "")
@@ -94,12 +86,12 @@ def read_json_list(path: Path, handle: Any) -> NumberedRows:
                 raise UserError(f"{path}: invalid JSON after row {number} of the list: {error}") from None
             buffer, at = buffer[at:] + more, 0
         else:
-            number, at = number + 1, end
+            number, at = number + 1, stop
             yield number, row
 
 
 def read_file(path: Path) -> Iterator[Chunk]:
-    """The rows of one file, in order, by chunks. Raises UserError naming the file (and line) that cannot be read."""
+    """The rows of one file, in order, by chunks."""
     if path.suffix == ".parquet":
         file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
         yield from chunks_of_batches(f"{path}: row ", file.iter_batches(batch_size=CHUNK_ROWS))
@@ -108,16 +100,16 @@ def read_file(path: Path) -> Iterator[Chunk]:
         opener: Any = gzip.open if head.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as handle:
         is_list = ".json" in path.suffixes and handle.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    if is_list:
-        with opener(path, "rt", encoding="utf-8") as handle:
-            yield from chunks_of_rows(f"{path}: row ", read_json_list(path, handle))
-    else:
-        with opener(path, "rb") as handle:
+        handle.seek(0)
+        if is_list:
+            yield from chunks_of_rows(f"{path}: row ", read_json_list(path, io.TextIOWrapper(handle, "utf-8")))
+        else:
             lines = ((number, line) for number, line in enumerate(handle, 1) if not line.isspace())
             yield from chunks_of_rows(f"{path}:", lines)
 
 
 def read_files(files: Sequence[Path]) -> Iterator[Chunk]:
+    """The rows of all files. Raises UserError naming the file that cannot be read, and the last row before."""
     for path in files:
         last = "its start"
         try:
@@ -148,12 +140,6 @@ class Source(NamedTuple):
 log_once = functools.cache(log)  # the train and the test split have the same to say about their folder
 
 
-def files_named(words: Sequence[str], files: Sequence[Path], root: Path) -> list[Path]:
-    """Files that are, or lie in a folder, named one of `words` and then no letter (train-0, train_1, train.json)."""
-    name = re.compile(rf"({'|'.join(map(re.escape, words))})(?![A-Za-z])")
-    return [path for path in files if any(map(name.match, path.relative_to(root).parts))]
-
-
 def local_files(root: Path, layout: Layout, split: str) -> tuple[list[Path], bool]:
     """The files of a split and whether the split must be held out of them, because the folder has no test files."""
     accepted = f"accepted are {', '.join(SUFFIXES)}"
@@ -163,21 +149,26 @@ def local_files(root: Path, layout: Layout, split: str) -> tuple[list[Path], boo
         return [root], True
     if not root.is_dir():
         raise UserError(f"{root}: no such file or folder")
-    if (root / layout.loader.get("data_dir", "")).is_dir():
-        root = root / layout.loader.get("data_dir", "")
+    inner = root / layout.loader.get("data_dir", "")
+    root = inner if inner.is_dir() else root
     files = sorted(path for path in root.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
     files = [path for path in files if not re.match(r"dataset_infos?\.json|\.", path.name)]
     if not files:
         raise UserError(f"{root}: the folder holds no data file; {accepted}")
-    train, test = (
-        next((hits for word in words if (hits := files_named([word], files, root))), [])
-        for words in (layout.train, layout.test)
-    )
+
+    def named(words: Sequence[str]) -> list[Path]:
+        """Files that are, or lie in a folder, named the first possible of `words` and then no letter (train-0)."""
+        for name in (re.compile(rf"{re.escape(word)}(?![A-Za-z])") for word in words):
+            if hits := [path for path in files if any(map(name.match, path.relative_to(root).parts))]:
+                return hits
+        return []
+
+    train, test = named(layout.train), named(layout.test)
     if not train and not test:
         return files, True
     if not train:
         raise UserError(f"{root}: the folder has files named {layout.test[0]}*, but none named {layout.train[0]}*")
-    known = {*train, *test, *files_named(layout.test + layout.unread, files, root)}
+    known = {*train, *test}
     if others := [path.name for path in files if path not in known]:
         shown = ", ".join(sorted(set(others))[:5])
         log_once(f"{root}: {len(others)} files belong to neither train nor test and are not read ({shown} ...)")

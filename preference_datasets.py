@@ -15,17 +15,15 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-import arrow_cache
-import data_files
 from arrow_cache import ArrowRows, cached, digest, parallel, write_arrow
 from data_files import CHUNK_ROWS, PLAIN, SUFFIXES, Chunk, Layout, Row, Source, hub_source, local_source, numbered_rows
 from utils import UserError, file_hash, log, progress
@@ -33,10 +31,11 @@ from utils import UserError, file_hash, log, progress
 Message = Mapping[str, str]
 Text = str | list[Message]
 Pairs = list[tuple[int, int]]
-T = TypeVar("T", bound=Hashable)
 
 # The caches hold what this code makes: an edit makes them anew.
-_CODE = [file_hash(Path(str(file))) for file in (__file__, data_files.__file__, arrow_cache.__file__)]
+_CODE = [
+    file_hash(Path(__file__).parent / f"{name}.py") for name in ("preference_datasets", "data_files", "arrow_cache")
+]
 
 FORMS = """  chosen, rejected                  two dialogues: text as in HH, or lists of {role, content}
   prompt, chosen, rejected
@@ -73,6 +72,11 @@ class Record:
 # --- One row -> one Judgement ---
 
 
+# Of what is found in the built-in sets, this is known: it is counted, and no reason to stop.
+QUIRKS = {"empty response", "empty prompt", "text holds the EOS string"}
+QUIRKS |= {"score ratio below 2", "no answers", "CNN/DM article, not a post"}
+
+
 class BadRow(Exception):
     """A row that cannot be used. `reason` is counted in the funnel, `detail` is for the person who mends the row."""
 
@@ -91,7 +95,7 @@ class Judgement:
     target: int = 0  # the response that SFT learns
     score: float | None = None  # the target's; among rows of one prompt the highest wins, without scores the last row
     ties: int = 0  # pairs of equal score
-    dialogue: bool = False  # ends in a turn marker that truncation should keep
+    keep_end: bool = False  # truncation keeps the prompt's end, not its start: it ends in what asks for the response
     demonstration: bool = False  # states no preference, and is not merged with other rows of its prompt
 
 
@@ -119,8 +123,7 @@ def messages(row: Row, name: str) -> list[Message]:
         if not isinstance(message, Mapping):
             found = type(message).__name__
             raise BadRow("wrong type", f"message {number} of '{name}' is {found}, not {{role, content}}")
-        get(message, "role"), get(message, "content")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return [{key: get(message, key) for key in ("role", "content")} for message in value]
 
 
 def text_or_messages(row: Row, name: str) -> Text:
@@ -149,7 +152,7 @@ def split_dialogues(chosen: str, rejected: str) -> Judgement:
         advice = "dialogues look as in HH, other texts need a column 'prompt'"
         raise BadRow("no shared assistant turn", f"chosen and rejected have no common {marker!r}; {advice}")
     end += len(marker)
-    return Judgement(chosen[:end], [chosen[end:], rejected[end:]], [(0, 1)], dialogue=True)
+    return Judgement(chosen[:end], [chosen[end:], rejected[end:]], [(0, 1)], keep_end=True)
 
 
 def split_conversations(chosen: list[Message], rejected: list[Message]) -> Judgement:
@@ -160,7 +163,7 @@ def split_conversations(chosen: list[Message], rejected: list[Message]) -> Judge
         shared -= 1
     if shared <= 0:
         raise BadRow("no shared prompt", "chosen and rejected share no messages before one of the assistant")
-    return Judgement(chosen[:shared], [chosen[shared:], rejected[shared:]], [(0, 1)], dialogue=True)
+    return Judgement(chosen[:shared], [chosen[shared:], rejected[shared:]], [(0, 1)], keep_end=True)
 
 
 def answers(prompt: Text, sides: Sequence[Text], **facts: Any) -> Judgement:
@@ -174,7 +177,7 @@ def answers(prompt: Text, sides: Sequence[Text], **facts: Any) -> Judgement:
     asked, said = turn("user", prompt), [turn("assistant", side) for side in sides]
     if any(side[0]["role"] != "assistant" for side in said):
         raise BadRow("wrong role", "a response must begin with a message of the assistant")
-    return Judgement(asked, said, dialogue=True, **facts)
+    return Judgement(asked, said, keep_end=True, **facts)
 
 
 def generic(row: Row) -> Judgement:
@@ -208,10 +211,6 @@ def scored(row: Row) -> Judgement:
     return answers(prompt, sides, **rank(scores))
 
 
-def hh(row: Row) -> Judgement:
-    return split_dialogues(get(row, "chosen"), get(row, "rejected"))
-
-
 def human(text: str) -> str:
     return f"\n\nHuman: {text}\n\nAssistant:"
 
@@ -223,7 +222,7 @@ def shp(row: Row) -> Judgement:
         raise BadRow("wrong value", f"'labels' is {label}, not 0 (B preferred) or 1 (A preferred)")
     low, high = sorted((score_a, score_b))
     if high < 2 * low:
-        raise BadRow(SHP_RATIO)
+        raise BadRow("score ratio below 2")
     responses = [" " + get(row, "human_ref_A"), " " + get(row, "human_ref_B")]
     best = 0 if score_a >= score_b else 1
     pair = (0, 1) if label == 1 else (1, 0)
@@ -290,18 +289,21 @@ def se(row: Row) -> Judgement:
 
 
 def tldr(row: Row) -> Judgement:
-    """OpenAI's comparisons of Reddit summaries, or rows of its mirrors (prompt with chosen, rejected or completion)."""
+    """OpenAI's comparisons of Reddit summaries, or rows of its mirrors (prompt with chosen, rejected or completion).
+
+    A long post does not lose the "TL;DR:" that asks for the summary.
+    """
     if "info" not in row:
-        return generic(row)
+        return replace(generic(row), keep_end=True)
     info, summaries, choice = get(row, "info", Mapping), get(row, "summaries", list), get(row, "choice", int)
     if info.get("article"):
-        raise BadRow(TLDR_ARTICLE)
+        raise BadRow("CNN/DM article, not a post")
     if len(summaries) != 2 or choice not in (0, 1):
         raise BadRow("wrong value", f"{len(summaries)} summaries, choice {choice}; not 2 summaries, choice 0 or 1")
     subreddit, title, post = (get(info, name) for name in ("subreddit", "title", "post"))
     prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
     responses = [" " + get(summary, "text").lstrip() for summary in summaries]
-    return Judgement(prompt, responses, [(choice, 1 - choice)], target=choice)
+    return Judgement(prompt, responses, [(choice, 1 - choice)], target=choice, keep_end=True)
 
 
 def ultrafeedback(row: Row) -> Judgement:
@@ -322,11 +324,6 @@ def imdb(row: Row) -> Judgement:
 
 # --- The registry ---
 
-SHP_RATIO = "score ratio below 2"
-TLDR_ARTICLE = "CNN/DM article, not a post"
-EMPTY, EOS_TEXT = "empty response", "text holds the EOS string"
-QUIRKS = frozenset({EMPTY, "empty prompt", EOS_TEXT})  # known of real data: counted, and no reason to stop
-
 
 @dataclass(frozen=True)
 class SetFacts:
@@ -335,35 +332,25 @@ class SetFacts:
     parse: Callable[[Row], Judgement]
     hub: str | None = None
     layout: Layout = PLAIN
-    keep_end: bool | None = None  # which end of a long prompt stays; None: the end in dialogues, else the start
-    quirks: frozenset[str] = frozenset()
     embedded: str | None = None  # a folder beside this file
     sft_hub: str | None = None  # demonstrations live elsewhere
     sft_only: bool = False
 
 
 REGISTRY: dict[str, SetFacts] = {
-    "hh": SetFacts(hh, "Anthropic/hh-rlhf", Layout(unread=("red-team-attempts",)), keep_end=True, quirks=QUIRKS),
-    "shp": SetFacts(shp, "stanfordnlp/SHP", keep_end=False, quirks=QUIRKS | {SHP_RATIO}),
-    "se": SetFacts(se, "HuggingFaceH4/stack-exchange-preferences", keep_end=False, quirks=QUIRKS | {"no answers"}),
+    "hh": SetFacts(generic, "Anthropic/hh-rlhf"),
+    "shp": SetFacts(shp, "stanfordnlp/SHP"),
+    "se": SetFacts(se, "HuggingFaceH4/stack-exchange-preferences"),
     "tldr": SetFacts(
         tldr,
         "openai/summarize_from_feedback",
         Layout(test=("validation", "test"), loader={"data_dir": "comparisons", "revision": "refs/convert/parquet"}),
-        keep_end=True,  # so that a long post does not lose the "TL;DR:" that asks for the summary
-        quirks=QUIRKS | {TLDR_ARTICLE},
         sft_hub="trl-lib/tldr",
     ),
     "ultrafeedback": SetFacts(
-        ultrafeedback,
-        "HuggingFaceH4/ultrafeedback_binarized",
-        Layout(("train_prefs",), ("test_prefs",), unread=("train_sft", "train_gen", "test_sft", "test_gen")),
-        keep_end=True,  # so that a long prompt keeps the turn marker that the chat template ends it with
-        quirks=QUIRKS,
+        ultrafeedback, "HuggingFaceH4/ultrafeedback_binarized", Layout(("train_prefs",), ("test_prefs",))
     ),
-    "imdb": SetFacts(
-        imdb, "stanfordnlp/imdb", Layout(unread=("unsupervised",)), keep_end=False, quirks=QUIRKS, sft_only=True
-    ),
+    "imdb": SetFacts(imdb, "stanfordnlp/imdb", sft_only=True),
     "sentiment": SetFacts(generic, embedded="data/sentiment"),
 }
 GENERIC = SetFacts(generic)
@@ -396,11 +383,12 @@ def find_source(name: str, settings: DataSettings, split: str) -> tuple[SetFacts
 # --- Parsing: chunk -> Arrow batch of rendered rows ---
 
 IDS = pa.list_(pa.int32())
+PAIRS = pa.list_(pa.list_(pa.int32(), 2))
 ROWS = pa.schema(
     {
         "prompt": pa.string(),
         "responses": pa.list_(pa.string()),
-        "pairs": IDS,  # a0 b0 a1 b1 ...
+        "pairs": PAIRS,
         "target": pa.int32(),
         "score": pa.float64(),
         "ties": pa.int32(),
@@ -409,12 +397,6 @@ ROWS = pa.schema(
         "hash": pa.uint64(),
     }
 )
-Dropped = dict[str, tuple[int, str]]  # reason -> (rows, the first of them)
-
-
-def add_dropped(dropped: Dropped, reason: str, count: int, where: str) -> None:
-    before, first = dropped.get(reason, (0, where))
-    dropped[reason] = before + count, first
 
 
 def _hash64(text: str) -> int:
@@ -429,8 +411,6 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any, style: str):
         has_template = getattr(tokenizer, "chat_template", None) is not None
-        if style not in ("auto", "template", "hh"):
-            raise UserError(f"chat_format={style!r} is not one of auto, template, hh")
         if style == "template" and not has_template:
             raise UserError("chat_format=template, but the tokenizer has no chat template; use chat_format=hh or auto")
         self.tokenizer = tokenizer if has_template and style != "hh" else None
@@ -460,23 +440,28 @@ class ChatFormat:
 
 
 class ParseRows:
-    """Chunk -> (Arrow batch in the schema `ROWS`, dropped rows). Raises UserError at a row that must not be dropped."""
+    """Chunk -> (Arrow batch in the schema `ROWS`, (how many rows are dropped by reason, the first of each)).
+
+    Raises UserError at a row that must not be dropped.
+    """
 
     def __init__(self, facts: SetFacts, chat: ChatFormat, eos: str, drop_bad_rows: bool):
         self.facts, self.chat, self.eos, self.drop_bad_rows = facts, chat, eos, drop_bad_rows
 
-    def __call__(self, chunk: Chunk) -> tuple[pa.RecordBatch, Dropped]:
+    def __call__(self, chunk: Chunk) -> tuple[pa.RecordBatch, tuple[Counter[str], dict[str, str]]]:
         kept: list[dict[str, Any]] = []
-        dropped: Dropped = {}
+        dropped: Counter[str] = Counter()
+        first: dict[str, str] = {}
         for where, row in numbered_rows(chunk):
             try:
                 kept.append(self.parse(row))
             except BadRow as bad:
-                if not (self.drop_bad_rows or bad.reason in self.facts.quirks):
+                if not (self.drop_bad_rows or (self.facts.hub and bad.reason in QUIRKS)):
                     advice = "Mend the row, or set drop_bad_rows=true to drop such rows and count them."
                     raise UserError(f"{where}: {bad}\n{advice}") from None
-                add_dropped(dropped, bad.reason, 1, where)
-        return pa.RecordBatch.from_pylist(kept, schema=ROWS), dropped
+                dropped[bad.reason] += 1
+                first.setdefault(bad.reason, where)
+        return pa.RecordBatch.from_pylist(kept, schema=ROWS), (dropped, first)
 
     def parse(self, row: bytes | Row) -> dict[str, Any]:
         if isinstance(row, bytes):
@@ -487,11 +472,11 @@ class ParseRows:
         self.check(judged.prompt, "prompt")
         for response in judged.responses:
             self.check(response, "response")
-        prompt, responses = self.render(judged)
-        flat = [i for pair in judged.pairs for i in pair]
-        keep_end = judged.dialogue if self.facts.keep_end is None else self.facts.keep_end
-        made = {"prompt": prompt, "responses": responses, "pairs": flat, "keep_end": keep_end, "hash": _hash64(prompt)}
-        return vars(judged) | made  # of which Arrow takes what `ROWS` names
+        prompt, responses = judged.prompt, judged.responses
+        if not isinstance(prompt, str):
+            sides = [self.chat(prompt, response) for response in responses]  # type: ignore[arg-type]
+            prompt, responses = sides[0][0], [said for _, said in sides]
+        return vars(judged) | {"prompt": prompt, "responses": responses, "hash": _hash64(prompt)}
 
     @staticmethod
     def decode(line: bytes) -> Any:
@@ -507,22 +492,18 @@ class ParseRows:
             if not text.strip():
                 raise BadRow(f"empty {kind}")
             if self.eos in text:
-                raise BadRow(EOS_TEXT, f"{self.eos!r} in the {kind}; the model would learn to stop there")
+                raise BadRow(
+                    "text holds the EOS string", f"{self.eos!r} in the {kind}; the model would learn to stop there"
+                )
             try:
                 text.encode()
             except UnicodeEncodeError:
                 raise BadRow("broken Unicode", f"half of a surrogate pair in the {kind}") from None
 
-    def render(self, judged: Judgement) -> tuple[str, list[str]]:
-        if isinstance(judged.prompt, str):
-            return judged.prompt, list(judged.responses)  # type: ignore[arg-type]
-        sides = [self.chat(judged.prompt, response) for response in judged.responses]  # type: ignore[arg-type]
-        return sides[0][0], [said for _, said in sides]
-
 
 # --- Tokenising: the rows of a prompt -> one record ---
 
-RECORDS = pa.schema({"prompt": IDS, "responses": pa.list_(IDS), "pairs": IDS})
+RECORDS = pa.schema({"prompt": IDS, "responses": pa.list_(IDS), "pairs": PAIRS})
 
 
 def own_bos(tokenizer: Any) -> list[int]:
@@ -548,10 +529,10 @@ def truncate(
     return prompt, [response[: max_length - len(prompt)] for response in responses]
 
 
-def compact(responses: Sequence[T], pairs: Pairs) -> tuple[list[T], Pairs, int]:
+def compact(responses: Sequence[Any], pairs: Pairs) -> tuple[list[Any], Pairs, int]:
     """The distinct responses that stand in a pair, the pairs among them, and how many pairs were of equal responses."""
     kept = [(a, b) for a, b in pairs if responses[a] != responses[b]]
-    index: dict[T, int] = {}
+    index: dict[Any, int] = {}
     for i in itertools.chain.from_iterable(kept):
         index.setdefault(responses[i], len(index))
     return list(index), [(index[responses[a]], index[responses[b]]) for a, b in kept], len(pairs) - len(kept)
@@ -569,15 +550,6 @@ MERGED = "rows not used: one target a prompt"
 COUNTS = ("prompts truncated", "responses", "responses truncated (EOS lost)", "records", "examples")
 
 
-class TextTree(NamedTuple):
-    """A prompt's text with its distinct responses, as `Record` but before tokenisation."""
-
-    prompt: str
-    responses: list[str]
-    pairs: Pairs
-    keep_end: bool
-
-
 class TokeniseRecords:
     """Row numbers, one array a prompt -> (Arrow batch in the schema `RECORDS`, counts for the funnel)."""
 
@@ -589,38 +561,38 @@ class TokeniseRecords:
     def __call__(self, groups: list[np.ndarray]) -> tuple[pa.RecordBatch, Counter[str]]:
         self.table = self.table or ArrowRows(self.rows)  # opened by the worker, not carried to it
         counts: Counter[str] = Counter()
-        rows = self.table.rows(np.concatenate(groups))
-        trees = [tree for group in groups if (tree := self.merge([rows[i] for i in group.tolist()], counts))]
+        rows = ([self.table.row(i).to_pylist()[0] for i in group.tolist()] for group in groups)
+        trees = [tree for group in rows if (tree := self.merge(group, counts))]
         texts = [text for tree in trees for text in (tree.prompt, *tree.responses)]
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         ids = iter(self.tokenizer(texts, **options)["input_ids"] if texts else [])
         records = [self.record(tree, next(ids), [next(ids) for _ in tree.responses], counts) for tree in trees]
         return pa.RecordBatch.from_pylist([r for r in records if r is not None], schema=RECORDS), counts
 
-    def merge(self, rows: list[dict[str, Any]], counts: Counter[str]) -> TextTree | None:
-        responses: list[str] = []
-        pairs: Pairs = []
-        for row in rows:
-            flat = [len(responses) + i for i in row["pairs"]]
-            pairs += zip(flat[::2], flat[1::2], strict=True)
-            counts["pairs"] += len(flat) // 2 + row["ties"]
-            counts["pairs dropped: equal scores"] += row["ties"]
-            responses += row["responses"]
+    def merge(self, rows: list[dict[str, Any]], counts: Counter[str]) -> Judgement | None:
+        """What the rows of one prompt say together; None where that is no preference."""
         prompt, keep_end = rows[0]["prompt"], rows[0]["keep_end"]
         if self.settings.sft:
             rated = [row for row in rows if row["score"] is not None]
             best = max(rated, key=lambda row: row["score"]) if rated else rows[-1]
             counts[MERGED] += len(rows) - 1
-            return TextTree(prompt, [best["responses"][best["target"]]], [], keep_end)
+            return Judgement(prompt, [best["responses"][best["target"]]], [], keep_end=keep_end)
+        responses: list[str] = []
+        pairs: Pairs = []
+        for row in rows:
+            pairs += [(len(responses) + a, len(responses) + b) for a, b in row["pairs"]]
+            responses += row["responses"]
+            counts["pairs"] += len(row["pairs"]) + row["ties"]
+            counts["pairs dropped: equal scores"] += row["ties"]
         distinct, kept, n_identical = compact(responses, pairs)
         counts["pairs dropped: identical responses"] += n_identical
         if not kept:
             counts["prompts dropped: no pair"] += 1
             return None
-        return TextTree(prompt, distinct, kept, keep_end)
+        return Judgement(prompt, distinct, kept, keep_end=keep_end)
 
     def record(
-        self, tree: TextTree, prompt: list[int], responses: list[list[int]], counts: Counter[str]
+        self, tree: Judgement, prompt: list[int], responses: list[list[int]], counts: Counter[str]
     ) -> dict[str, Any] | None:
         prompt = prompt if prompt[: len(self.bos)] == self.bos else self.bos + prompt
         if not prompt:
@@ -640,7 +612,7 @@ class TokeniseRecords:
         counts["responses truncated (EOS lost)"] += n_cut
         counts["records"] += 1
         counts["examples"] += len(pairs) or 1
-        return {"prompt": cut, "responses": ends if s.sft else distinct, "pairs": [i for pair in pairs for i in pair]}
+        return {"prompt": cut, "responses": ends if s.sft else distinct, "pairs": pairs}
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
@@ -663,11 +635,11 @@ def group_rows(table: ArrowRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Prompts are the same if their 64-bit hashes are; a row that is a demonstration is on its own.
     """
     hashes, alone = table.table["hash"].to_numpy(), table.table["demonstration"].to_numpy()
-    order = np.lexsort((alone, hashes)) if alone.any() else np.argsort(hashes, kind="stable")
+    order = np.lexsort((alone, hashes))
     new = np.ones(len(order), dtype=bool)
     new[1:] = (hashes[order[1:]] != hashes[order[:-1]]) | alone[order[1:]]
     starts = np.flatnonzero(new)
-    ends = np.append(starts[1:], len(order)) if len(starts) else starts
+    ends = np.append(starts, len(order))[1:]
     by_first = np.argsort(order[starts])
     return order, starts[by_first], ends[by_first]
 
@@ -698,12 +670,12 @@ class Loader:
                 "set holdout_fraction, for example 0.01, or add test files"
             )
 
-    def load(self) -> tuple[ArrowRows, dict[str, int]]:
-        """The records and the funnel. Raises UserError if no example is left."""
+    def load(self) -> tuple[Path, dict[str, int]]:
+        """The folder of the records, and the funnel. Raises UserError if no example is left."""
         s = self.settings
         chat = ChatFormat(self.tokenizer, s.chat_format)
         parser = ParseRows(self.facts, chat, self.tokenizer.eos_token, s.drop_bad_rows)
-        facts = (self.facts.parse.__name__, self.facts.keep_end, sorted(self.facts.quirks))
+        facts = (self.facts.parse.__name__, self.facts.hub)
         raw = digest(_CODE, self.source.identity, facts, parser.eos, chat.identity, s.drop_bad_rows)
         held_out = (self.split, s.holdout_fraction) if self.source.held_out else None
         tokens = digest(raw, tokenizer_identity(self.tokenizer), s.max_length, s.max_prompt_length, s.sft, held_out)
@@ -718,19 +690,19 @@ class Loader:
             hint = "\nThe rows state no preferences: use loss=sft." if not s.sft and not funnel["pairs"] else ""
             table = _table({self.name: funnel})
             raise UserError(f"data set {self.name!r} ({self.split}) has no example left:\n{table}{hint}")
-        return ArrowRows(folder / "records.arrow"), funnel
+        return folder, funnel
 
     def write_rows(self, folder: Path, parser: ParseRows) -> None:
         bar = progress(desc=f"{self.name}: reading", unit=" rows")
         batches = parallel(parser, self.source.chunks(), self.settings.num_proc)
-        total: Dropped = {}
-        for dropped in write_arrow(folder / "rows.arrow", ROWS, batches, bar):
-            for reason, (count, first) in dropped.items():
-                add_dropped(total, reason, count, first)
-        for reason, (count, first) in total.items():
-            log(f"{self.name}: dropped {count} rows ({reason}), the first at {first}")
-        counts = {reason: count for reason, (count, _) in sorted(total.items())}
-        (folder / "dropped.json").write_text(json.dumps(counts))
+        total: Counter[str] = Counter()
+        first: dict[str, str] = {}
+        for dropped, where in write_arrow(folder / "rows.arrow", ROWS, batches, bar):
+            total += dropped
+            first = where | first
+        for reason, count in total.items():
+            log(f"{self.name}: dropped {count} rows ({reason}), the first at {first[reason]}")
+        (folder / "dropped.json").write_text(json.dumps(total, sort_keys=True))
 
     def write_records(self, folder: Path, rows: Path) -> None:
         table = ArrowRows(rows / "rows.arrow")
@@ -758,33 +730,25 @@ class Loader:
 class PreferenceData:
     """One split of a mixture: `Record`s read from disk when asked for."""
 
-    def __init__(self, names: tuple[str, ...], parts: list[ArrowRows], funnel: dict[str, dict[str, int]], sft: bool):
-        self.names, self.funnel, self._parts = names, funnel, parts
-        self._starts = np.cumsum([0] + [len(part) for part in parts])
-        self.source = np.repeat(np.arange(len(parts)), np.diff(self._starts))  # [records], index into `names`
-        lengths = [pc.list_value_length(part.table["pairs"]).to_numpy() for part in parts]  # two indices a pair
-        self.n_examples = np.ones(len(self), dtype=np.int64) if sft else np.concatenate(lengths).astype(np.int64) // 2
-
-    @property
-    def identity(self) -> list[str]:
-        """One name for each data set, of all that its records depend on."""
-        return [part.path.parent.name for part in self._parts]
+    def __init__(self, names: tuple[str, ...], folders: Sequence[Path], funnel: dict[str, dict[str, int]]):
+        self.names, self.funnel = names, funnel
+        self.identity = [folder.name for folder in folders]  # for each data set, of all that its records depend on
+        sizes = [funnel[name]["records"] for name in names]
+        self.source = np.repeat(np.arange(len(names)), sizes)  # [records], index into `names`
+        self._rows = ArrowRows(*(folder / "records.arrow" for folder in folders))
+        n_pairs = pc.list_value_length(self._rows.table["pairs"]).to_numpy().astype(np.int64)
+        self.n_examples = np.maximum(n_pairs, 1)  # [records]; one for SFT, where there are no pairs
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._rows)
 
     def __getitem__(self, i: int) -> Record:
-        i = int(i) + len(self) * (i < 0)
-        if not 0 <= i < len(self):
-            raise IndexError(f"record {i} of {len(self)}")
-        part = int(self.source[i])
-        batch, row = self._parts[part].locate(i - int(self._starts[part]))
-        prompt, responses, pairs = (batch.column(name)[row].values for name in ("prompt", "responses", "pairs"))
-        flat = pairs.to_numpy().tolist()
+        row = self._rows.row(range(len(self))[i])
+        prompt, responses, pairs = (row.column(name)[0] for name in RECORDS.names)
         return Record(
-            prompt.to_numpy().tolist(),
+            prompt.values.to_numpy().tolist(),
             [response.values.to_numpy().tolist() for response in responses],
-            list(zip(flat[::2], flat[1::2], strict=True)),
+            [(a, b) for a, b in pairs.as_py()],
         )
 
 
@@ -795,27 +759,19 @@ def load_data(settings: DataSettings, tokenizer: Any, split: str) -> PreferenceD
     longest, longest_prompt = settings.max_length, settings.max_prompt_length
     if not len(own_bos(tokenizer)) < longest_prompt < longest:
         raise UserError(f"max_prompt_length={longest_prompt} must hold a token and be less than max_length={longest}")
-    if not settings.names:
-        raise UserError(f"datasets is empty; name at least one of {', '.join(REGISTRY)}, a path or a hub id")
     twice = [name for name, count in Counter(settings.names).items() if count > 1]
     if twice:
         raise UserError(f"datasets names {twice[0]!r} twice; name each once")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, which ends every response; choose a tokenizer that has one")
-    loaded = {name: Loader(name, settings, tokenizer, split).load() for name in settings.names}
-    funnel = {name: counts for name, (_, counts) in loaded.items()}
-    return PreferenceData(settings.names, [rows for rows, _ in loaded.values()], funnel, settings.sft)
+    folders, funnels = zip(*(Loader(name, settings, tokenizer, split).load() for name in settings.names))
+    return PreferenceData(settings.names, folders, dict(zip(settings.names, funnels)))
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The last part of each path or hub id, with as many parts before it as tell it from the others."""
-    parts = [(Path(name) if Path(name).name not in ("", "..") else Path(name).resolve()).parts for name in names]
-
-    def short(own: tuple[str, ...]) -> str:
-        unique = (n for n in range(1, len(own)) if sum(other[-n:] == own[-n:] for other in parts) == 1)
-        return "/".join(own[-next(unique, len(own)) :])
-
-    return [short(own) for own in parts]
+    """The last part of each path or hub id, or all of it where that does not tell it from the others."""
+    last = [Path(name).name or name for name in names]
+    return [short if last.count(short) == 1 else name for short, name in zip(last, names)]
 
 
 def _table(funnel: Mapping[str, Mapping[str, int]]) -> str:
@@ -823,11 +779,9 @@ def _table(funnel: Mapping[str, Mapping[str, int]]) -> str:
     for counts in funnel.values():  # a key that only a later set has goes where that set has it
         at = 0
         for key in counts:
-            if key in keys:
-                at = keys.index(key) + 1
-            else:
+            if key not in keys:
                 keys.insert(at, key)
-                at += 1
+            at = keys.index(key) + 1
     cells = [[f"{counts[key]:,}" if key in counts else "-" for counts in funnel.values()] for key in keys]
     rows = [["", *short_names(list(funnel))], *([key, *line] for key, line in zip(keys, cells))]
     left, *widths = (max(map(len, column)) for column in zip(*rows))

@@ -8,30 +8,37 @@ import math
 import re
 import shlex
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from losses import LOSSES, Loss
 from preference_datasets import REGISTRY, DataSettings
 from utils import UserError, get_local_dir, get_local_run_dir
 
-# Abstract, in need of a closure, and for sparse gradients.
-NOT_OPTIMIZERS = ("Optimizer", "LBFGS", "SparseAdam")
-TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
-DTYPES = ("float32", "bfloat16", "float16")
-WEIGHT_DTYPES = ("float32", "bfloat16")  # float16 weights overflow; mixed_precision=float16 keeps float32 weights
-LR_SCHEDULES = ("constant", "linear", "cosine")
-LAYOUTS = ("auto", "packed", "tree", "padded")
-REFERENCE_MODES = ("stored", "live")
-CHAT_FORMATS = ("auto", "template", "hh")
-CHECKS = ("fast", "full")
-NONFINITE = ("stop", "skip")
+CHOICES = {
+    "trainer": ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"),
+    "layout": ("auto", "packed", "tree", "padded"),
+    "reference.mode": ("stored", "live"),
+    "lr_schedule": ("constant", "linear", "cosine"),
+    "chat_format": ("auto", "template", "hh"),
+    "checkpoint_check": ("fast", "full"),
+    "on_nonfinite": ("stop", "skip"),
+    "mixed_precision": ("float32", "bfloat16", "float16"),
+    "model.policy_dtype": ("float32", "bfloat16"),  # float16 weights overflow
+    "model.device_map": ("balanced",),
+    "loss.name": tuple(LOSSES),
+    "optimizer": tuple(  # but for those that are abstract, in need of a closure, and for sparse gradients
+        name for name in dir(torch.optim) if name[0].isupper() and name not in ("Optimizer", "LBFGS", "SparseAdam")
+    ),
+}
 LONGEST_NAME = 120
 CONFIG_DIR = Path(__file__).parent / "config"
 
@@ -184,6 +191,7 @@ class Config:
 
 
 GROUPS = {"model": ModelConfig, "loss": LossConfig, "wandb": WandbConfig, "reference": ReferenceConfig}
+KEYS = [f.name for f in fields(Config)] + [f"{group}.{f.name}" for group, kind in GROUPS.items() for f in fields(kind)]
 
 
 def register_resolvers() -> None:
@@ -234,222 +242,171 @@ def load_config(overrides: list[str]) -> Config:
 def build_config(composed: DictConfig) -> Config:
     """Turn Hydra's composed configuration into typed dataclasses and validate them.
 
-    Raises UserError with every problem found: missing values, unknown keys, wrong types, and what `validate` lists.
+    Raises UserError with every problem found: missing values, unknown keys, wrong types, or else what `validate` lists.
     """
-    missing = [
-        prefix + str(key)
-        for node, prefix in ((composed, ""), (composed.model, "model."), (composed.loss, "loss."))
-        for key in node
-        if OmegaConf.is_missing(node, key)
-    ]
-    if missing:
-        raise UserError("\n".join(f"{key} is missing: pass {key}=<value>" for key in missing))
-    problems: list[str] = []
     typed = OmegaConf.structured(Config)
-    for key in composed:
-        _copy(composed, typed, [str(key)], problems)
-    if problems:
-        raise UserError("\n".join(problems))
-    config = OmegaConf.to_object(typed)
-    assert isinstance(config, Config)
-    problems = validate(config)
-    if problems:
+    groups = [group for group in GROUPS if OmegaConf.is_dict(composed.get(group))]
+    names = [str(key) for key in composed if key not in groups]
+    names += [f"{group}.{key}" for group in groups for key in composed[group]]
+    problems = [problem for name in names if (problem := _copy(composed, typed, name))]
+    config: Any = OmegaConf.to_object(typed)
+    if problems := problems or validate(config):
         raise UserError("\n".join(problems))
     return config
 
 
-def _copy(composed: DictConfig, typed: DictConfig, path: list[str], problems: list[str]) -> None:
-    """Set `path` of `typed` from `composed`, leaf by leaf, so that each bad key gives its own line in `problems`."""
-    dotted = ".".join(path)
+def _copy(composed: DictConfig, typed: DictConfig, name: str) -> str | None:
+    """Set the key `name` of `typed` from `composed`. Returns what is wrong with it, if anything."""
+    if name not in KEYS:
+        return f"{name}: no such key{_meant(name)}"
+    value = None
     try:
-        value = OmegaConf.select(composed, dotted, throw_on_resolution_failure=True)
+        value = OmegaConf.select(composed, name, throw_on_missing=True)
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=True)
+        OmegaConf.update(typed, name, value)
+    except MissingMandatoryValue:
+        return f"{name} is missing: pass {name}=<value>"
+    except InterpolationToMissingValueError:  # the key that is missing is named itself
+        return None
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
-        problems.append(f"{dotted}: {str(error).splitlines()[0]}")
-        return
-    known = OmegaConf.select(typed, ".".join(path[:-1])) if path[1:] else typed
-    if path[-1] not in known and OmegaConf.get_type(known) is not dict:
-        close = difflib.get_close_matches(path[-1], [str(key) for key in known], 1)
-        problems.append(f"{dotted}: no such key{f'; did you mean {close[0]}?' if close else ''}")
-    elif isinstance(value, DictConfig) and OmegaConf.get_type(known, path[-1]) is not dict:
-        for key in value:
-            _copy(composed, typed, [*path, str(key)], problems)
-    else:
-        nested = isinstance(value, DictConfig | ListConfig)
-        plain: Any = OmegaConf.to_container(value, resolve=True) if nested else value
-        try:
-            OmegaConf.update(typed, dotted, plain)
-        except OmegaConfBaseException as error:
-            problems.append(f"{dotted}={plain}: {str(error).splitlines()[0]}")
+        given = name if value is None else f"{name}={value}"
+        return f"{given}: {str(error).splitlines()[0]}"
+    return None
 
 
-def validate(config: Config) -> list[str]:
-    """Every contradiction or impossible value in `config`, one message each; empty where it is sound."""
+def _meant(key: str) -> str:
+    close = difflib.get_close_matches(key, KEYS, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def validate(c: Config) -> list[str]:
+    """Every contradiction or impossible value in the configuration, one message each; empty where it is sound."""
+    values = {key: attrgetter(key)(c) for key in CHOICES}
     return [
-        *_number_problems(config),
-        *_choice_problems(config),
-        *_loss_problems(config.loss),
-        *_group_problems(config),
-        *_other_problems(config),
+        *_number_problems(c),
+        *(
+            f"{key}={value} is not known; choose from: {', '.join(CHOICES[key])}"
+            for key, value in values.items()
+            if value is not None and value not in CHOICES[key]
+        ),
+        *_loss_problems(c.loss),
+        *_length_problems(c),
+        *_data_problems(c),
+        *_device_problems(c),
+        *_group_problems(c),
     ]
 
 
-def _number_problems(c: Config) -> list[str]:
-    at_least_1 = (
-        *("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length"),
-        *("eval_every", "n_epochs", "n_examples", "nproc", "tensor_parallel_size", "fsdp_replicate_size"),
-        "n_eval_samples_per_prompt",
-        *("activation_checkpointing_every", "microbatch_tokens", "save_every", "keep_last_n"),
-    )
-    at_least_0 = (
-        *("seed", "n_eval_examples", "n_eval_model_samples", "warmup_steps", "num_proc", "weight_decay"),
-        *("save_patience", "lr", "minimum_log_interval_secs"),
-    )
-    rules = [
-        *((key, lambda v: v >= 1, "at least 1") for key in at_least_1),
-        *((key, lambda v: 0 <= v < math.inf, "0 or more") for key in at_least_0),
-        ("seed", lambda v: v < 2**63, "less than 2^63"),
-        ("fsdp_port", lambda v: 0 < v < 2**16, "between 1 and 65535"),
-        *((key, lambda v: v > 0, "more than 0") for key in ("max_grad_norm", "max_runtime", "warn_chosen_drop")),
-        ("warn_loss_spike", lambda v: v > 1, "more than 1"),
-        ("lr_min_ratio", lambda v: 0 <= v <= 1, "between 0 and 1"),
-        ("holdout_fraction", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
+def _number_problems(c: Config) -> Iterator[str]:
+    rules: list[tuple[str, str, Callable[[float], bool]]] = [
+        ("batch_size eval_batch_size gradient_accumulation_steps microbatch_tokens", "at least 1", lambda v: v >= 1),
+        ("max_length max_prompt_length n_epochs n_examples eval_every save_every", "at least 1", lambda v: v >= 1),
+        ("keep_last_n nproc tensor_parallel_size fsdp_replicate_size", "at least 1", lambda v: v >= 1),
+        ("n_eval_samples_per_prompt activation_checkpointing_every", "at least 1", lambda v: v >= 1),
+        ("n_eval_examples n_eval_model_samples warmup_steps num_proc", "0 or more", lambda v: v >= 0),
+        ("weight_decay save_patience lr minimum_log_interval_secs", "0 or more", lambda v: 0 <= v < math.inf),
+        ("seed", "at least 0 and less than 2^63", lambda v: 0 <= v < 2**63),
+        ("fsdp_port", "between 1 and 65535", lambda v: 0 < v < 2**16),
+        ("max_grad_norm max_runtime warn_chosen_drop", "more than 0", lambda v: v > 0),
+        ("warn_loss_spike", "more than 1", lambda v: v > 1),
+        ("lr_min_ratio loss.alpha", "between 0 and 1", lambda v: 0 <= v <= 1),
+        ("holdout_fraction", "at least 0 and less than 1", lambda v: 0 <= v < 1),
+        ("loss.beta", "a number above 0; 0.1 to 0.5 is a good start", lambda v: 0 < v < math.inf),
+        ("loss.label_smoothing", "at least 0 and less than 0.5, the share of flipped pairs", lambda v: 0 <= v < 0.5),
     ]
-    values = [(key, getattr(c, key), ok, allowed) for key, ok, allowed in rules]
-    return [f"{key}={v} must be {allowed}" for key, v, ok, allowed in values if v is not None and not ok(v)]
+    for keys, allowed, fits in rules:
+        for key in keys.split():
+            value = attrgetter(key)(c)
+            if value is not None and not fits(value):
+                yield f"{key}={value} must be {allowed}"
 
 
-def _choice_problems(c: Config) -> list[str]:
-    choices: list[tuple[str, str | None, tuple[str, ...]]] = [
-        ("trainer", c.trainer, TRAINERS),
-        ("layout", c.layout, LAYOUTS),
-        ("reference.mode", c.reference.mode, REFERENCE_MODES),
-        ("lr_schedule", c.lr_schedule, LR_SCHEDULES),
-        ("chat_format", c.chat_format, CHAT_FORMATS),
-        ("checkpoint_check", c.checkpoint_check, CHECKS),
-        ("on_nonfinite", c.on_nonfinite, NONFINITE),
-        ("mixed_precision", c.mixed_precision, DTYPES),
-        ("model.policy_dtype", c.model.policy_dtype, WEIGHT_DTYPES),
-        ("model.device_map", c.model.device_map, ("balanced",)),
-        ("loss.name", c.loss.name, tuple(LOSSES)),
-    ]
-    return [
-        f"{key}={value} is not known; choose from: {', '.join(known)}"
-        for key, value, known in choices
-        if value is not None and value not in known
-    ]
-
-
-def _loss_problems(loss: LossConfig) -> list[str]:
-    problems = []
-    if loss.name in ("dpo", "ipo") and (loss.beta is None or not 0 < loss.beta < float("inf")):
-        problems.append(f"loss.beta={loss.beta} must be a number above 0; 0.1 to 0.5 is a good start")
-    if loss.label_smoothing is not None and not 0 <= loss.label_smoothing < 0.5:
-        problems.append(
-            f"loss.label_smoothing={loss.label_smoothing} must be at least 0 and less than 0.5: it is the fraction of "
-            "pairs assumed to be flipped"
-        )
+def _loss_problems(loss: LossConfig) -> Iterator[str]:
     if loss.robust and not loss.label_smoothing:
-        problems.append("loss.robust=true needs loss.label_smoothing: the rate at which labels are flipped")
-    if loss.name == "unlikelihood" and (loss.alpha is None or not 0 <= loss.alpha <= 1):
-        problems.append(f"loss.alpha={loss.alpha} must be between 0 and 1")
-    return problems
+        yield "loss.robust=true needs loss.label_smoothing: the rate at which labels are flipped"
+    try:
+        if loss.name in LOSSES:
+            loss.build()
+    except TypeError as error:  # a key that is null, or another loss's
+        yield f"loss={loss.name}: {error}"
 
 
-def _group_problems(c: Config) -> list[str]:
-    """What contradicts the trainer: keys that it would ignore, and what it cannot do."""
-    problems = []
-    if not c.needs_group:
-        ignored = {
-            "nproc": c.nproc not in (None, 1),
-            "fsdp_replicate_size": c.fsdp_replicate_size != 1,
-            "fsdp_reshard_after_forward": not c.fsdp_reshard_after_forward,
-            "fsdp_cpu_offload": c.fsdp_cpu_offload,
-        }
-        problems += [
-            f"{key}={getattr(c, key)} does nothing with trainer={c.trainer}, which is one process; "
-            "set trainer=FSDPTrainer or leave it out"
-            for key, given in ignored.items()
-            if given
-        ]
-    if c.trainer != "TensorParallelTrainer" and c.tensor_parallel_size is not None:
-        problems.append(f"tensor_parallel_size={c.tensor_parallel_size} needs trainer=TensorParallelTrainer")
-    if c.needs_group and c.device not in ("auto", "cpu", "cuda"):
-        problems.append(
-            f"device={c.device} is one device; trainer={c.trainer} gives each process its own: leave it out"
-        )
-    if c.needs_group and c.model.device_map:
-        problems.append(f"model.device_map={c.model.device_map} is for BasicTrainer; {c.trainer} places the model")
-    if c.needs_group and c.mixed_precision == "float16":
-        problems.append(f"mixed_precision=float16 needs loss scaling, which trainer={c.trainer} lacks; take bfloat16")
-    gpus = torch.cuda.device_count() if c.device != "cpu" else 0
-    if c.nproc is not None and gpus and c.nproc > gpus:
-        problems.append(f"nproc={c.nproc} is more than the {gpus} GPUs of this machine")
-    if c.fsdp_cpu_offload and not gpus:
-        problems.append("fsdp_cpu_offload=true moves weights between a GPU and host memory, and there is no GPU")
-    if c.activation_checkpointing_every != 1 and not c.activation_checkpointing:
-        every = c.activation_checkpointing_every
-        problems.append(f"activation_checkpointing_every={every} needs activation_checkpointing=true")
-    return problems
-
-
-def _other_problems(c: Config) -> list[str]:
-    problems = []
+def _length_problems(c: Config) -> Iterator[str]:
+    """How long the run is, how it is cut, and when it is evaluated."""
     if c.n_epochs is None and c.n_examples is None:
-        problems.append("n_epochs and n_examples are both null: the run would never end; set one of them")
-    if c.gradient_accumulation_steps >= 1 and c.batch_size % c.gradient_accumulation_steps:
-        problems.append(
-            f"batch_size={c.batch_size} is not divisible by "
-            f"gradient_accumulation_steps={c.gradient_accumulation_steps}: "
-            f"{c.batch_size} / {c.gradient_accumulation_steps} = {c.batch_size / c.gradient_accumulation_steps:.2f}"
-        )
-    if c.kl_during_eval and not (c.sample_during_eval and c.n_eval_model_samples and c.n_eval_examples):
-        problems.append(
-            "kl_during_eval=true is estimated on samples: it needs sample_during_eval=true, n_eval_model_samples and "
-            "n_eval_examples"
-        )
-    if c.keep_best is not None and not c.n_eval_examples:
-        problems.append(f"keep_best={c.keep_best} needs evaluations: set n_eval_examples")
+        yield "n_epochs and n_examples are both null: the run would never end; set one of them"
+    steps = c.gradient_accumulation_steps
+    if steps >= 1 and c.batch_size % steps:
+        division = f"{c.batch_size} / {steps} = {c.batch_size / steps:.2f}"
+        yield f"batch_size={c.batch_size} is not divisible by gradient_accumulation_steps={steps}: {division}"
     if c.max_prompt_length >= c.max_length:
-        problems.append(f"max_prompt_length={c.max_prompt_length} must be less than max_length={c.max_length}")
+        yield f"max_prompt_length={c.max_prompt_length} must be less than max_length={c.max_length}"
+    if c.keep_best is not None and not c.n_eval_examples:
+        yield f"keep_best={c.keep_best} needs evaluations: set n_eval_examples"
+    if c.kl_during_eval and not (c.sample_during_eval and c.n_eval_model_samples and c.n_eval_examples):
+        yield "kl_during_eval=true: it needs sample_during_eval=true, n_eval_model_samples and n_eval_examples"
+    if c.activation_checkpointing_every != 1 and not c.activation_checkpointing:
+        yield f"activation_checkpointing_every={c.activation_checkpointing_every} needs activation_checkpointing=true"
+
+
+def _data_problems(c: Config) -> Iterator[str]:
     if not c.datasets:
-        problems.append("datasets is empty: name at least one, such as datasets=[hh]")
-    if c.dataset_weights is not None and len(c.dataset_weights) != len(c.datasets):
-        problems.append(f"dataset_weights={c.dataset_weights} must have one number for each of datasets={c.datasets}")
-    if c.dataset_weights is not None and not all(0 <= weight < math.inf for weight in c.dataset_weights):
-        problems.append(f"dataset_weights={c.dataset_weights} must be numbers of 0 or more")
-    unknown = [name for name in c.dataset_sources if name not in REGISTRY]
-    if unknown:
-        problems.append(f"dataset_sources.{unknown[0]} is no built-in data set; choose from: {', '.join(REGISTRY)}")
-    if not _device_exists(c.device):
-        problems.append(f"device={c.device} is not available here; choose auto, cpu, cuda, cuda:<number> or mps")
-    known = [name for name in dir(torch.optim) if name[0].isupper() and name not in NOT_OPTIMIZERS]
-    if c.optimizer not in known:
-        problems.append(f"optimizer={c.optimizer} is not known; choose from: {', '.join(known)}")
-    if c.model.reference_dtype not in (None, c.model.policy_dtype):
-        problems.append(
-            f"model.reference_dtype={c.model.reference_dtype} differs from model.policy_dtype={c.model.policy_dtype}: "
-            "the margin before the first update would not be 0; leave it null"
-        )
-    if c.model.policy_dtype != "float32" and c.mixed_precision not in (None, c.model.policy_dtype):
-        problems.append(
-            f"mixed_precision={c.mixed_precision} needs float32 weights, but model.policy_dtype={c.model.policy_dtype}"
-        )
+        yield "datasets is empty: name at least one, such as datasets=[hh]"
+    weights = c.dataset_weights
+    if weights is not None and len(weights) != len(c.datasets):
+        yield f"dataset_weights={weights} must have one number for each of datasets={c.datasets}"
+    if weights is not None and not all(0 <= weight < math.inf for weight in weights):
+        yield f"dataset_weights={weights} must be numbers of 0 or more"
+    for name in sorted(c.dataset_sources.keys() - REGISTRY.keys()):
+        yield f"dataset_sources.{name} is no built-in data set; choose from: {', '.join(REGISTRY)}"
+
+
+def _device_problems(c: Config) -> Iterator[str]:
+    """Devices and the types of numbers."""
+    kind, _, index = c.device.partition(":")
+    n_gpus = torch.cuda.device_count()
+    there = {"auto": True, "cpu": True, "cuda": n_gpus > 0, "mps": torch.backends.mps.is_available()}
+    numbered = kind == "cuda" and index.isdigit() and int(index) < n_gpus
+    if not there.get(c.device, numbered):
+        yield f"device={c.device} is not available here; choose auto, cpu, cuda, cuda:<number> or mps"
     if c.model.device_map and c.device != "auto":
-        problems.append(f"model.device_map={c.model.device_map} places the layers itself; leave device={c.device} out")
+        yield f"model.device_map={c.model.device_map} places the layers itself; leave device={c.device} out"
+    weights = f"model.policy_dtype={c.model.policy_dtype}"
+    if c.model.reference_dtype not in (None, c.model.policy_dtype):
+        reference = f"model.reference_dtype={c.model.reference_dtype}"
+        yield f"{reference} differs from {weights}: the margin before the first update would not be 0; leave it null"
+    if c.model.policy_dtype != "float32" and c.mixed_precision not in (None, c.model.policy_dtype):
+        yield f"mixed_precision={c.mixed_precision} needs float32 weights, but {weights}"
     if c.model.block and c.model.block_name and c.model.block != c.model.block_name:
-        problems.append(
-            f"model.block={c.model.block} and model.block_name={c.model.block_name} differ; set one of them"
-        )
-    return problems
+        yield f"model.block={c.model.block} and model.block_name={c.model.block_name} differ; set one of them"
 
 
-def _device_exists(device: str) -> bool:
-    kind, _, index = device.partition(":")
-    if kind == "cuda":
-        return torch.cuda.is_available() and (not index or (index.isdigit() and int(index) < torch.cuda.device_count()))
-    return device in ("auto", "cpu") or (device == "mps" and torch.backends.mps.is_available())
+def _group_problems(c: Config) -> Iterator[str]:
+    """What contradicts the trainer: keys that it would ignore, and what it cannot do."""
+    gpus = torch.cuda.device_count() if c.device != "cpu" else 0
+    if c.needs_group:
+        if c.device not in ("auto", "cpu", "cuda"):
+            yield f"device={c.device} is one device; trainer={c.trainer} gives each process its own: leave it out"
+        if c.model.device_map:
+            yield f"model.device_map={c.model.device_map} is for BasicTrainer; {c.trainer} places the model"
+        if c.mixed_precision == "float16":
+            yield f"mixed_precision=float16 needs loss scaling, which trainer={c.trainer} lacks; take bfloat16"
+        if c.nproc is not None and 0 < gpus < c.nproc:
+            yield f"nproc={c.nproc} is more than the {gpus} GPUs of this machine"
+        if c.fsdp_cpu_offload and not gpus:
+            yield "fsdp_cpu_offload=true moves weights between a GPU and host memory, and there is no GPU"
+    else:
+        without = {"nproc": (None, 1), "fsdp_replicate_size": (1,)}
+        without |= {"fsdp_reshard_after_forward": (True,), "fsdp_cpu_offload": (False,)}
+        for key, values in without.items():
+            if getattr(c, key) not in values:
+                nothing = f"{key}={getattr(c, key)} does nothing with trainer={c.trainer}"
+                yield f"{nothing}, which is one process; set trainer=FSDPTrainer or leave it out"
+    if c.trainer != "TensorParallelTrainer" and c.tensor_parallel_size is not None:
+        yield f"tensor_parallel_size={c.tensor_parallel_size} needs trainer=TensorParallelTrainer"
 
 
 def data_settings(config: Config) -> DataSettings:
@@ -470,18 +427,12 @@ def data_settings(config: Config) -> DataSettings:
 
 def check_keys(overrides: list[str]) -> None:
     """Raise UserError for a misspelt key among command-line overrides, with the key that was probably meant."""
-    top = {f.name for f in fields(Config)}
-    known = {*top, "hydra", *(f"{group}.{f.name}" for group, kind in GROUPS.items() for f in fields(kind))}
     for override in overrides:
-        key = override.partition("=")[0]
-        inside = key.partition(".")[0]
-        free = inside in ("hydra", "optimizer_kwargs", "dataset_sources") or not key[:1].isalpha() or "/" in key
-        if "=" in override and not free and key not in known:
-            close = difflib.get_close_matches(key, sorted(known), 1)
-            raise UserError(
-                f"there is no key {key!r}{f'; did you mean {close[0]!r}?' if close else ''} "
-                "Every key stands in config/config.yaml, config/model/blank_model.yaml and config/loss"
-            )
+        key, equals, _ = override.partition("=")
+        free = key.partition(".")[0] in ("hydra", "optimizer_kwargs", "dataset_sources")
+        if equals and key[:1].isalpha() and "/" not in key and not free and key not in KEYS:
+            where = "config/config.yaml, config/model/blank_model.yaml and config/loss"
+            raise UserError(f"there is no key {key!r}{_meant(key)} (every key stands in {where})")
 
 
 def command_line() -> str:

@@ -47,7 +47,8 @@ READ_BY_NAME = (".safetensors", ".json", ".py", ".bin", ".model", ".jinja", ".tx
 ALWAYS_HASHED = 16 * 2**20  # bytes: files up to here are hashed even by the fast check
 MAX_FILE_SIZE = "5GB"
 SLOW_DISK = 100e6  # bytes a second
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+SHORT_HASH = functools.partial(hashlib.blake2b, digest_size=16)
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # names such as "state.lm_head.weight.exp_avg"
 # One process needs no group to write its state.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -157,9 +158,8 @@ def find_checkpoint(name: str, how: str = "fast") -> Path:
 
 def _newest(path: Path) -> Path:
     """The LATEST checkpoint of a run's folder; any other path itself."""
-    if not (path / LATEST).is_dir():
-        return next(iter(checkpoints(path)), path).resolve()
-    return (path / LATEST).resolve()
+    link = path / LATEST
+    return (link if link.is_dir() else next(iter(checkpoints(path)), path)).resolve()
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -204,7 +204,7 @@ def check(folder: Path, how: str) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if (how == "full" or size <= ALWAYS_HASHED) and _digest(file) != digest:
+        if (how == "full" or size <= ALWAYS_HASHED) and file_hash(file, SHORT_HASH) != digest:
             return f"{name} has been altered"
     unknown = set(_names(folder)) - {*files, MANIFEST}
     more = sorted(name for name in unknown if how == "full" or name.endswith(READ_BY_NAME))
@@ -215,9 +215,8 @@ def _must_be_whole(path: Path, given: str, how: str) -> None:
     problem = check(path, how)
     if problem is None:
         return
-    older = [
-        p for p in checkpoints(path.parent) if path.name.startswith("step-") and examples_of(p) < examples_of(path)
-    ]
+    others = checkpoints(path.parent)
+    older = others[others.index(path) + 1 :] if path in others else []
     whole = next((p for p in older if check(p, how) is None), None)
     raise UserError(
         f"{given}: the checkpoint {path} is damaged: {problem}; "
@@ -227,16 +226,13 @@ def _must_be_whole(path: Path, given: str, how: str) -> None:
 
 def _manifest(files: Mapping[str, Sequence[Any]]) -> str:
     listed = json.dumps(files, indent=1, sort_keys=True)
-    digest = hashlib.blake2b(listed.encode(), digest_size=16).hexdigest()
-    return json.dumps({"digest": digest, "files": files}, indent=1, sort_keys=True) + "\n"
+    return (
+        json.dumps({"digest": SHORT_HASH(listed.encode()).hexdigest(), "files": files}, indent=1, sort_keys=True) + "\n"
+    )
 
 
 def _names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def _digest(file: Path) -> str:
-    return file_hash(file, functools.partial(hashlib.blake2b, digest_size=16))
 
 
 class CheckpointWriter:
@@ -313,31 +309,27 @@ class CheckpointWriter:
             pending.result()
 
     def _write(
-        self,
-        target: Path,
-        links: list[str],
-        begin: Callable[[Path], None],
-        write_tensors: Callable[[Path], None],
+        self, target: Path, links: list[str], begin: Callable[[Path], None], write_tensors: Callable[[Path], None]
     ) -> None:
-        start, temporary = time.monotonic(), target.with_name(f".{target.name}-new")
+        start, folder = time.monotonic(), target.with_name(f".{target.name}-new")
 
         def look() -> dict[str, list[Any]]:
-            names = _names(temporary)[parallel.rank() :: parallel.world_size()]
-            return {name: [(temporary / name).stat().st_size, _digest(temporary / name)] for name in names}
+            names = _names(folder)[parallel.rank() :: parallel.world_size()]
+            return {name: [os.path.getsize(folder / name), file_hash(folder / name, SHORT_HASH)] for name in names}
 
         def finish() -> None:
-            (temporary / MANIFEST).write_text(_manifest(files))
-            for file in [*temporary.rglob("*"), temporary]:
+            (folder / MANIFEST).write_text(_manifest(files))
+            for file in [*folder.rglob("*"), folder]:
                 _sync(file)
-            _put_in_place(temporary, target)
+            _put_in_place(folder, target)
             for link in links:
                 point(self.run_dir, link, target.name)
             self._forget()
             log(f"checkpoint: {target}")
 
         try:
-            self._together(lambda: begin(temporary), parallel.is_main())
-            self._together(lambda: write_tensors(temporary))
+            self._together(lambda: begin(folder), parallel.is_main())
+            self._together(lambda: write_tensors(folder))
             files = {name: found for share in self._together(look) for name, found in (share or {}).items()}
             self._together(finish, parallel.is_main())
             self._seconds = time.monotonic() - start
@@ -347,7 +339,7 @@ class CheckpointWriter:
             raise UserError(f"the checkpoint {target} could not be written: {error}; {kept}") from error
         finally:
             if parallel.is_main():
-                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _together(self, action: Callable[[], T], here: bool = True) -> list[T | None]:
         """Run `action` where `here`: what it gave in each process. Raises OSError in all if it failed in any."""
@@ -408,7 +400,7 @@ def _tensor_writer(
     random_state = _random_state()
     tensors: Any = {}
     if optimizer is not None and optimizer.state:  # else torch would make one up, with a step that was not taken
-        tensors = _contiguous_tensors(optimizer_state(model, optimizer))
+        tensors = _contiguous_tensors(get_optimizer_state_dict(model, optimizer, options=FLAT))
     files: Iterable[WeightFile] = weight_files(model)
     if copied:
         tensors = tensors and DefaultStager(StagingOptions(False, False, False, False)).stage(tensors)
@@ -455,16 +447,11 @@ def load_random_state(folder: Path) -> None:
         torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
-def optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state under parameter names, such as "state.lm_head.weight.exp_avg", and its settings."""
-    return get_optimizer_state_dict(model, optimizer, options=FLAT)
-
-
 def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Fill the optimizer's state from a checkpoint, written by any number of processes. Settings stay."""
     if not (folder / TRAINING_STATE).is_dir():  # there was none yet
         return
-    state = optimizer_state(model, optimizer)
+    state = get_optimizer_state_dict(model, optimizer, options=FLAT)
     tensors = _contiguous_tensors(state)
     reader = HuggingFaceStorageReader(str(folder / TRAINING_STATE))
     try:
@@ -508,7 +495,7 @@ def weight_files(model: PreTrainedModel) -> Iterator[WeightFile]:
     saved = revert_weight_conversion(model, dict(empty))
     if all(id(tensor) in names for tensor in saved.values()):
         named = {name: tensors[names[id(tensor)]] for name, tensor in saved.items()}
-        yield from _split(model, named, parallel.rank())
+        yield from _split(model, named, parallel.rank(), parallel.world_size())
         return
     whole = {}
     for name, tensor in tensors.items():
@@ -516,25 +503,24 @@ def weight_files(model: PreTrainedModel) -> Iterator[WeightFile]:
         if parallel.is_main():
             whole[name] = gathered.cpu()
     if parallel.is_main():
-        yield from _split(model, revert_weight_conversion(model, whole), None)
+        yield from _split(model, revert_weight_conversion(model, whole), 0, 1)
 
 
-def _split(model: PreTrainedModel, tensors: dict[str, Tensor], rank: int | None) -> Iterator[WeightFile]:
-    """Files of up to MAX_FILE_SIZE: those whose turn is `rank`'s, or all where it is None."""
+def _split(model: PreTrainedModel, tensors: dict[str, Tensor], rank: int, n: int) -> Iterator[WeightFile]:
+    """Files of up to MAX_FILE_SIZE: those whose turn is `rank`'s of `n`."""
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
     split = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_FILE_SIZE
     )
     for turn, (file, names) in enumerate(split.filename_to_tensors.items()):
-        mine = rank is None or turn % parallel.world_size() == rank
         content = {}
         for name in names:
             tensor = parallel.full(tensors[name])
-            if mine:
+            if turn % n == rank:
                 content[name] = tensor.detach().cpu().contiguous()
-        if mine:
+        if content:
             yield file, content
-    if split.is_sharded and not rank:
+    if split.is_sharded and rank == 0:
         total = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": total, "weight_map": split.tensor_to_filename}
         yield "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -532,8 +532,7 @@ def all_finite(model: torch.nn.Module) -> bool:
 
 def describe() -> str:
     """The group for the log, such as "4 processes: 2 shards x 2 tensor parallel"."""
-    if _mesh is None:
+    if _mesh is None or world_size() == 1:
         return "one process"
-    names = {"replicate": "copies", "shard": "shards", "tensor": "tensor parallel"}
-    parts = [f"{_mesh[name].size()} {text}" for name, text in names.items() if _mesh[name].size() > 1]
-    return f"{world_size()} process{'es' if world_size() > 1 else ''}" + (f": {' x '.join(parts)}" if parts else "")
+    sizes = zip(_mesh.shape, ("copies", "shards", "tensor parallel"))
+    return f"{world_size()} processes: {' x '.join(f'{size} {name}' for size, name in sizes if size > 1)}"

@@ -25,17 +25,18 @@ HEARTBEAT = 15.0
 STALE = 90.0  # seconds without a heartbeat after which a run on another machine counts as dead
 # Keys that may differ where a run goes on: they say where and how fast it is computed, what is kept and shown.
 # trainer and its sizes, micro-batches and layout change sums by rounding only.
-FREE = {
-    *("exp_name", "debug", "fsdp_port", "num_proc", "cache_dir", "reference", "wandb", "tensorboard", "local_dirs"),
-    *("local_run_dir", "sample_during_eval", "n_eval_model_samples", "do_first_eval", "do_final_eval", "eval_every"),
-    *("n_eval_samples_per_prompt", "kl_during_eval"),
-    *("eval_batch_size", "n_eval_examples", "gradient_accumulation_steps", "microbatch_tokens", "layout", "compile"),
-    *("trainer", "nproc", "tensor_parallel_size", "fsdp_replicate_size", "fsdp_reshard_after_forward", "device"),
-    *("fsdp_cpu_offload", "activation_checkpointing", "activation_checkpointing_every", "minimum_log_interval_secs"),
-    *("resume", "resume_allow_changes", "save_every", "keep_last_n", "keep_best", "async_save", "save_patience"),
-    *("checkpoint_check", "max_runtime", "on_nonfinite", "warn_loss_spike", "warn_chosen_drop"),
-    *("model.block", "model.block_name", "model.device_map", "model.trust_remote_code"),
-}
+FREE = set(
+    """
+    exp_name local_dirs local_run_dir cache_dir debug device num_proc reference wandb tensorboard
+    trainer nproc tensor_parallel_size fsdp_port fsdp_replicate_size fsdp_reshard_after_forward fsdp_cpu_offload
+    gradient_accumulation_steps microbatch_tokens layout compile activation_checkpointing activation_checkpointing_every
+    do_first_eval do_final_eval eval_every eval_batch_size n_eval_examples minimum_log_interval_secs
+    sample_during_eval n_eval_model_samples n_eval_samples_per_prompt kl_during_eval
+    resume resume_allow_changes save_every keep_last_n keep_best async_save save_patience checkpoint_check
+    max_runtime on_nonfinite warn_loss_spike warn_chosen_drop
+    model.block model.block_name model.device_map model.trust_remote_code
+    """.split()
+)
 
 
 @contextlib.contextmanager
@@ -259,14 +260,14 @@ def check_changes(config: Config, state: dict[str, Any]) -> None:
     told = [lines[key] for key in lines if key not in (*meaningful, "resume", "local_run_dir")]
     if told:
         log(f"resuming with other settings, of which none changes what an update computes: {', '.join(told)}")
-    if meaningful and not config.resume_allow_changes:
+    changed = ", ".join(lines[key] for key in meaningful)
+    if changed and not config.resume_allow_changes:
         raise UserError(
-            f"resume={config.resume} was trained with other settings: "
-            + ", ".join(lines[key] for key in meaningful)
-            + "; train these anew under another exp_name, or go on with them all the same: resume_allow_changes=true"
+            f"resume={config.resume} was trained with other settings: {changed}; train these anew under another "
+            "exp_name, or go on with them all the same: resume_allow_changes=true"
         )
-    if meaningful:
-        log(f"resume_allow_changes=true: from here on {', '.join(lines[key] for key in meaningful)}")
+    if changed:
+        log(f"resume_allow_changes=true: from here on {changed}")
 
 
 def flat(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:

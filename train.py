@@ -82,9 +82,7 @@ def open_wandb(config: Config, run_dir: Path) -> Any:
     """A W&B run: online when logged in, else offline with a line that says so. WANDB_MODE, where set, decides."""
     import wandb
 
-    known = None
-    if config.checkpoint and runs.goes_on_inside(config):
-        known = read_state(config.checkpoint)["wandb_id"]
+    known = read_state(config.checkpoint)["wandb_id"] if config.checkpoint and runs.goes_on_inside(config) else None
     start = functools.partial(
         wandb.init,
         entity=config.wandb.entity,

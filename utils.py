@@ -122,10 +122,16 @@ def run_main(main: Callable[[], Any], speaks: Callable[[], bool] = lambda: True)
     try:
         return main()
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        message, code = "interrupted", 130
     except Exception as error:
         message, code = _explain(error)
-        _fail(message if speaks() else "", code)
+        message = redact(message) if speaks() else ""
+    if message:
+        sys.stdout.flush()
+        print(message, file=sys.stderr, flush=True)
+        if _log_file is not None:
+            _log_file.add(message)
+    sys.exit(code)
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -141,16 +147,6 @@ def _explain(error: Exception) -> tuple[str, int]:
     if re.search("gloo/transport|(closed|reset) by peer", text):
         return f"error: another process of the group is gone ({text.splitlines()[0]}); it says why, or was killed", 1
     return f"{traceback.format_exc()}\nerror: this is a defect of the program, not of your input; see above", 2
-
-
-def _fail(message: str, code: int) -> None:
-    if message:
-        sys.stdout.flush()
-        message = redact(message)
-        print(message, file=sys.stderr, flush=True)
-        if _log_file is not None:
-            _log_file.add(message)
-    sys.exit(code)
 
 
 def get_local_dir(prefixes: list[str]) -> Path:

@@ -123,14 +123,8 @@ def launch(worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port
 
 
 def _start(index: int, worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port: int) -> None:
-    values: dict[str, Any] = {
-        "RANK": index,
-        "LOCAL_RANK": index,
-        "WORLD_SIZE": n,
-        "LOCAL_WORLD_SIZE": n,
-        "MASTER_PORT": port,
-    }
-    values |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": True}
+    values: dict[str, Any] = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+    values |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ.update({name: str(value) for name, value in values.items()})
     worker(*arguments)
 

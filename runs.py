@@ -50,16 +50,18 @@ def locked(run_dir: Path) -> Iterator[None]:
     path = make_dir(run_dir, "local_run_dir") / "lock"
     with open(path, "a+", encoding="utf-8") as file:
         taken, locks = False, True
+        holder: dict[str, Any] = {}
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             taken = True
         except OSError:
             locks = False
-        holder = _holder(path)
+        with contextlib.suppress(OSError, ValueError):  # nobody, or nothing that can be read
+            holder = json.loads(path.read_text())
         host, pid = holder.get("host"), holder.get("pid")
         freed = locks and host == socket.gethostname()
-        if taken or (holder and not freed and _beats(path, holder)):
+        if taken or (holder and not freed and _beats(path)):
             raise UserError(
                 f"local_run_dir={run_dir} is in use by process {pid} on {host}; two runs in one folder could not be "
                 "told apart: wait for it, end it, or give another folder"
@@ -77,22 +79,15 @@ def locked(run_dir: Path) -> Iterator[None]:
                 file.truncate(0)
 
 
-def _holder(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
 def _beat(path: Path, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT):
         with contextlib.suppress(OSError):
             os.utime(path)
 
 
-def _beats(path: Path, holder: dict[str, Any]) -> bool:
+def _beats(path: Path) -> bool:
     """Watch another process's lock: whether it is touched within STALE seconds."""
-    log(f"{path.parent} was last written by process {holder.get('pid')} on {holder.get('host')}; seeing if it lives")
+    log(f"{path} names another process, {path.read_text()}: seeing if it lives")
     seen, until = path.stat().st_mtime, time.monotonic() + STALE
     while time.monotonic() < until:
         time.sleep(1)

@@ -269,10 +269,9 @@ class CheckpointWriter:
         except UserError as error:
             log(f"warning: {error}")
         try:
-            described = self._together(state, parallel.is_main())[0]
+            described: Any = self._together(state, parallel.is_main())[0]
         except OSError as error:
             raise UserError(f"no checkpoint can be written to {self.run_dir}: {error}") from error
-        assert described is not None
         target = self.run_dir / (name or f"step-{described['examples']}")
         links = [] if name else [BEST, LATEST] if is_best else [LATEST]
         space = _space_problem(self.run_dir, model, optimizer)
@@ -451,7 +450,7 @@ def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: torch.optim.
     """Fill the optimizer's state from a checkpoint, written by any number of processes. Settings stay."""
     if not (folder / TRAINING_STATE).is_dir():  # there was none yet
         return
-    state = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)
     tensors = _contiguous_tensors(state)
     reader = HuggingFaceStorageReader(str(folder / TRAINING_STATE))
     try:

@@ -105,7 +105,7 @@ def batch_text(
         batch = make_batch(data, [example])
         [tree] = batch.trees
         found = reference.response_logps(batch) if reference is not None else None
-        row = {"name": name(data, example), "prompt": tree.prompt, "responses": tree.responses}
+        row: dict[str, Any] = {"name": name(data, example), "prompt": tree.prompt, "responses": tree.responses}
         row |= {"chosen": batch.chosen, "rejected": batch.rejected}
         rows.append(row | {"reference": [found.logps.tolist(), found.mask.tolist()] if found is not None else None})
     return json.dumps({"loss": loss, "examples": rows})

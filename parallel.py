@@ -99,10 +99,9 @@ def launch(worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port
     except RuntimeError as error:
         raise UserError(f"fsdp_port={port} cannot be used: {str(error).splitlines()[0]}; leave it null") from error
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    context = torch.multiprocessing.start_processes(
+    context: Any = torch.multiprocessing.start_processes(
         _start, (worker, arguments, n, store.port), nprocs=n, join=False, start_method="spawn"
     )
-    assert context is not None
     try:
         with stopping.passing_on(context.pids()):
             while not context.join():

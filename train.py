@@ -119,8 +119,7 @@ def train(composed: DictConfig, overrides: list[str]) -> None:
     config = build_config(composed)
     if config.model.archive:
         find_archive(config.model.archive)  # a wrong path should not wait for the data
-    resolved = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(resolved, dict)
+    resolved: Any = OmegaConf.to_container(composed, resolve=True)
     if parallel.is_main():
         resolved["resume"], resolved["local_run_dir"] = runs.find_resume(config)
     if not config.needs_group:

@@ -422,14 +422,13 @@ def _clones(content: dict[str, Tensor] | str) -> dict[str, Tensor] | str:
 
 def _random_state() -> str:
     """The state of this process's random generators, as JSON."""
-    version, numbers, *rest = np.random.get_state()
     states = {
         "python": random.getstate(),
-        "numpy": [version, np.asarray(numbers).tolist(), *rest],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-    return json.dumps(states)
+    return json.dumps(states, default=lambda numbers: numbers.tolist())
 
 
 def load_random_state(folder: Path) -> None:

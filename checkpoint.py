@@ -226,9 +226,8 @@ def _must_be_whole(path: Path, given: str, how: str) -> None:
 
 def _manifest(files: Mapping[str, Sequence[Any]]) -> str:
     listed = json.dumps(files, indent=1, sort_keys=True)
-    return (
-        json.dumps({"digest": SHORT_HASH(listed.encode()).hexdigest(), "files": files}, indent=1, sort_keys=True) + "\n"
-    )
+    digest = SHORT_HASH(listed.encode()).hexdigest()
+    return json.dumps({"digest": digest, "files": files}, indent=1, sort_keys=True) + "\n"
 
 
 def _names(folder: Path) -> list[str]:

@@ -28,6 +28,7 @@ LESS_MEMORY = (
 )
 SECRETS = re.compile(r"hf_[A-Za-z0-9]{20,}|wandb_v1_\w{20,}")  # what keys of the hub and of W&B look like
 SECRET_NAMES = re.compile("(KEY|TOKEN|SECRET|PASSWORD)$")
+HISTORY = ("metrics.jsonl", "samples.jsonl")  # files of a run that only grow
 _log_file: "Lines | None" = None
 _quiet = False
 
@@ -207,9 +208,6 @@ def progress(iterable: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
     return tqdm(iterable, mininterval=interval, maxinterval=max(interval, 10), dynamic_ncols=True, **options)
 
 
-HISTORY = ("metrics.jsonl", "samples.jsonl")  # files of a run that only grow
-
-
 class RunLogger:
     """Writes a run's numbers: every event to `metrics.jsonl` and TensorBoard, W&B at most once in `wandb_interval` s.
 
@@ -240,9 +238,11 @@ class RunLogger:
 
     def samples(self, rows: list[dict[str, Any]], step: int) -> None:
         """Append sampled responses to `samples.jsonl` and to W&B tables, one for each sampled model."""
-        for row in rows if self._files else []:
+        if not self._files or not rows:
+            return
+        for row in rows:
             self._files["samples.jsonl"].add(json.dumps({"counters/examples": step, **row}, ensure_ascii=False))
-        if self.wandb_run is None or not rows:
+        if self.wandb_run is None:
             return
         import wandb
 

@@ -12,11 +12,11 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,11 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -38,6 +34,9 @@ import parallel
 import stopping
 from utils import UserError, file_hash, log, redact
 
+T = TypeVar("T")
+WeightFile = tuple[str, dict[str, Tensor] | str]
+"""Name and content of a file of weights, or of their index."""
 STATE_FILE = "trainer_state.json"
 TRAINING_STATE = "training_state"
 RANDOM_STATE = "random_state"
@@ -45,11 +44,11 @@ MANIFEST = "manifest.json"
 BATCH_FILE = "batch.json"
 LATEST, BEST = "LATEST", "BEST"
 READ_BY_NAME = (".safetensors", ".json", ".py", ".bin", ".model", ".jinja", ".txt")
-ALWAYS_HASHED = 16 * 2**20
-"""Files of up to so many bytes are hashed even by the fast check."""
+ALWAYS_HASHED = 16 * 2**20  # bytes: files up to here are hashed even by the fast check
 MAX_FILE_SIZE = "5GB"
 SLOW_DISK = 100e6  # bytes a second
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+SHORT_HASH = functools.partial(hashlib.blake2b, digest_size=16)
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # names such as "state.lm_head.weight.exp_avg"
 # One process needs no group to write its state.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -159,9 +158,8 @@ def find_checkpoint(name: str, how: str = "fast") -> Path:
 
 def _newest(path: Path) -> Path:
     """The LATEST checkpoint of a run's folder; any other path itself."""
-    if not (path / LATEST).is_dir():
-        return next(iter(checkpoints(path)), path).resolve()
-    return (path / LATEST).resolve()
+    link = path / LATEST
+    return (link if link.is_dir() else next(iter(checkpoints(path)), path)).resolve()
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -206,7 +204,7 @@ def check(folder: Path, how: str) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if (how == "full" or size <= ALWAYS_HASHED) and _digest(file) != digest:
+        if (how == "full" or size <= ALWAYS_HASHED) and file_hash(file, SHORT_HASH) != digest:
             return f"{name} has been altered"
     unknown = set(_names(folder)) - {*files, MANIFEST}
     more = sorted(name for name in unknown if how == "full" or name.endswith(READ_BY_NAME))
@@ -217,9 +215,8 @@ def _must_be_whole(path: Path, given: str, how: str) -> None:
     problem = check(path, how)
     if problem is None:
         return
-    older = [
-        p for p in checkpoints(path.parent) if path.name.startswith("step-") and examples_of(p) < examples_of(path)
-    ]
+    others = checkpoints(path.parent)
+    older = others[others.index(path) + 1 :] if path in others else []
     whole = next((p for p in older if check(p, how) is None), None)
     raise UserError(
         f"{given}: the checkpoint {path} is damaged: {problem}; "
@@ -229,16 +226,12 @@ def _must_be_whole(path: Path, given: str, how: str) -> None:
 
 def _manifest(files: Mapping[str, Sequence[Any]]) -> str:
     listed = json.dumps(files, indent=1, sort_keys=True)
-    digest = hashlib.blake2b(listed.encode(), digest_size=16).hexdigest()
+    digest = SHORT_HASH(listed.encode()).hexdigest()
     return json.dumps({"digest": digest, "files": files}, indent=1, sort_keys=True) + "\n"
 
 
 def _names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def _digest(file: Path) -> str:
-    return file_hash(file, functools.partial(hashlib.blake2b, digest_size=16))
 
 
 class CheckpointWriter:
@@ -274,26 +267,24 @@ class CheckpointWriter:
             self.wait()
         except UserError as error:
             log(f"warning: {error}")
-        found: list[dict[str, Any]] = []
         try:
-            self._together(lambda: found.append(state()), True)
+            described: Any = self._together(state, parallel.is_main())[0]
         except OSError as error:
             raise UserError(f"no checkpoint can be written to {self.run_dir}: {error}") from error
-        [described] = found
         target = self.run_dir / (name or f"step-{described['examples']}")
         links = [] if name else [BEST, LATEST] if is_best else [LATEST]
-        temporary = self.run_dir / f".{target.name}-{parallel.from_main(os.getpid())}"
         space = _space_problem(self.run_dir, model, optimizer)
-        write = _copied(model, optimizer, self._group) if self.background else _as_it_is(model, optimizer)
-
         configs = copy.deepcopy((model.config, model.generation_config if model.can_generate() else None))
 
-        def write_texts(folder: Path) -> None:
+        def begin(folder: Path) -> None:
+            if space:
+                raise OSError(space)
+            folder.mkdir()
             _write_texts(folder, model, configs, tokenizer, described)
             if batch is not None:
                 (folder / BATCH_FILE).write_text(batch)
 
-        work = (target, temporary, links, write_texts, write, space)
+        work = (target, links, begin, _tensor_writer(model, optimizer, self.background, self._group))
         if self.background:
             self._pending = self._thread.submit(self._write, *work)
         else:
@@ -316,43 +307,28 @@ class CheckpointWriter:
             pending.result()
 
     def _write(
-        self,
-        target: Path,
-        temporary: Path,
-        links: list[str],
-        write_texts: Callable[[Path], None],
-        write_tensors: Callable[[Path], None],
-        space: str | None,
+        self, target: Path, links: list[str], begin: Callable[[Path], None], write_tensors: Callable[[Path], None]
     ) -> None:
-        digests: dict[str, list[Any]] = {}
-        start = time.monotonic()
+        start, folder = time.monotonic(), target.with_name(f".{target.name}-new")
 
-        def begin() -> None:
-            if space:
-                raise OSError(space)
-            temporary.mkdir()
-
-        def look() -> None:
-            for name in _names(temporary)[parallel.rank() :: parallel.world_size()]:
-                digests[name] = [(temporary / name).stat().st_size, _digest(temporary / name)]
+        def look() -> dict[str, list[Any]]:
+            names = _names(folder)[parallel.rank() :: parallel.world_size()]
+            return {name: [os.path.getsize(folder / name), file_hash(folder / name, SHORT_HASH)] for name in names}
 
         def finish() -> None:
-            files = {name: value for found in everyones for name, value in found.items()}
-            (temporary / MANIFEST).write_text(_manifest(files))
-            for file in [*temporary.rglob("*"), temporary]:
+            (folder / MANIFEST).write_text(_manifest(files))
+            for file in [*folder.rglob("*"), folder]:
                 _sync(file)
-            _put_in_place(temporary, target)
+            _put_in_place(folder, target)
             for link in links:
                 point(self.run_dir, link, target.name)
             self._forget()
             log(f"checkpoint: {target}")
 
         try:
-            self._together(begin, parallel.is_main())
-            self._together(lambda: write_texts(temporary), parallel.is_main())
-            self._together(lambda: write_tensors(temporary), True)
-            self._together(look, True)
-            everyones = parallel.gather(digests, self._group)
+            self._together(lambda: begin(folder), parallel.is_main())
+            self._together(lambda: write_tensors(folder))
+            files = {name: found for share in self._together(look) for name, found in (share or {}).items()}
             self._together(finish, parallel.is_main())
             self._seconds = time.monotonic() - start
         except OSError as error:
@@ -361,21 +337,23 @@ class CheckpointWriter:
             raise UserError(f"the checkpoint {target} could not be written: {error}; {kept}") from error
         finally:
             if parallel.is_main():
-                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def _together(self, action: Callable[[], None], here: bool) -> None:
-        """Run `action` where `here`, and raise OSError in every process if it failed in any."""
-        message = None
+    def _together(self, action: Callable[[], T], here: bool = True) -> list[T | None]:
+        """Run `action` where `here`: what it gave in each process. Raises OSError in all if it failed in any."""
+        result: T | None = None
+        message: str | None = None
         try:
-            if here:
-                action()
+            result = action() if here else None
         # safetensors and torch report a full disk with exception types of their own, so the type does not tell
         except (Exception, CheckpointException) as error:
             stopping.at_once()
             message = f"{type(error).__name__}: {error}"
-        failed = [found for found in parallel.gather(message, self._group) if found]
+        results, messages = zip(*parallel.gather((result, message), self._group))
+        failed = next(filter(None, messages), None)
         if failed:
-            raise OSError(failed[0].strip().splitlines()[-1])
+            raise OSError(failed.strip().splitlines()[-1])
+        return list(results)
 
     def _forget(self) -> None:
         if self.keep_last is None:
@@ -390,14 +368,12 @@ class CheckpointWriter:
 
 def _put_in_place(temporary: Path, target: Path) -> None:
     """Rename; a checkpoint of that name from before, of steps that were made again, makes way."""
+    old = target.with_name(f".{target.name}-old")
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        old = target.with_name(f".{target.name}-old")
-        shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(target)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_texts(
@@ -414,26 +390,27 @@ def _write_texts(
     (folder / STATE_FILE).write_text(redact(json.dumps(state, indent=2)), encoding="utf-8")
 
 
-def _as_it_is(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> Callable[[Path], None]:
-    """What writes this process's part of weights and states, from where they are."""
+def _tensor_writer(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, copied: bool, group: Any
+) -> Callable[[Path], None]:
+    """What writes this process's part of weights and of states (of the optimizer and of its random generators): from
+    where they are, or, `copied`, from a copy in host memory that is made now."""
+    random_state = _random_state()
+    tensors: Any = {}
+    if optimizer is not None and optimizer.state:  # else torch would make one up, with a step that was not taken
+        tensors = _contiguous_tensors(get_optimizer_state_dict(model, optimizer, options=FLAT))
+    files: Iterable[WeightFile] = weight_files(model)
+    if copied:
+        tensors = tensors and DefaultStager(StagingOptions(False, False, False, False)).stage(tensors)
+        files = [(file, _clones(content)) for file, content in files]
 
     def write(folder: Path) -> None:
-        _write_states(folder, *_states(model, optimizer), None)
-        write_weights(model, folder)
-
-    return write
-
-
-def _copied(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, group: Any) -> Callable[[Path], None]:
-    """The same from a copy in host memory, made now: of this process's files of weights, and shards of states."""
-    random_state, tensors = _states(model, optimizer)
-    staged: Any = DefaultStager(StagingOptions(False, False, False, False)).stage(tensors) if tensors else {}
-    files = [(file, _clones(content)) for file, content in weight_files(model)]
-
-    def write(folder: Path) -> None:
-        _write_states(folder, random_state, staged, group)
-        for file, content in files:
-            _write_weight_file(folder / file, content)
+        (folder / RANDOM_STATE).mkdir(exist_ok=True)
+        (folder / RANDOM_STATE / f"{parallel.rank()}.json").write_text(random_state)
+        if tensors:
+            writer = HuggingFaceStorageWriter(str(folder / TRAINING_STATE), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not parallel.active())
+        _write_weights(files, folder)
 
     return write
 
@@ -442,32 +419,15 @@ def _clones(content: dict[str, Tensor] | str) -> dict[str, Tensor] | str:
     return content if isinstance(content, str) else {name: tensor.clone() for name, tensor in content.items()}
 
 
-def _states(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> tuple[str, dict[str, Any]]:
-    """Of this process's random generators, and of the optimizer: torch would make one up, with a step that was not
-    taken, where there is none yet."""
-    if optimizer is None or not optimizer.state:
-        return _random_state(), {}
-    return _random_state(), _contiguous_tensors(optimizer_state(model, optimizer))
-
-
-def _write_states(folder: Path, random_state: str, tensors: dict[str, Any], group: Any) -> None:
-    (folder / RANDOM_STATE).mkdir(exist_ok=True)
-    (folder / RANDOM_STATE / f"{parallel.rank()}.json").write_text(random_state)
-    if tensors:
-        writer = HuggingFaceStorageWriter(str(folder / TRAINING_STATE), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not parallel.active())
-
-
 def _random_state() -> str:
     """The state of this process's random generators, as JSON."""
-    version, numbers, *rest = np.random.get_state()
     states = {
         "python": random.getstate(),
-        "numpy": [version, np.asarray(numbers).tolist(), *rest],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-    return json.dumps(states)
+    return json.dumps(states, default=lambda numbers: numbers.tolist())
 
 
 def load_random_state(folder: Path) -> None:
@@ -484,16 +444,11 @@ def load_random_state(folder: Path) -> None:
         torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
-def optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state under parameter names, such as "state.lm_head.weight.exp_avg", and its settings."""
-    return get_optimizer_state_dict(model, optimizer, options=FLAT)
-
-
 def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Fill the optimizer's state from a checkpoint, written by any number of processes. Settings stay."""
     if not (folder / TRAINING_STATE).is_dir():  # there was none yet
         return
-    state = optimizer_state(model, optimizer)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)
     tensors = _contiguous_tensors(state)
     reader = HuggingFaceStorageReader(str(folder / TRAINING_STATE))
     try:
@@ -509,12 +464,14 @@ def _contiguous_tensors(state: dict[str, Any]) -> dict[str, Any]:
     return {name: parallel.contiguous(value) for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def write_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write the files that `model.save_pretrained` of the whole model writes, byte for byte. A collective."""
+def _write_weights(files: Iterable[WeightFile], folder: Path) -> None:
     failure: Exception | None = None
-    for file, content in weight_files(model):
+    for file, content in files:
         try:
-            _write_weight_file(folder / file, content)
+            if isinstance(content, str):
+                (folder / file).write_text(content)
+            else:
+                save_file(content, folder / file, {"format": "pt"})
         except Exception as error:  # the other processes still need this one for their files
             failure = failure or error
         del content
@@ -522,15 +479,8 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
         raise failure
 
 
-def _write_weight_file(path: Path, content: dict[str, Tensor] | str) -> None:
-    if isinstance(content, str):
-        path.write_text(content)
-    else:
-        save_file(content, path, {"format": "pt"})
-
-
-def weight_files(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Tensor] | str]]:
-    """This process's files of weights, one after the other: names, and tensors or text.
+def weight_files(model: PreTrainedModel) -> Iterator[WeightFile]:
+    """The files that `model.save_pretrained` of the whole model writes, byte for byte, one after the other.
 
     A collective: process i has the files i, i + n, ... of n processes.
     """
@@ -542,7 +492,7 @@ def weight_files(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Tensor
     saved = revert_weight_conversion(model, dict(empty))
     if all(id(tensor) in names for tensor in saved.values()):
         named = {name: tensors[names[id(tensor)]] for name, tensor in saved.items()}
-        yield from _split(model, named, parallel.rank())
+        yield from _split(model, named, parallel.rank(), parallel.world_size())
         return
     whole = {}
     for name, tensor in tensors.items():
@@ -550,28 +500,24 @@ def weight_files(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Tensor
         if parallel.is_main():
             whole[name] = gathered.cpu()
     if parallel.is_main():
-        yield from _split(model, revert_weight_conversion(model, whole), None)
+        yield from _split(model, revert_weight_conversion(model, whole), 0, 1)
 
 
-def _split(
-    model: PreTrainedModel, tensors: dict[str, Tensor], rank: int | None
-) -> Iterator[tuple[str, dict[str, Tensor] | str]]:
-    """Files of up to MAX_FILE_SIZE: those whose turn is `rank`'s, or all where it is None."""
+def _split(model: PreTrainedModel, tensors: dict[str, Tensor], rank: int, n: int) -> Iterator[WeightFile]:
+    """Files of up to MAX_FILE_SIZE: those whose turn is `rank`'s of `n`."""
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
     split = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_FILE_SIZE
     )
     for turn, (file, names) in enumerate(split.filename_to_tensors.items()):
-        mine = rank is None or turn % parallel.world_size() == rank
         content = {}
         for name in names:
-            tensor = parallel.full(tensors[name]) if rank is not None else tensors[name]
-            if mine:
+            tensor = parallel.full(tensors[name])
+            if turn % n == rank:
                 content[name] = tensor.detach().cpu().contiguous()
-        if mine:
+        if content:
             yield file, content
-        del content
-    if split.is_sharded and not rank:
+    if split.is_sharded and rank == 0:
         total = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": total, "weight_map": split.tensor_to_filename}
         yield "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -579,11 +525,8 @@ def _split(
 
 def _needed_bytes(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> int:
     states = optimizer.state.values() if optimizer is not None else ()
-    tensors = [
-        *model.parameters(),
-        *(value for state in states for value in state.values() if isinstance(value, Tensor)),
-    ]
-    return sum(t.numel() * t.element_size() for t in tensors) + 16 * 2**20
+    values = [*model.parameters(), *(value for state in states for value in state.values())]
+    return sum(t.numel() * t.element_size() for t in values if isinstance(t, Tensor)) + 16 * 2**20
 
 
 def _space_problem(run_dir: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> str | None:
@@ -594,8 +537,7 @@ def _space_problem(run_dir: Path, model: PreTrainedModel, optimizer: torch.optim
 
 def point(run_dir: Path, link: str, name: str) -> None:
     temporary = run_dir / f".{link}-{os.getpid()}"
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
+    temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)
     os.replace(temporary, run_dir / link)
     _sync(run_dir)

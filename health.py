@@ -69,9 +69,7 @@ def broken_examples(data: PreferenceData, examples: Sequence[Example], losses: S
     """Which examples of all processes have a loss that is not finite, for a message."""
     mine = [name(data, e) for e, loss in zip(examples, losses, strict=True) if not math.isfinite(loss)]
     found = sorted({name for names in parallel.gather(mine) for name in names})
-    if not found:
-        return "every example's loss is finite"
-    return f"the loss of {_first(found)} is not finite"
+    return f"the loss of {_first(found)} is not finite" if found else "every example's loss is finite"
 
 
 def _first(names: Sequence[str]) -> str:
@@ -107,16 +105,9 @@ def batch_text(
         batch = make_batch(data, [example])
         [tree] = batch.trees
         found = reference.response_logps(batch) if reference is not None else None
-        rows.append(
-            {
-                "name": name(data, example),
-                "prompt": tree.prompt,
-                "responses": tree.responses,
-                "chosen": batch.chosen,
-                "rejected": batch.rejected,
-                "reference": [found.logps.tolist(), found.mask.tolist()] if found is not None else None,
-            }
-        )
+        row: dict[str, Any] = {"name": name(data, example), "prompt": tree.prompt, "responses": tree.responses}
+        row |= {"chosen": batch.chosen, "rejected": batch.rejected}
+        rows.append(row | {"reference": [found.logps.tolist(), found.mask.tolist()] if found is not None else None})
     return json.dumps({"loss": loss, "examples": rows})
 
 

@@ -29,11 +29,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
-from transformers.distributed.tensor_parallel import (
-    ColwiseParallel,
-    TensorParallelLayer,
-    apply_tensor_parallelism,
-)
+from transformers.distributed.tensor_parallel import ColwiseParallel, TensorParallelLayer, apply_tensor_parallelism
 
 import stopping
 from utils import UserError, n_cores
@@ -45,14 +41,9 @@ TIMEOUT = timedelta(hours=4)
 SECONDS_TO_SPEAK = 30.0
 MESH = ("replicate", "shard", "tensor")
 # Styles of transformers' tensor-parallel plans that the tests hold to one process. Others (experts) are refused.
-TESTED_STYLES = {
-    "colwise",
-    "rowwise",
-    "colwise_gather_output",
-    "rowwise_split_input",
-    "embedding_rowwise",
-    "replicated_with_grad_allreduce",
-}
+TESTED_STYLES = set(
+    "colwise rowwise colwise_gather_output rowwise_split_input embedding_rowwise replicated_with_grad_allreduce".split()
+)
 OUR_STYLES = {"replicated_with_grad_allreduce": "shared_by_heads"}
 _mesh: DeviceMesh | None = None
 # Gathering a tensor that both FSDP and tensor parallelism shard takes two steps; torch warns each time.
@@ -108,10 +99,9 @@ def launch(worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port
     except RuntimeError as error:
         raise UserError(f"fsdp_port={port} cannot be used: {str(error).splitlines()[0]}; leave it null") from error
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    context = torch.multiprocessing.start_processes(
+    context: Any = torch.multiprocessing.start_processes(
         _start, (worker, arguments, n, store.port), nprocs=n, join=False, start_method="spawn"
     )
-    assert context is not None
     try:
         with stopping.passing_on(context.pids()):
             while not context.join():
@@ -132,9 +122,9 @@ def launch(worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port
 
 
 def _start(index: int, worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port: int) -> None:
-    values = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}
+    values: dict[str, Any] = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+    values |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ.update({name: str(value) for name, value in values.items()})
-    os.environ.update({"MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True"})
     worker(*arguments)
 
 
@@ -268,10 +258,7 @@ def sum_over_data(values: Sequence[float]) -> list[float]:
 
 def any_process(here: bool) -> bool:
     """Whether `here` is true in any process of the group."""
-    found = torch.tensor(float(here))
-    if active():
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
+    return any(gather(here))
 
 
 def gather_over_data(values: list[T]) -> list[list[T]]:
@@ -417,9 +404,8 @@ def contiguous(tensor: Tensor) -> Tensor:
     """A DTensor sharded in whole pieces only, as torch's checkpoints can write; a collective."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.redistribute(
-        placements=[Shard(p.dim) if isinstance(p, _StridedShard) else p for p in tensor.placements]
-    )
+    placements = [Shard(p.dim) if isinstance(p, _StridedShard) else p for p in tensor.placements]
+    return tensor.redistribute(placements=placements)
 
 
 def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
@@ -431,9 +417,7 @@ def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
 
 def device_of(tensor: Tensor) -> torch.device:
     """Where a parameter is computed with: its device, or that of its mesh where it is offloaded."""
-    if not isinstance(tensor, DTensor):
-        return tensor.device
-    return mesh_device(tensor.device_mesh)
+    return mesh_device(tensor.device_mesh) if isinstance(tensor, DTensor) else tensor.device
 
 
 def mesh_device(mesh: DeviceMesh) -> torch.device:
@@ -541,8 +525,7 @@ def all_finite(model: torch.nn.Module) -> bool:
 
 def describe() -> str:
     """The group for the log, such as "4 processes: 2 shards x 2 tensor parallel"."""
-    if _mesh is None:
+    if _mesh is None or world_size() == 1:
         return "one process"
-    names = {"replicate": "copies", "shard": "shards", "tensor": "tensor parallel"}
-    parts = [f"{_mesh[name].size()} {text}" for name, text in names.items() if _mesh[name].size() > 1]
-    return f"{world_size()} process{'es' if world_size() > 1 else ''}" + (f": {' x '.join(parts)}" if parts else "")
+    sizes = zip(_mesh.shape, ("copies", "shards", "tensor parallel"))
+    return f"{world_size()} processes: {' x '.join(f'{size} {name}' for size, name in sizes if size > 1)}"

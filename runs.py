@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 from omegaconf import DictConfig, OmegaConf
 
 import checkpoint
@@ -23,43 +22,50 @@ from settings import Config
 from utils import HISTORY, UserError, get_local_dir, get_local_run_dir, log, make_dir, open_log, redact
 
 HEARTBEAT = 15.0
-STALE = 90.0
-"""Seconds without a heartbeat after which a run on another machine counts as dead."""
+STALE = 90.0  # seconds without a heartbeat after which a run on another machine counts as dead
 # Keys that may differ where a run goes on: they say where and how fast it is computed, what is kept and shown.
 # trainer and its sizes, micro-batches and layout change sums by rounding only.
-FREE = {
-    *("exp_name", "debug", "fsdp_port", "num_proc", "cache_dir", "reference", "wandb", "tensorboard", "local_dirs"),
-    *("local_run_dir", "sample_during_eval", "n_eval_model_samples", "do_first_eval", "do_final_eval", "eval_every"),
-    *("n_eval_samples_per_prompt", "kl_during_eval"),
-    *("eval_batch_size", "n_eval_examples", "gradient_accumulation_steps", "microbatch_tokens", "layout", "compile"),
-    *("trainer", "nproc", "tensor_parallel_size", "fsdp_replicate_size", "fsdp_reshard_after_forward", "device"),
-    *("fsdp_cpu_offload", "activation_checkpointing", "activation_checkpointing_every", "minimum_log_interval_secs"),
-    *("resume", "resume_allow_changes", "save_every", "keep_last_n", "keep_best", "async_save", "save_patience"),
-    *("checkpoint_check", "max_runtime", "on_nonfinite", "warn_loss_spike", "warn_chosen_drop"),
-    *("model.block", "model.block_name", "model.device_map", "model.trust_remote_code"),
-}
+FREE = set(
+    """
+    exp_name local_dirs local_run_dir cache_dir debug device num_proc reference wandb tensorboard
+    trainer nproc tensor_parallel_size fsdp_port fsdp_replicate_size fsdp_reshard_after_forward fsdp_cpu_offload
+    gradient_accumulation_steps microbatch_tokens layout compile activation_checkpointing activation_checkpointing_every
+    do_first_eval do_final_eval eval_every eval_batch_size n_eval_examples minimum_log_interval_secs
+    sample_during_eval n_eval_model_samples n_eval_samples_per_prompt kl_during_eval
+    resume resume_allow_changes save_every keep_last_n keep_best async_save save_patience checkpoint_check
+    max_runtime on_nonfinite warn_loss_spike warn_chosen_drop
+    model.block model.block_name model.device_map model.trust_remote_code
+    """.split()
+)
 
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the folder's lock, a file that says who does. Raises UserError where another process holds it.
 
-    The system frees the lock of a process that died on this machine. One on another machine may not be seen by file
-    locks, so it also touches the file now and then, and counts as dead when it no longer does.
+    The system frees the lock of a process that died on this machine. One on another machine, or on a file system
+    without locks, may not be seen in this way, so it also touches the file now and then, and counts as dead when it no
+    longer does.
     """
     path = make_dir(run_dir, "local_run_dir") / "lock"
     with open(path, "a+", encoding="utf-8") as file:
+        taken, locks = False, True
+        holder: dict[str, Any] = {}
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locks = True
         except BlockingIOError:
-            raise UserError(_taken(run_dir, _holder(path))) from None
+            taken = True
         except OSError:
-            locks = False  # a file system without them
-        holder = _holder(path)
-        here = holder.get("host") == socket.gethostname()
-        if (here and not locks and psutil.pid_exists(holder["pid"])) or (holder and not here and _beats(path, holder)):
-            raise UserError(_taken(run_dir, holder))
+            locks = False
+        with contextlib.suppress(OSError, ValueError):  # nobody, or nothing that can be read
+            holder = json.loads(path.read_text())
+        host, pid = holder.get("host"), holder.get("pid")
+        freed = locks and host == socket.gethostname()
+        if taken or (holder and not freed and _beats(path)):
+            raise UserError(
+                f"local_run_dir={run_dir} is in use by process {pid} on {host}; two runs in one folder could not be "
+                "told apart: wait for it, end it, or give another folder"
+            )
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         file.flush()
@@ -73,39 +79,24 @@ def locked(run_dir: Path) -> Iterator[None]:
                 file.truncate(0)
 
 
-def _holder(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text())
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-def _taken(run_dir: Path, holder: dict[str, Any]) -> str:
-    return (
-        f"local_run_dir={run_dir} is in use by process {holder.get('pid')} on {holder.get('host')}; two runs in one "
-        "folder could not be told apart: wait for it, end it, or give another folder"
-    )
-
-
 def _beat(path: Path, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT):
         with contextlib.suppress(OSError):
             os.utime(path)
 
 
-def _beats(path: Path, holder: dict[str, Any]) -> bool:
-    """Watch the lock of another machine's process: whether it is touched within STALE seconds."""
-    log(f"{path.parent} was last written by process {holder.get('pid')} on {holder.get('host')}; seeing if it lives")
+def _beats(path: Path) -> bool:
+    """Watch another process's lock: whether it is touched within STALE seconds."""
+    log(f"{path} names another process, {path.read_text()}: seeing if it lives")
     seen, until = path.stat().st_mtime, time.monotonic() + STALE
     while time.monotonic() < until:
         time.sleep(1)
         if path.stat().st_mtime != seen:
             return True
-    log("it does not")
     return False
 
 
-def open_run(config: Config, composed: DictConfig, overrides: list[str]) -> Path:
+def open_run(config: Config, composed: DictConfig, overrides: list[str]) -> None:
     """Start the run's folder, which is locked, or open one that a run goes on in, as it stands: see `begin`."""
     run_dir = Path(config.local_run_dir)
     metrics = run_dir / "metrics.jsonl"
@@ -127,7 +118,6 @@ def open_run(config: Config, composed: DictConfig, overrides: list[str]) -> Path
         for name in HISTORY:
             _cut(run_dir / name, 0)
         _describe(config, composed, overrides)
-    return run_dir
 
 
 def goes_on_inside(config: Config) -> bool:
@@ -204,17 +194,18 @@ def find_resume(config: Config) -> tuple[str | None, str]:
     3. A folder without any is passed over, unless it was given: the run then starts anew in it.
     4. Where nothing is found, the run starts in the folder that local_run_dir means.
     """
+    if not config.resume:
+        return None, config.local_run_dir
     if config.resume != "auto":
-        found = checkpoint.find_checkpoint(config.resume, config.checkpoint_check) if config.resume else None
-        return (str(found) if found else None), config.local_run_dir
+        return str(checkpoint.find_checkpoint(config.resume, config.checkpoint_check)), config.local_run_dir
     for run_dir in [Path(config.local_run_dir)] if _is_given(config) else _runs_of(config):
-        found_here = checkpoint.checkpoints(run_dir)
-        for path in found_here:
+        found = checkpoint.checkpoints(run_dir)
+        for path in found:
             problem = checkpoint.check(path, config.checkpoint_check)
             if problem is None:
                 return str(path), str(run_dir)
             log(f"resume=auto: {path} is passed over: {problem}")
-        if found_here:
+        if found:
             raise UserError(
                 f"resume=auto: no checkpoint in {run_dir} is complete, see above; remove them to start anew"
             )
@@ -226,10 +217,9 @@ def _is_given(config: Config) -> bool:
 
 
 def _runs_of(config: Config) -> list[Path]:
-    pattern = re.compile(re.escape(config.exp_name) + r"_(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?)")
+    pattern = re.compile(re.escape(config.exp_name) + r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?")
     folder = get_local_dir(list(config.local_dirs))
-    matches = [(pattern.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
-    return [path for match, path in sorted(((m, p) for m, p in matches if m), key=lambda f: f[0][1], reverse=True)]
+    return sorted((p for p in folder.iterdir() if p.is_dir() and pattern.fullmatch(p.name)), reverse=True)
 
 
 def _changes(config: Config, state: dict[str, Any], free: set[str]) -> tuple[dict[str, str], list[str]]:
@@ -262,18 +252,17 @@ def check_changes(config: Config, state: dict[str, Any]) -> None:
     # A run at a constant learning rate may be made longer.
     free = FREE | ({"n_epochs", "n_examples"} if config.lr_schedule == "constant" else set())
     lines, meaningful = _changes(config, state, free)
-    harmless = [key for key in lines if key not in meaningful]
-    told = [lines[key] for key in harmless if key not in ("resume", "local_run_dir")]
+    told = [lines[key] for key in lines if key not in (*meaningful, "resume", "local_run_dir")]
     if told:
         log(f"resuming with other settings, of which none changes what an update computes: {', '.join(told)}")
-    if meaningful and not config.resume_allow_changes:
+    changed = ", ".join(lines[key] for key in meaningful)
+    if changed and not config.resume_allow_changes:
         raise UserError(
-            f"resume={config.resume} was trained with other settings: "
-            + ", ".join(lines[key] for key in meaningful)
-            + "; train these anew under another exp_name, or go on with them all the same: resume_allow_changes=true"
+            f"resume={config.resume} was trained with other settings: {changed}; train these anew under another "
+            "exp_name, or go on with them all the same: resume_allow_changes=true"
         )
-    if meaningful:
-        log(f"resume_allow_changes=true: from here on {', '.join(lines[key] for key in meaningful)}")
+    if changed:
+        log(f"resume_allow_changes=true: from here on {changed}")
 
 
 def flat(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:

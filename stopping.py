@@ -12,8 +12,7 @@ import psutil
 from utils import notice
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run again to go on
-WARNING = signal.SIGUSR1
-"""What schedulers can be asked to send some time before the end."""
+WARNING = signal.SIGUSR1  # what schedulers can be asked to send some time before the end
 ENDS = (signal.SIGINT, signal.SIGTERM)
 # Shells and schedulers may send one request to a whole group of processes, which then pass it on to each other.
 SAME_REQUEST = 2.0
@@ -33,23 +32,24 @@ def listen() -> None:
     """From here on take a WARNING, one that waits because it was blocked included, as a request to stop."""
     global _asked, _asked_twice
     _asked, _asked_twice = None, False
-    _take(WARNING, _ask)
-
-
-def _take(number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> None:
-    signal.signal(number, handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    signal.signal(WARNING, _ask)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})
 
 
 @contextlib.contextmanager
-def gracefully() -> Iterator[None]:
-    """While inside, SIGINT and SIGTERM are requests to stop, too; a second one stops at once."""
-    before = {number: signal.signal(number, _ask) for number in ENDS}
+def _handled(handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def gracefully() -> contextlib.AbstractContextManager[None]:
+    """While inside, SIGINT and SIGTERM are requests to stop, too; a second one stops at once."""
+    return _handled(_ask, ENDS)
 
 
 def _ask(number: int, frame: FrameType | None) -> None:
@@ -69,8 +69,7 @@ def at_once() -> None:
         raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def passing_on(pids: Sequence[int]) -> Iterator[None]:
+def passing_on(pids: Sequence[int]) -> contextlib.AbstractContextManager[None]:
     """While inside, a first request to stop goes to the processes `pids`; a second ends this one."""
     asked_at = None
 
@@ -83,14 +82,7 @@ def passing_on(pids: Sequence[int]) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    before = {number: signal.getsignal(number) for number in (*ENDS, WARNING)}
-    for number in before:
-        _take(number, pass_on)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return _handled(pass_on, (*ENDS, WARNING))
 
 
 class Deadline:

@@ -22,8 +22,9 @@ from utils import UserError, log, make_dir, open_log
 
 SWEPT_BY = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 PLUGINS = {
-    "hydra/launcher": {"joblib": "hydra_joblib_launcher", "submitit": "hydra_submitit_launcher"},
-    "hydra/sweeper": {"optuna": "hydra_optuna_sweeper"},
+    "hydra/launcher=joblib": "hydra_joblib_launcher",
+    "hydra/launcher=submitit": "hydra_submitit_launcher",
+    "hydra/sweeper=optuna": "hydra_optuna_sweeper",
 }
 
 
@@ -50,19 +51,18 @@ def naming(arguments: list[str]) -> list[str]:
 
 
 def _check(hydras: list[str], swept: dict[str, Any], fixed: list[str]) -> None:
-    chosen = dict(argument.split("=", 1) for argument in hydras if "=" in argument)
-    for key, names in PLUGINS.items():
-        module = next((module for name, module in names.items() if chosen.get(key, "").startswith(name)), None)
-        if module is not None and find_spec(f"hydra_plugins.{module}") is None:
-            raise UserError(f"{key}={chosen[key]} is not installed: pip install -r requirements-sweeps.txt")
+    for start, module in PLUGINS.items():
+        plugin = next((argument for argument in hydras if argument.startswith(start)), None)
+        if plugin and find_spec(f"hydra_plugins.{module}") is None:
+            raise UserError(f"{plugin} is not installed: pip install -r requirements-sweeps.txt")
     if "exp_name" not in {*fixed, *swept}:
         raise UserError("exp_name is missing: pass exp_name=<value>")
     if "local_run_dir" in fixed:
         raise UserError("local_run_dir is one folder, and a sweep's runs have one each: set hydra.sweep.dir instead")
-    if not swept and not any(key.startswith("hydra.sweeper.params") for key in chosen):
+    if not swept and not any(argument.startswith("hydra.sweeper.params") for argument in hydras):
         raise UserError("-m, but no key has several values: leave -m out, or write <key>=choice(<value>) for one value")
     interval = next((key for key, override in swept.items() if override.is_interval_sweep()), None)
-    if interval and "hydra/sweeper" not in chosen:
+    if interval and not any(argument.startswith("hydra/sweeper=") for argument in hydras):
         raise UserError(f"{interval} is an interval, which a search is for: hydra/sweeper=optuna (see README)")
 
 

@@ -10,11 +10,9 @@ import contextlib
 import dataclasses
 import functools
 import json
-import netrc
 import os
 import signal
 import sys
-import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,10 +35,10 @@ from checkpoint import find_archive, read_state
 from models import load_policy, load_tokenizer, local_folder, pick_device, quiet_transformers
 from preference_datasets import PreferenceData, format_funnel, load_data
 from settings import Config, build_config, check_keys, data_settings, register_resolvers
-from utils import RunLogger, SilentLogger, UserError, be_quiet, log, open_log, redact, run_main
+from utils import RunLogger, UserError, be_quiet, log, open_log, redact, run_main
 
 
-def load_splits(config: Config, tokenizer: Any, run_dir: Path) -> tuple[PreferenceData, PreferenceData | None]:
+def load_splits(config: Config, tokenizer: Any) -> tuple[PreferenceData, PreferenceData | None]:
     """Training and evaluation data; prints and saves what became of every row."""
     settings = data_settings(config)
     train = load_data(settings, tokenizer, "train")
@@ -60,15 +58,15 @@ def load_splits(config: Config, tokenizer: Any, run_dir: Path) -> tuple[Preferen
         log(f"note: warmup_steps={config.warmup_steps} outlasts the run: lr reaches {reached:.2g} of {config.lr:.2g}")
     funnel = {"train": train.funnel, "test": test.funnel if test else {}, "examples": examples, "updates": steps}
     if parallel.is_main():
-        (run_dir / "data_funnel.json").write_text(json.dumps(funnel, indent=2))
+        Path(config.local_run_dir, "data_funnel.json").write_text(json.dumps(funnel, indent=2))
     return train, test
 
 
-def open_logger(config: Config, run_dir: Path) -> SilentLogger:
+def open_logger(config: Config) -> RunLogger:
     """Metric files, and W&B and TensorBoard where they are on; the main process writes them."""
+    run_dir, tensorboard = Path(config.local_run_dir), None
     if not parallel.is_main():
-        return SilentLogger(run_dir)
-    tensorboard = None
+        return RunLogger(run_dir)
     if config.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -84,9 +82,7 @@ def open_wandb(config: Config, run_dir: Path) -> Any:
     """A W&B run: online when logged in, else offline with a line that says so. WANDB_MODE, where set, decides."""
     import wandb
 
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in_to_wandb() else "offline")
-    inside = config.checkpoint and runs.goes_on_inside(config)
-    known = read_state(config.checkpoint)["wandb_id"] if config.checkpoint and inside else None
+    known = read_state(config.checkpoint)["wandb_id"] if config.checkpoint and runs.goes_on_inside(config) else None
     start = functools.partial(
         wandb.init,
         entity=config.wandb.entity,
@@ -98,12 +94,16 @@ def open_wandb(config: Config, run_dir: Path) -> Any:
         resume="allow" if known else None,
         settings=wandb.Settings(console="off", silent=True, init_timeout=30),
     )
-    if mode == "online":
-        try:
+    mode: Any = os.environ.get("WANDB_MODE")
+    try:
+        if not mode:
+            wandb.setup(wandb.Settings(silent=True))
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        if mode == "online":
             return start(mode=mode)
-        except (wandb.errors.Error, OSError) as error:
-            log(f"W&B cannot be reached ({error})")
-            mode = "offline"
+    except (wandb.errors.Error, OSError) as error:
+        log(f"W&B cannot be reached ({error})")
+        mode = "offline"
     try:
         run = start(mode=mode)
     except (wandb.errors.Error, ValueError, OSError) as error:
@@ -114,25 +114,12 @@ def open_wandb(config: Config, run_dir: Path) -> Any:
     return run
 
 
-def _logged_in_to_wandb() -> bool:
-    import wandb
-
-    settings = wandb.setup().settings
-    if settings.api_key or settings.identity_token_file:
-        return True
-    try:
-        return netrc.netrc().authenticators(urllib.parse.urlparse(settings.base_url).hostname or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
 def train(composed: DictConfig, overrides: list[str]) -> None:
     """Validate; then train in this process, or in new ones where the trainer works in a group of them."""
     config = build_config(composed)
     if config.model.archive:
         find_archive(config.model.archive)  # a wrong path should not wait for the data
-    resolved = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(resolved, dict)
+    resolved: Any = OmegaConf.to_container(composed, resolve=True)
     if parallel.is_main():
         resolved["resume"], resolved["local_run_dir"] = runs.find_resume(config)
     if not config.needs_group:
@@ -180,15 +167,15 @@ def train_in_process(resolved: Any, overrides: list[str]) -> None:
     config = with_found_archive(config)
     if config.checkpoint:
         runs.check_changes(config, read_state(config.checkpoint))
-    run_dir = Path(config.local_run_dir)
     sys.argv = ["train.py", *overrides]  # which a checkpoint records: of a sweep, this job's own
     if not parallel.is_main():
-        build_and_fit(config, sharding, run_dir, lambda: None)
+        build_and_fit(config, sharding, lambda: None)
         return
+    run_dir = Path(config.local_run_dir)
     with runs.locked(run_dir):
         try:
             runs.open_run(config, composed, overrides)
-            build_and_fit(config, sharding, run_dir, lambda: runs.begin(config, composed, overrides))
+            build_and_fit(config, sharding, lambda: runs.begin(config, composed, overrides))
         except BaseException:
             runs.leave(run_dir)
             raise
@@ -202,12 +189,12 @@ def with_found_archive(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, archive=parallel.from_main(archive)))
 
 
-def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: Path, begin: Callable[[], None]) -> None:
+def build_and_fit(config: Config, sharding: parallel.Sharding | None, begin: Callable[[], None]) -> None:
     """Load tokenizer, data and model, and train. `begin` is called when all that could be refused has been accepted."""
-    device = pick_device(config)
+    device, run_dir = pick_device(config), Path(config.local_run_dir)
     with parallel.one_per_machine_first():
         tokenizer = load_tokenizer(config)
-        train_data, eval_data = load_splits(config, tokenizer, run_dir)
+        train_data, eval_data = load_splits(config, tokenizer)
         if runs.is_finished(config, train_data):
             log(f"{run_dir} is finished, with these settings and data: nothing to do")
             return
@@ -215,8 +202,7 @@ def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: P
     parallel.build_mesh(sharding, device)
     if not parallel.is_main():
         open_log(run_dir)  # for an error of this process
-    logger = open_logger(config, run_dir)
-    failed, trainer = True, None
+    logger, trainer = open_logger(config), None
     try:
         trainer_class = getattr(trainers, config.trainer)
         load = functools.partial(load_policy, config, device, sharding)
@@ -230,14 +216,11 @@ def build_and_fit(config: Config, sharding: parallel.Sharding | None, run_dir: P
         )
         begin()
         trainer.fit()
-        failed = False
-    except stopping.Stopped:
-        failed = False
-        raise
     finally:
         if trainer is not None:
             trainer.writer.close()
-        logger.close(exit_code=int(failed))
+        ended_well = isinstance(sys.exception(), stopping.Stopped | None)
+        logger.close(exit_code=int(not ended_well))
     log(f"done; the run's folder is {run_dir}")
 
 

@@ -26,9 +26,9 @@ LESS_MEMORY = (
     "Any of these needs less: a larger gradient_accumulation_steps, a smaller eval_batch_size or max_length, "
     "activation_checkpointing=true, mixed_precision=bfloat16"
 )
-SECRETS = re.compile(r"hf_[A-Za-z0-9]{20,}|wandb_v1_\w{20,}")
-"""What keys of the hub and of W&B look like."""
+SECRETS = re.compile(r"hf_[A-Za-z0-9]{20,}|wandb_v1_\w{20,}")  # what keys of the hub and of W&B look like
 SECRET_NAMES = re.compile("(KEY|TOKEN|SECRET|PASSWORD)$")
+HISTORY = ("metrics.jsonl", "samples.jsonl")  # files of a run that only grow
 _log_file: "Lines | None" = None
 _quiet = False
 
@@ -123,10 +123,16 @@ def run_main(main: Callable[[], Any], speaks: Callable[[], bool] = lambda: True)
     try:
         return main()
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        message, code = "interrupted", 130
     except Exception as error:
         message, code = _explain(error)
-        _fail(message if speaks() else "", code)
+        message = redact(message) if speaks() else ""
+    if message:
+        sys.stdout.flush()
+        print(message, file=sys.stderr, flush=True)
+        if _log_file is not None:
+            _log_file.add(message)
+    sys.exit(code)
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -144,35 +150,19 @@ def _explain(error: Exception) -> tuple[str, int]:
     return f"{traceback.format_exc()}\nerror: this is a defect of the program, not of your input; see above", 2
 
 
-def _fail(message: str, code: int) -> None:
-    if not message:
-        sys.exit(code)
-    sys.stdout.flush()
-    message = redact(message)
-    print(message, file=sys.stderr, flush=True)
-    if _log_file is not None:
-        _log_file.add(message)
-    sys.exit(code)
-
-
 def get_local_dir(prefixes: list[str]) -> Path:
     """The user's folder under the first of `prefixes` that exists and can be written, else under the last, created.
 
     Raises UserError if none can be used.
     """
-    for prefix in prefixes:
-        if os.path.isdir(prefix) and os.access(prefix, os.W_OK):
-            return make_dir(Path(prefix) / _user(), "local_dirs")
     if not prefixes:
         raise UserError("local_dirs is empty; name at least one folder, such as local_dirs=[.cache]")
-    return make_dir(Path(prefixes[-1]) / _user(), "local_dirs")
-
-
-def _user() -> str:
+    usable = (prefix for prefix in prefixes if os.path.isdir(prefix) and os.access(prefix, os.W_OK))
     try:
-        return getpass.getuser()
+        user = getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())
+        user = str(os.getuid())
+    return make_dir(Path(next(usable, prefixes[-1]), user), "local_dirs")
 
 
 @functools.cache
@@ -218,49 +208,21 @@ def progress(iterable: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
     return tqdm(iterable, mininterval=interval, maxinterval=max(interval, 10), dynamic_ncols=True, **options)
 
 
-HISTORY = ("metrics.jsonl", "samples.jsonl")
-"""Files of a run that only grow."""
-
-
-class SilentLogger:
-    """Stands in for RunLogger in processes that leave the run's files to the main one."""
-
-    def __init__(self, run_dir: Path):
-        self.run_dir = run_dir
-
-    def log(self, metrics: Mapping[str, float], step: int, always: bool = False) -> None:
-        pass
-
-    def samples(self, rows: list[dict[str, Any]], step: int) -> None:
-        pass
-
-    def history(self) -> dict[str, int]:
-        """Bytes that each file has so far, once they are on disk: what a run that goes on from here starts with. Raises
-        OSError where they cannot get there."""
-        return {}
-
-    @property
-    def wandb_id(self) -> str | None:
-        return None
-
-    def close(self, exit_code: int = 0) -> None:
-        pass
-
-
-class RunLogger(SilentLogger):
+class RunLogger:
     """Writes a run's numbers: every event to `metrics.jsonl` and TensorBoard, W&B at most once in `wandb_interval` s.
 
-    `wandb_run` and `tensorboard` are open writers or None.
+    `wandb_run` and `tensorboard` are open writers or None. In processes that are quiet it does nothing.
     """
 
     def __init__(self, run_dir: Path, wandb_run: Any = None, tensorboard: Any = None, wandb_interval: float = 1.0):
-        super().__init__(run_dir)
-        self.wandb_run, self.tensorboard = wandb_run, tensorboard
+        self.run_dir, self.wandb_run, self.tensorboard = run_dir, wandb_run, tensorboard
         self.wandb_interval, self._last_wandb = wandb_interval, 0.0
-        self._files = {name: Lines(run_dir / name) for name in HISTORY}
+        self._files = {} if _quiet else {name: Lines(run_dir / name) for name in HISTORY}
 
     def log(self, metrics: Mapping[str, float], step: int, always: bool = False) -> None:
         """Record one event at `step` (examples seen). `always` ignores W&B's interval, as evaluations do."""
+        if not self._files:
+            return
         # JSON has no infinity, which a gradient norm under loss scaling may be; nothing else gets here non-finite.
         metrics = {name: value for name, value in metrics.items() if name != "grad_norm" or math.isfinite(value)}
         record = {"counters/examples": step, **metrics, "time": round(time.time(), 3)}
@@ -276,9 +238,11 @@ class RunLogger(SilentLogger):
 
     def samples(self, rows: list[dict[str, Any]], step: int) -> None:
         """Append sampled responses to `samples.jsonl` and to W&B tables, one for each sampled model."""
+        if not self._files or not rows:
+            return
         for row in rows:
             self._files["samples.jsonl"].add(json.dumps({"counters/examples": step, **row}, ensure_ascii=False))
-        if self.wandb_run is None or not rows:
+        if self.wandb_run is None:
             return
         import wandb
 
@@ -289,7 +253,8 @@ class RunLogger(SilentLogger):
             self.wandb_run.log({f"{model}_samples": table}, step=step)
 
     def history(self) -> dict[str, int]:
-        """Bytes that each file has so far, once they are on disk: what a run that goes on from here starts with."""
+        """Bytes that each file has so far, once they are on disk: what a run that goes on from here starts with. Raises
+        OSError where they cannot get there."""
         return {name: file.size() for name, file in self._files.items()}
 
     @property

@@ -161,7 +161,7 @@ def measured_load(source: Path, cache: Path, num_proc: int) -> dict[str, float]:
 
 
 def benchmark_data(arguments: argparse.Namespace) -> None:
-    rows, repeats, num_proc = arguments.rows, arguments.repeats, arguments.num_proc
+    rows, num_proc = arguments.rows, arguments.num_proc
     with tempfile.TemporaryDirectory() as folder:
         source, few, cache = (Path(folder) / name for name in ("train.jsonl", "few.jsonl", "cache"))
         print(f"writing {rows} dialogues", flush=True)
@@ -169,11 +169,8 @@ def benchmark_data(arguments: argparse.Namespace) -> None:
         size = source.stat().st_size / 2**20
         write_dialogues(few, 10)
         apart(load_once, few, cache, num_proc)  # converts the embedded model, which is no part of the data
-        first, *others = [measured_load(source, cache, num_proc) for _ in range(1 + repeats)]
-    method = (
-        f"`python scripts/benchmark.py data --rows {rows} --repeats {repeats} --num-proc {num_proc}`; the method "
-        "stands in the script. Second start: the median of the repeats."
-    )
+        first, *others = [measured_load(source, cache, num_proc) for _ in range(1 + arguments.repeats)]
+    method = f"the method stands in the script. Second start: the median of {arguments.repeats}."
     facts = {"input": f"{rows} HH-like pairs, {size:.0f} MiB of JSON lines, default max_length 512"}
     table = [["", "first start", "second start"]]
     for key in first:
@@ -230,14 +227,14 @@ def benchmark_start(arguments: argparse.Namespace) -> None:
         ["peak beyond that, all processes", f"{peak:.0f}", f"{peak / copy:.2f}"],
         ["cached pages of files beyond those before", f"{files:.0f}", f"{files / copy:.2f}"],
     ]
-    method = f"`python scripts/benchmark.py start --nproc {n}`; the method stands in the script."
-    write_table("start", "Host memory at the start", method, {}, table)
+    write_table("start", "Host memory at the start", "the method stands in the script.", {}, table)
 
 
 def write_table(name: str, title: str, method: str, facts: dict[str, str], rows: Sequence[Sequence[str]]) -> None:
     """Write benchmarks/<name>.md: how it was measured, on what, and a table whose first row is its head."""
     described = {**machine(), **facts}
-    lines = [f"# {title}", "", method, "", *(f"- {key}: {value}" for key, value in described.items()), ""]
+    command = f"`python scripts/benchmark.py {' '.join(sys.argv[1:])}`; {method}"
+    lines = [f"# {title}", "", command, "", *(f"- {key}: {value}" for key, value in described.items()), ""]
     lines += [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
     target = ROOT / "benchmarks" / f"{name}.md"
     target.parent.mkdir(exist_ok=True)
@@ -266,11 +263,11 @@ def benchmark_dpo(arguments: argparse.Namespace) -> None:
     steps = {name: step for name, step in steps.items() if not arguments.only or name in arguments.only.split(",")}
     exact = 1e-4 if work.config.compute_dtype.itemsize == 4 else 0.05
     seconds = speed.compare(work, steps, arguments.repeats, exact)
-    base = statistics.median(next(iter(seconds.values())))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    base = next(iter(medians.values()))
     pairs = arguments.pairs * (4 if arguments.sweep else 1)
     rows = [["", "seconds", "pairs/s", "ratio to the original", "peak of one micro-batch, MiB"]]
-    for name, times in seconds.items():
-        median = statistics.median(times)
+    for name, median in medians.items():
         peak = f"{peaks[name]:.0f}" if name in peaks else ""
         rows.append([name, f"{median:.1f}", f"{pairs / median:.3f}", f"{base / median:.2f}", peak])
     counts = speed.tokens(work)
@@ -282,11 +279,10 @@ def benchmark_dpo(arguments: argparse.Namespace) -> None:
         + f"; of ours {counts['distinct'] / counts['ours']:.3f} are distinct",
     }
     name = arguments.name or ("sweep" if arguments.sweep else "dpo")
-    command = f"python scripts/benchmark.py {' '.join(sys.argv[1:])}"
     method = (
-        f"`{command}`; medians of {arguments.repeats} runs in turn; all gave the same loss and gradient (relative "
-        f"{exact:g}). The original's micro-batches have {arguments.micro} pairs, ours up to "
-        f"{work.config.microbatch_tokens} tokens. `{speed.OURS}` counts the time to compute it."
+        f"medians of {arguments.repeats} runs in turn; all gave the same loss and gradient (relative {exact:g}). The "
+        f"original's micro-batches have {micro} pairs, ours up to {work.config.microbatch_tokens} tokens. "
+        f"`{speed.OURS}` counts the time to compute it."
     )
     write_table(name, "Speed of DPO", method, facts, rows)
 

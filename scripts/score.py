@@ -11,6 +11,7 @@ are overrides as train.py takes them: device=cpu, max_length=1024, loss.beta=0.2
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import re
@@ -40,16 +41,15 @@ GREENS, REDS = (22, 28, 34, 40, 46), (52, 88, 124, 160, 196)  # of a terminal's 
 
 @dataclass(frozen=True)
 class Item:
-    """A record to score: number `number` of the data set `name`, at `index` of `data`."""
+    """A record to score: number `number` of `data`, the data set `name`."""
 
     name: str
-    number: int
     data: PreferenceData
-    index: int
+    number: int
 
     @property
     def record(self) -> Record:
-        return self.data[self.index]
+        return self.data[self.number]
 
 
 # --- Data ---
@@ -58,39 +58,33 @@ class Item:
 def load_items(config: Config, tokenizer: Any, split: str, own: bool, limit: int | None) -> list[Item]:
     """The first `limit` records of each of `config.datasets`.
 
-    `split` auto is the test split, or everything where there is none; of the run's `own` data it is what training held
-    out. Raises UserError for what cannot be loaded, and where single responses come with pairs.
+    `split` test is everything of data that has no test split, or of the run's `own` data what training held out. Raises
+    UserError for what cannot be loaded, and where single responses come with pairs.
     """
     items: list[Item] = []
     kinds: dict[bool, str] = {}
     for name in config.datasets:
-        sft = name in REGISTRY and REGISTRY[name].sft_only
+        sft, here, shown = name in REGISTRY and REGISTRY[name].sft_only, split, f"{split} split"
         settings = replace(data_settings(config), names=(name,), sft=sft)
-        undivided = find_source(name, settings, "test")[1].held_out
-        if undivided and split == "auto" and own and not config.holdout_fraction:
-            raise UserError(f"the run held nothing of {name} out: its rows are those it trained on; say --split all")
-        if undivided and (split == "all" or (split == "auto" and not own)):
-            splits, shown, settings = ["train"], "all rows", replace(settings, holdout_fraction=0.0)
-        else:
-            splits = {"all": ["train", "test"], "auto": ["test"]}.get(split, [split])
-            shown = f"{' and '.join(splits)} split"
-        chunks = (chunk for s in splits for chunk in find_source(name, settings, s)[1].chunks())
-        kinds = ({sft: name} if name in REGISTRY else _kinds(chunks)) | kinds
+        if split == "test" and find_source(name, settings, split)[1].held_out:
+            if not own:
+                here, shown, settings = "train", "all rows", replace(settings, holdout_fraction=0.0)
+            elif not config.holdout_fraction:
+                raise UserError(f"the run held nothing of {name} out: it trained on all rows; say --split train")
+        kinds = ({sft: name} if name in REGISTRY else _kinds(find_source(name, settings, here)[1].chunks())) | kinds
         if len(kinds) == 2:
             raise UserError(f"{kinds[True]} is a single response, but {kinds[False]} has pairs: score them apart")
-        parts = [load_data(replace(settings, sft=True in kinds), tokenizer, s) for s in splits]
-        everything = [(part, index) for part in parts for index in range(len(part))]
-        funnel = [count for part in parts for count in part.funnel[name].items()]
-        lost = [f"{key}: {n}" for key, n in funnel if n and re.search("dropped|truncated", key)]
-        log(", ".join([f"{name}, {shown}: {len(everything)} records", *lost]))
-        items += [Item(name, number, *where) for number, where in enumerate(everything[:limit])]
+        data = load_data(replace(settings, sft=True in kinds), tokenizer, here)
+        lost = [f"{key}: {n}" for key, n in data.funnel[name].items() if n and re.search("dropped|truncated", key)]
+        log(", ".join([f"{name}, {shown}: {len(data)} records", *lost]))
+        items += [Item(name, data, number) for number in range(len(data))[:limit]]
     return items
 
 
 def _kinds(chunks: Iterable[Chunk]) -> dict[bool, str]:
     """Where the first single response (True) and the first row with pairs (False) of some data are."""
     kinds: dict[bool, str] = {}
-    for where, row in (numbered for chunk in chunks for numbered in numbered_rows(chunk)):
+    for where, row in itertools.chain.from_iterable(map(numbered_rows, chunks)):
         try:
             row = json.loads(row) if isinstance(row, bytes) else row
         except (ValueError, RecursionError):  # load_data will say so
@@ -240,7 +234,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("run")
     parser.add_argument("--reference", metavar="NAME", help="run, checkpoint, model folder or hub id")
     parser.add_argument("--data", nargs="+", metavar="FILE_OR_SET", help="as datasets=[...] takes them")
-    parser.add_argument("--split", choices=("auto", "train", "test", "all"), default="auto")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="test: all rows, if undivided")
     parser.add_argument("--out", type=Path, default=Path("scores.jsonl"))
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="records to show, token by token")

@@ -78,8 +78,8 @@ def main() -> None:
     split = given.pop("split", "split=train").removeprefix("split=")
     if not n.isdigit():
         raise UserError(f"n={n} must be a whole number of examples, 0 or more")
-    defaults = {} if "loss" in given else {"loss": "loss=dpo", "loss.beta": "loss.beta=0.1"}
-    config = load_config(list({"exp_name": "exp_name=inspect_data", **defaults, **given}.values()))
+    defaults = [] if "loss" in given else ["loss=dpo", "loss.beta=0.1"]
+    config = load_config(["exp_name=inspect_data", *defaults, *given.values()])
     tokenizer = load_tokenizer(config)
     data = load_data(data_settings(config), tokenizer, split)
     print(format_funnel(data))

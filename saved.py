@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint import STATE_FILE, find_archive, read_state, weights_identity
 from models import Computation, check_fits, load_policy, load_tokenizer, local_folder, pick_computation, pick_device
+from runs import flat
 from settings import Config, check_keys, load_config, quoted
 from utils import UserError
 
@@ -26,12 +27,6 @@ class Saved:
     config: Config
     trained: dict[str, Any]
     start: str | None = None
-
-    @property
-    def reference(self) -> str | None:
-        """Name or path of what it was trained against, and from."""
-        model = self.trained.get("model", {})
-        return model.get("archive") or model.get("name_or_path")
 
     def architecture(self) -> Any:
         """The model's configuration, as transformers has it. Raises UserError where there is no such model."""
@@ -69,15 +64,15 @@ def find_saved(name: str, overrides: list[str]) -> Saved:
     start = None
     if Path(name).expanduser().exists() and not name.endswith(".gguf"):
         path = find_archive(name)
+        own[1] = f"model.name_or_path={quoted(path)}"
         if path.is_file():  # the original code's, which does not say what it is
             if not any(re.match(r"model(\.name_or_path)?=", override) for override in overrides):
                 raise UserError(f"{path} does not say which model it is of: add model=<name>, such as model=pythia28")
             own = [f"model.archive={quoted(path)}"]
-        else:
-            state = read_state(path) if (path / STATE_FILE).exists() else {"config": {}}
+        elif (path / STATE_FILE).exists():
+            state = read_state(path)
             known, start = state["config"], state.get("start")
-            own[1] = f"model.name_or_path={quoted(path)}"
-            own += [f"model.policy_dtype={known['model']['policy_dtype']}"] if known else []
+            own.append(f"model.policy_dtype={known['model']['policy_dtype']}")
     saved = Saved(_configure(own, known, overrides), known, start)
     saved.architecture()
     return saved
@@ -85,17 +80,12 @@ def find_saved(name: str, overrides: list[str]) -> Saved:
 
 def _configure(own: list[str], known: dict[str, Any], overrides: list[str]) -> Config:
     given = {override.partition("=")[0].lstrip("+") for override in overrides}
-    loss = {key: value for key, value in known.get("loss", {"name": "dpo", "beta": 1.0}).items() if value is not None}
-    settings = {"exp_name": "saved", "loss": loss.pop("name"), **{f"loss.{key}": value for key, value in loss.items()}}
-    for key in (key for key in KEPT if key in known):
-        settings |= (
-            {f"{key}.{k}": v for k, v in known[key].items()} if isinstance(known[key], dict) else {key: known[key]}
-        )
-    taken = [
-        f"{key}={quoted(value)}"
-        for key, value in settings.items()
-        if key not in given and not ("loss" in given and key.startswith("loss"))
-    ]
+    settings = {"exp_name": "saved", **flat({key: known[key] for key in KEPT if key in known})}
+    if "loss" not in given:
+        loss = known.get("loss", {"name": "dpo", "beta": 1.0})
+        settings |= {f"loss.{key}": value for key, value in loss.items() if value is not None}
+        settings["loss"] = settings.pop("loss.name")
+    taken = [f"{key}={quoted(value)}" for key, value in settings.items() if key not in given]
     return replace(load_config([*own, *taken, *overrides]), trainer="BasicTrainer")
 
 
@@ -104,23 +94,23 @@ def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Sa
 
     Raises UserError where there is none, or its vocabulary is another.
     """
-    name = given or policy.reference
+    own, trained = policy.config.model, policy.trained.get("model", {})
+    name = given or trained.get("archive") or trained.get("name_or_path")
     if name is None:
         raise UserError("it is not known what the policy was trained against: give --reference <run, folder or hub id>")
-    if name.endswith(".pt") and not given:  # of the original code, which does not say what it is
-        base = policy.trained["model"]["name_or_path"]
-        overrides = [*overrides, "model=blank_model", f"model.name_or_path={quoted(base)}"]
-    own = policy.config.model
     overrides = [override for override in overrides if not override.startswith("loss")]  # which are the policy's
+    if name.endswith(".pt") and not given:  # of the original code, which does not say what it is
+        overrides += ["model=blank_model", f"model.name_or_path={quoted(trained['name_or_path'])}"]
     try:
         found = find_saved(name, overrides).config.model
-        if not given and policy.start not in (None, weights_identity(name)):
+        if given:
+            vocabularies = [load_tokenizer(replace(policy.config, model=model)).get_vocab() for model in (own, found)]
+            if vocabularies[0] != vocabularies[1]:
+                raise UserError("it has another vocabulary than the policy")
+        elif policy.start not in (None, weights_identity(name)):
             raise UserError("it is not what the policy was trained against: its weights have changed since")
-        own_tokenizer = load_tokenizer(replace(policy.config, model=found)) if given else None
     except UserError as error:
         raise UserError(f"reference {name}: {error}\nGive one with --reference <run, folder or hub id>") from error
-    if own_tokenizer is not None and own_tokenizer.get_vocab() != load_tokenizer(policy.config).get_vocab():
-        raise UserError(f"--reference {name} has another vocabulary than the policy; give one with the same tokenizer")
     tokenizer = own.tokenizer_name_or_path or own.name_or_path
     shared = replace(found, policy_dtype=own.policy_dtype, tokenizer_name_or_path=tokenizer)
     return Saved(replace(policy.config, model=shared), {})

@@ -24,6 +24,11 @@ from utils import UserError, run_main, visible
 DIM, GREEN, SPECIAL, RESET = "\033[2m", "\033[32m", "\033[1;30;43m", "\033[0m"
 
 
+def in_colour() -> bool:
+    """Whether to show colours."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """The text of each token. A character that several tokens make up stands where it is complete, `·` before it."""
     texts, start = [], 0
@@ -68,28 +73,20 @@ def examples(data: PreferenceData, n: int) -> list[int]:
 
 
 def main() -> None:
-    own = {"n": "3", "split": "train"}
-    overrides = []
-    for argument in sys.argv[1:]:
-        key, equals, value = argument.partition("=")
-        if key in own and equals:
-            own[key] = value
-        else:
-            overrides.append(argument)
-    if not own["n"].isdigit():
-        raise UserError(f"n={own['n']} must be a whole number of examples, 0 or more")
-    given = {override.partition("=")[0] for override in overrides}
-    defaults = ["exp_name=inspect_data"] if "exp_name" not in given else []
-    defaults += ["loss=dpo", "loss.beta=0.1"] if "loss" not in given else []
-    config = load_config(defaults + overrides)
+    given = {argument.partition("=")[0]: argument for argument in sys.argv[1:]}
+    n = given.pop("n", "n=3").removeprefix("n=")
+    split = given.pop("split", "split=train").removeprefix("split=")
+    if not n.isdigit():
+        raise UserError(f"n={n} must be a whole number of examples, 0 or more")
+    defaults = [] if "loss" in given else ["loss=dpo", "loss.beta=0.1"]
+    config = load_config(["exp_name=inspect_data", *defaults, *given.values()])
     tokenizer = load_tokenizer(config)
-    data = load_data(data_settings(config), tokenizer, own["split"])
-    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    data = load_data(data_settings(config), tokenizer, split)
     print(format_funnel(data))
-    for i in examples(data, int(own["n"])):
+    for i in examples(data, int(n)):
         name = data.names[int(data.source[i])]
-        print(f"\n--- {name}, {own['split']} record {i} of {len(data)}")
-        print(show_record(data[i], tokenizer, colours))
+        print(f"\n--- {name}, {split} record {i} of {len(data)}")
+        print(show_record(data[i], tokenizer, in_colour()))
 
 
 if __name__ == "__main__":

@@ -9,25 +9,21 @@ import math
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import read_state
 from evaluation import Scorer
 from health import broken_parameters, read_batch
 from models import Computation, load_policy, pick_device, quiet_transformers
-from settings import LossConfig, load_config, quoted
-from utils import UserError, run_main
+from saved import find_saved
+from settings import LossConfig
+from utils import run_main
 
 
 def replay(folder: Path, overrides: list[str]) -> None:
     """Print one line for each example, and whether any was not finite."""
     loss, examples = read_batch(folder)
-    before = read_state(folder)["config"]
-    kept = [f"model.policy_dtype={before['model']['policy_dtype']}"]
-    kept += [f"mixed_precision={before['mixed_precision'] or 'null'}", f"device={before['device']}"]
-    given = ["exp_name=replay", "model=blank_model", f"model.name_or_path={quoted(folder)}", *kept, *overrides]
-    config = load_config(list({item.partition("=")[0]: item for item in given}.values()))
+    config = find_saved(str(folder), [f"device={read_state(folder)['config']['device']}", *overrides]).config
     quiet_transformers()
     policy = load_policy(config, pick_device(config)).train()
     how, built, broken = Computation(config.compute_dtype), LossConfig(**loss).build(), 0
@@ -47,8 +43,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("overrides", nargs="*", help="of the configuration, such as mixed_precision=null")
     arguments = parser.parse_args()
-    if not arguments.folder.is_dir():
-        raise UserError(f"{arguments.folder}: there is no such folder")
     replay(arguments.folder, arguments.overrides)
 
 

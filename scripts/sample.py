@@ -10,12 +10,12 @@ takes them: device=cpu, model.policy_dtype=bfloat16.
 """
 
 import argparse
-import dataclasses
 import fcntl
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import weights_identity
 from models import load_tokenizer, pick_device, quiet_transformers
-from preference_datasets import BadRow, ChatFormat, Message, ParseRows, get, messages, own_bos
+from preference_datasets import BadRow, ChatFormat, ParseRows, own_bos, text_or_messages
 from sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample
 from saved import Saved, find_reference, find_saved, take_overrides
 from utils import UserError, file_hash, log, make_dir, progress, run_main, visible
+
+ADVICE = "give another --out, or --overwrite"
 
 
 class Prompt(NamedTuple):
@@ -56,8 +58,8 @@ def read_prompts(path: Path, tokenizer: Any, chat_format: str) -> list[Prompt]:
         try:
             text = line.removesuffix("\r") if path.suffix == ".txt" else _rendered(line, tokenizer, chat_format)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if not ids:
-                raise BadRow("empty prompt", "it has no tokens")
+            if not text.strip() or not ids:
+                raise BadRow("empty prompt")
         except BadRow as bad:
             raise UserError(f"{path}:{number}: {bad}; mend or remove the line") from None
         prompts.append(Prompt(f"{path}:{number}", text, ids if ids[: len(bos)] == bos else bos + ids))
@@ -71,13 +73,9 @@ def _rendered(line: str, tokenizer: Any, chat_format: str) -> str:
     row = ParseRows.decode(line.encode())
     if not isinstance(row, dict):
         raise BadRow("not an object", f"a row is {{...}}, this one is {type(row).__name__}")
-    prompt = get(row, "prompt", str, list)
-    if isinstance(prompt, list):
-        # As in training, which renders a prompt with its response.
-        said: list[Message] = [{"role": "assistant", "content": "x"}]
-        prompt = ChatFormat(tokenizer, chat_format)(messages(row, "prompt"), said)[0]
-    if not prompt.strip():
-        raise BadRow("empty prompt")
+    prompt = text_or_messages(row, "prompt")
+    if not isinstance(prompt, str):  # as in training, which renders a prompt with its response
+        prompt = ChatFormat(tokenizer, chat_format)(prompt, [{"role": "assistant", "content": "x"}])[0]
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -98,9 +96,9 @@ def check_lengths(prompts: Sequence[Prompt], models: Sequence[Saved], max_new_to
             )
 
 
-def identity(saved: Saved | None) -> list[str | None] | None:
+def identity(saved: Saved) -> list[str | None]:
     """A model's name, and what tells its weights from others."""
-    return None if saved is None else [saved.config.model.start, weights_identity(saved.config.model.start)]
+    return [saved.config.model.start, weights_identity(saved.config.model.start)]
 
 
 # --- The file that grows ---
@@ -112,7 +110,6 @@ def open_out(path: Path, settings: dict[str, Any], items: Sequence[Item], overwr
     Raises UserError where it holds anything else than what `settings` make, or another process writes to it.
     """
     beside = path.with_name(f"{path.name}.settings.json")
-    there = path.exists() and path.stat().st_size > 0
     try:
         file = open(path, "ab+")
     except OSError as error:
@@ -121,66 +118,57 @@ def open_out(path: Path, settings: dict[str, Any], items: Sequence[Item], overwr
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UserError(f"--out {path}: another process writes to it; wait for it, or give another --out") from error
-    if there and not overwrite:
+    if path.stat().st_size and not overwrite:
         _check_settings(path, beside, settings)
     else:
         file.truncate(0)
-        temporary = beside.with_name(f".{beside.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-        temporary.replace(beside)
+        beside.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     file.seek(0)
     lines = file.read().split(b"\n")[:-1]  # what follows the last line's end is a line that was cut
-    if _written(lines) != [(prompt.text, number) for prompt, number in items[: len(lines)]]:
-        raise UserError(f"--out {path} holds rows that are not of this command; give another --out, or --overwrite")
-    done = len(lines) if len(lines) == len(items) else len(lines) // settings["batch_size"] * settings["batch_size"]
+    try:
+        written = [(row["prompt"], row["sample"]) for row in map(json.loads, lines)]
+    except (ValueError, TypeError, KeyError):
+        written = None
+    if written != [(prompt.text, number) for prompt, number in items[: len(lines)]]:
+        raise UserError(f"--out {path} holds rows that are not of this command; {ADVICE}")
+    done = len(lines) if len(lines) == len(items) else len(lines) - len(lines) % settings["batch_size"]
     file.truncate(sum(len(line) + 1 for line in lines[:done]))
     return file, done
 
 
 def _check_settings(path: Path, beside: Path, settings: dict[str, Any]) -> None:
-    advice = "give another --out, or --overwrite"
     try:
         before = json.loads(beside.read_text())
-        differing = [key for key in settings | before if settings.get(key) != before.get(key)]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--out {path} exists, and {beside.name} does not say what made it; {advice}") from error
-    if differing:
-        shown = "; ".join(f"{key} was {before.get(key)} and is {settings.get(key)}" for key in differing)
-        raise UserError(f"--out {path} was made with other settings ({shown}): {advice}")
-
-
-def _written(lines: Sequence[bytes]) -> list[tuple[str, int]] | None:
-    """(prompt, sample) of each row; None where a line is no row."""
-    try:
-        return [(row["prompt"], row["sample"]) for row in map(json.loads, lines)]
-    except (ValueError, TypeError, KeyError):
-        return None
+        changes = [f"{k} was {before.get(k)} and is {v}" for k, v in settings.items() if before.get(k) != v]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--out {path} exists, and {beside.name} does not say what made it; {ADVICE}") from error
+    if changes:
+        raise UserError(f"--out {path} was made with other settings ({'; '.join(changes)}): {ADVICE}")
 
 
 # --- Sampling ---
 
 
-def sampler(policy: Saved, reference: Saved | None, how: Sampling) -> Callable[[Sequence[Item], int], list[dict]]:
-    """A function of a batch and its number that samples from both models and compares them."""
+def sampled(
+    policy: Saved, reference: Saved | None, how: Sampling, items: Sequence[Item], done: int
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of `items` after the first `done`, a batch at a time: samples from both models, and their divergence."""
     model, tokenizer, computation = policy.open()
     other = reference.open()[0] if reference is not None else None
-
-    def batch(items: Sequence[Item], number: int) -> list[dict[str, Any]]:
-        ids, own = [prompt.ids for prompt, _ in items], dataclasses.replace(how, first_batch=number)
-        sampled = sample(model, tokenizer, ids, own)
-        rows: list[dict[str, Any]] = [{"prompt": prompt.text, "sample": n} for prompt, n in items]
-        found: dict[str, Sequence[Any]] = {"policy": tokenizer.batch_decode(sampled, skip_special_tokens=True)}
+    for start in progress(range(done, len(items), how.batch_size), desc="batches"):
+        prompts, numbers = zip(*items[start : start + how.batch_size])
+        ids, own = [prompt.ids for prompt in prompts], replace(how, first_batch=start // how.batch_size)
+        responses = sample(model, tokenizer, ids, own)
+        columns: dict[str, Sequence[Any]] = {"prompt": [prompt.text for prompt in prompts], "sample": numbers}
+        columns["policy"] = tokenizer.batch_decode(responses, skip_special_tokens=True)
         if other is not None:
-            theirs = sample(other, tokenizer, ids, own)
-            found["reference"] = tokenizer.batch_decode(theirs, skip_special_tokens=True)
+            columns["reference"] = tokenizer.batch_decode(sample(other, tokenizer, ids, own), skip_special_tokens=True)
             if how.own_distribution:
-                compared = divergence(model, other, ids, sampled, computation)
-                found |= {f"kl_{name}": getattr(compared, name) for name in ESTIMATORS}
-        found["tokens_policy"] = [len(response) for response in sampled]
-        found["ended"] = [response[-1] == tokenizer.eos_token_id for response in sampled]
-        return [row | {key: values[i] for key, values in found.items()} for i, row in enumerate(rows)]
-
-    return batch
+                compared = divergence(model, other, ids, responses, computation)
+                columns |= {f"kl_{name}": getattr(compared, name) for name in ESTIMATORS}
+        columns["tokens_policy"] = [len(response) for response in responses]
+        columns["ended"] = [response[-1] == tokenizer.eos_token_id for response in responses]
+        yield [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 def summary(rows: Sequence[dict[str, Any]], how: Sampling) -> str:
@@ -190,11 +178,9 @@ def summary(rows: Sequence[dict[str, Any]], how: Sampling) -> str:
         lines.append(f"\n{visible(row['prompt'])}")
         lines += [f"  {name:9} {visible(row[name])}" for name in ("policy", "reference") if name in row]
     prompts = [row["prompt"] for row in rows]
-    length = sum(row["tokens_policy"] for row in rows) / len(rows)
-    ended = sum(row["ended"] for row in rows) / len(rows)
-    lines.append(
-        f"\n{len(rows)} samples of {len(set(prompts))} prompts: {length:.1f} tokens on average, {ended:.1%} ended"
-    )
+    length, ended = (sum(row[key] for row in rows) / len(rows) for key in ("tokens_policy", "ended"))
+    of = f"{len(rows)} samples of {len(set(prompts))} prompts"
+    lines.append(f"\n{of}: {length:.1f} tokens on average, {ended:.1%} ended")
     if "reference" not in rows[0]:
         lines.append("no KL divergence: there is no reference")
     elif not how.own_distribution:
@@ -209,11 +195,8 @@ def summary(rows: Sequence[dict[str, Any]], how: Sampling) -> str:
 
 
 def read_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s RUN --prompts FILE [options] [KEY=VALUE ...]",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.usage = "%(prog)s RUN --prompts FILE [options] [KEY=VALUE ...]"
     parser.add_argument("run")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help=".jsonl or .txt")
     parser.add_argument("--out", type=Path, default=Path("samples.jsonl"))
@@ -228,16 +211,13 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seed", type=int, default=0, help="with a batch's number it gives its samples")
     others, overrides = take_overrides(sys.argv[1:])
     given = parser.parse_args(others)
-    wrong = [
-        f"--{key.replace('_', '-')} {vars(given)[key]} must be at least 1"
-        for key in ("n", "max_new_tokens", "batch_size")
-        if vars(given)[key] < 1
+    rules = [
+        *((key, vars(given)[key] >= 1, "at least 1") for key in ("n", "max_new_tokens", "batch_size")),
+        ("temperature", 0 <= given.temperature < float("inf"), "0 or more"),
+        ("top_p", 0 < given.top_p <= 1, "above 0 and at most 1"),
+        ("seed", 0 <= given.seed < 2**62, "0 or more, and less than 2^62"),
     ]
-    wrong += (
-        [f"--temperature {given.temperature} must be 0 or more"] if not 0 <= given.temperature < float("inf") else []
-    )
-    wrong += [f"--top-p {given.top_p} must be above 0 and at most 1"] if not 0 < given.top_p <= 1 else []
-    wrong += [f"--seed {given.seed} must be 0 or more, and less than 2^62"] if not 0 <= given.seed < 2**62 else []
+    wrong = [f"--{key.replace('_', '-')} {vars(given)[key]} must be {allowed}" for key, ok, allowed in rules if not ok]
     if given.greedy and (given.temperature, given.top_p) != (1, 1):
         wrong.append("--greedy takes neither --temperature nor --top-p")
     given.temperature = 0.0 if given.greedy else given.temperature
@@ -256,31 +236,30 @@ def main() -> None:
     prompts = read_prompts(given.prompts, load_tokenizer(policy.config), policy.config.chat_format)
     check_lengths(prompts, [policy, reference] if reference else [policy], given.max_new_tokens)
     items = [(prompt, n) for prompt in prompts for n in range(given.n)]
-    settings: dict[str, Any] = {
+    config = policy.config
+    options = {key: vars(given)[key] for key in ("max_new_tokens", "batch_size", "seed", "temperature", "top_p")}
+    how = Sampling(dtype=config.compute_dtype, **options)
+    settings = {
         "policy": identity(policy),
-        "reference": identity(reference),
+        "reference": reference and identity(reference),
         "overrides": sorted(overrides),
+        "device": str(pick_device(config)),
+        "dtype": str(config.compute_dtype),
+        "prompts_sha256": file_hash(given.prompts),
+        "n": given.n,
+        **options,
     }
-    settings |= {"device": str(pick_device(policy.config)), "dtype": str(policy.config.compute_dtype)}
-    settings |= {"prompts_sha256": file_hash(given.prompts)}
-    settings |= {key: vars(given)[key] for key in ("n", "max_new_tokens", "temperature", "top_p", "batch_size", "seed")}
-    how = Sampling(
-        given.max_new_tokens, given.batch_size, given.seed, policy.config.compute_dtype, given.temperature, given.top_p
-    )
     make_dir(given.out.parent, "--out")
     file, done = open_out(given.out, settings, items, given.overwrite)
     with file:
         if done:
             log(f"{given.out} has {done} of {len(items)} samples")
-        batch = sampler(policy, reference, how) if done < len(items) else None
-        for start in progress(range(done, len(items), given.batch_size), desc="batches"):
-            assert batch is not None
-            rows = batch(items[start : start + given.batch_size], start // given.batch_size)
+        for rows in sampled(policy, reference, how, items, done) if done < len(items) else ():
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
             file.flush()
             os.fsync(file.fileno())
         file.seek(0)
-        log(summary([json.loads(line) for line in file.read().split(b"\n")[:-1]], how))
+        log(summary([json.loads(line) for line in file], how))
     log(f"written to {given.out}")
 
 

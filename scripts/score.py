@@ -11,6 +11,7 @@ are overrides as train.py takes them: device=cpu, max_length=1024, loss.beta=0.2
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import re
@@ -26,20 +27,10 @@ import numpy as np
 import torch
 
 from batching import Batch, Cut, Tree
-from data_files import numbered_rows
-from inspect_data import DIM, RESET, pieces
-from losses import reduce_tokens
+from data_files import Chunk, numbered_rows
+from inspect_data import DIM, RESET, in_colour, pieces
 from models import load_tokenizer, quiet_transformers, response_logps
-from preference_datasets import (
-    REGISTRY,
-    BadRow,
-    ParseRows,
-    PreferenceData,
-    find_source,
-    load_data,
-    own_bos,
-    short_names,
-)
+from preference_datasets import REGISTRY, PreferenceData, Record, find_source, load_data, own_bos, short_names
 from saved import Saved, find_reference, find_saved, take_overrides
 from settings import Config, data_settings, quoted
 from utils import UserError, log, make_dir, progress, run_main, visible
@@ -50,12 +41,15 @@ GREENS, REDS = (22, 28, 34, 40, 46), (52, 88, 124, 160, 196)  # of a terminal's 
 
 @dataclass(frozen=True)
 class Item:
-    """A record to score: number `number` of the data set `name`, at `index` of `data`."""
+    """A record to score: number `number` of `data`, the data set `name`."""
 
     name: str
-    number: int
     data: PreferenceData
-    index: int
+    number: int
+
+    @property
+    def record(self) -> Record:
+        return self.data[self.number]
 
 
 # --- Data ---
@@ -64,43 +58,36 @@ class Item:
 def load_items(config: Config, tokenizer: Any, split: str, own: bool, limit: int | None) -> list[Item]:
     """The first `limit` records of each of `config.datasets`.
 
-    `split` auto is the test split, or everything where there is none; of the run's `own` data it is what training held
-    out. Raises UserError for what cannot be loaded, and where single responses come with pairs.
+    `split` test is everything of data that has no test split, or of the run's `own` data what training held out. Raises
+    UserError for what cannot be loaded, and where single responses come with pairs.
     """
     items: list[Item] = []
     kinds: dict[bool, str] = {}
     for name in config.datasets:
-        sft = name in REGISTRY and REGISTRY[name].sft_only
+        sft, here, shown = name in REGISTRY and REGISTRY[name].sft_only, split, f"{split} split"
         settings = replace(data_settings(config), names=(name,), sft=sft)
-        undivided = find_source(name, settings, "test")[1].held_out
-        if undivided and split == "auto" and own and not config.holdout_fraction:
-            raise UserError(f"the run held nothing of {name} out: its rows are those it trained on; say --split all")
-        if undivided and (split == "all" or (split == "auto" and not own)):
-            splits, shown, settings = ["train"], "all rows", replace(settings, holdout_fraction=0.0)
-        else:
-            splits = {"all": ["train", "test"], "auto": ["test"]}.get(split, [split])
-            shown = f"{' and '.join(splits)} split"
-        here = {sft: name} if name in REGISTRY else _kinds(find_source(name, settings, s)[1].chunks() for s in splits)
-        kinds = here | kinds
+        if split == "test" and find_source(name, settings, split)[1].held_out:
+            if not own:
+                here, shown, settings = "train", "all rows", replace(settings, holdout_fraction=0.0)
+            elif not config.holdout_fraction:
+                raise UserError(f"the run held nothing of {name} out: it trained on all rows; say --split train")
+        kinds = ({sft: name} if name in REGISTRY else _kinds(find_source(name, settings, here)[1].chunks())) | kinds
         if len(kinds) == 2:
             raise UserError(f"{kinds[True]} is a single response, but {kinds[False]} has pairs: score them apart")
-        parts = [load_data(replace(settings, sft=True in kinds), tokenizer, s) for s in splits]
-        lost = [
-            (k, n) for part in parts for k, n in part.funnel[name].items() if n and re.search("dropped|truncated", k)
-        ]
-        everything = [(part, index) for part in parts for index in range(len(part))]
-        log(", ".join([f"{name}, {shown}: {len(everything)} records", *(f"{k}: {n}" for k, n in lost)]))
-        items += [Item(name, number, *where) for number, where in enumerate(everything[:limit])]
+        data = load_data(replace(settings, sft=True in kinds), tokenizer, here)
+        lost = [f"{key}: {n}" for key, n in data.funnel[name].items() if n and re.search("dropped|truncated", key)]
+        log(", ".join([f"{name}, {shown}: {len(data)} records", *lost]))
+        items += [Item(name, data, number) for number in range(len(data))[:limit]]
     return items
 
 
-def _kinds(sources: Iterable[Iterator[Any]]) -> dict[bool, str]:
+def _kinds(chunks: Iterable[Chunk]) -> dict[bool, str]:
     """Where the first single response (True) and the first row with pairs (False) of some data are."""
     kinds: dict[bool, str] = {}
-    for where, row in (numbered for chunks in sources for chunk in chunks for numbered in numbered_rows(chunk)):
+    for where, row in itertools.chain.from_iterable(map(numbered_rows, chunks)):
         try:
-            row = ParseRows.decode(row) if isinstance(row, bytes) else row
-        except BadRow:  # load_data will say so
+            row = json.loads(row) if isinstance(row, bytes) else row
+        except (ValueError, RecursionError):  # load_data will say so
             continue
         if isinstance(row, Mapping):
             kinds.setdefault("completion" in row and not PAIRED & row.keys(), where)
@@ -115,18 +102,16 @@ def token_logps(saved: Saved, items: Sequence[Item], who: str) -> list[list[np.n
     """log p(token | all before it) of each item's responses, float32. The model is in memory only meanwhile."""
     model, _, how = saved.open()
     found: list[list[np.ndarray]] = [[] for _ in items]
-    sizes = [(len(r.prompt), list(map(len, r.responses))) for r in (item.data[item.index] for item in items)]
+    sizes = [(len(record.prompt), [*map(len, record.responses)]) for record in (item.record for item in items)]
     with progress(total=len(items), desc=who, unit="prompts") as bar:
         for (part,) in Cut(how.layout, 1, 1, saved.config.microbatch_tokens).deal(sizes):
-            records = [items[i].data[items[i].index] for i in part]
-            batch = Batch([Tree(record.prompt, record.responses) for record in records], [], None)
-            rows = iter(response_logps(model, batch, how).logps.cpu().numpy())
-            for i, record in zip(part, records):
-                found[i] = [next(rows)[: len(response)].copy() for response in record.responses]
-                if not all(np.isfinite(logps).all() for logps in found[i]):
-                    raise UserError(
-                        f"{who}: log-probabilities of {items[i].name}, record {items[i].number} are not finite"
-                    )
+            trees = [Tree(record.prompt, record.responses) for record in (items[i].record for i in part)]
+            rows = iter(response_logps(model, Batch(trees, [], None), how).logps.cpu().numpy())
+            for i, tree in zip(part, trees):
+                found[i] = [next(rows)[: len(response)].copy() for response in tree.responses]
+                if not np.isfinite(np.concatenate(found[i])).all():
+                    where = f"{items[i].name}, record {items[i].number}"
+                    raise UserError(f"{who}: log-probabilities of {where} are not finite")
             bar.update(len(part))
     del model
     gc.collect()
@@ -134,34 +119,31 @@ def token_logps(saved: Saved, items: Sequence[Item], who: str) -> list[list[np.n
     return found
 
 
-def rewards(ours: np.ndarray, theirs: np.ndarray, beta: float, average: bool) -> dict[str, Any]:
-    """A response's reward, its log-probabilities (sums, in nats), and the part that each token has in the reward."""
-    policy, reference = (torch.from_numpy(logps).double()[None] for logps in (ours, theirs))
-    ratios, mask = policy - reference, torch.ones(policy.shape, dtype=torch.bool)
-    return {
-        "reward": beta * float(reduce_tokens(ratios, mask, average)),
-        "logp_policy": float(policy.sum()),
-        "logp_reference": float(reference.sum()),
-        "token_rewards": (beta * ratios[0] / (len(ours) if average else 1)).tolist(),
-    }
-
-
 def rows_of(items: Sequence[Item], policy: Saved, reference: Saved, beta: float, tokenizer: Any) -> Iterator[dict]:
-    """The lines of the result: texts as the models saw them, that is, after truncation."""
-    average, end = policy.config.loss.build().average_log_prob, tokenizer.eos_token_id
+    """The lines of the result: texts as the models saw them, that is, after truncation; log-probabilities are sums, in
+    nats, and a token's reward is its part in the response's."""
+    average = policy.config.loss.build().average_log_prob
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def scored(ids: list[int], ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+        parts = beta * (ours.astype(np.float64) - theirs) / (len(ids) if average else 1)
+        return {
+            "text": text(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids),
+            "reward": float(parts.sum()),
+            "logp_policy": float(ours.sum(dtype=np.float64)),
+            "logp_reference": float(theirs.sum(dtype=np.float64)),
+            "token_rewards": parts.tolist(),
+            "tokens": pieces(ids, tokenizer),
+        }
+
     n_bos = len(own_bos(tokenizer))
-    ours, theirs = token_logps(policy, items, "policy"), token_logps(reference, items, "reference")
-    for item, own, other in zip(items, ours, theirs):
-        record = item.data[item.index]
-        responses = []
-        for ids, logps, other_logps in zip(record.responses, own, other):
-            text = tokenizer.decode(ids[:-1] if ids[-1] == end else ids, clean_up_tokenization_spaces=False)
-            responses.append(
-                {"text": text, **rewards(logps, other_logps, beta, average), "tokens": pieces(ids, tokenizer)}
-            )
-        prompt = tokenizer.decode(record.prompt[n_bos:], clean_up_tokenization_spaces=False)
-        row = {"dataset": item.name, "record": item.number, "prompt": prompt, "responses": responses}
-        yield row | {"pairs": [list(pair) for pair in record.pairs]}
+    for item, *logps in zip(items, token_logps(policy, items, "policy"), token_logps(reference, items, "reference")):
+        record = item.record
+        responses = [scored(*response) for response in zip(record.responses, *logps)]
+        row = {"dataset": item.name, "record": item.number, "prompt": text(record.prompt[n_bos:])}
+        yield row | {"responses": responses, "pairs": record.pairs}
 
 
 def interval(values: np.ndarray, prompts: np.ndarray) -> tuple[float, float] | None:
@@ -182,7 +164,8 @@ def table(pairs: Sequence[tuple[int, str, float, int]]) -> str:
     prompts, names, margins, longer = map(np.array, zip(*pairs))
     groups = {"all": np.ones(len(pairs), dtype=bool)}
     sets = list(dict.fromkeys(names.tolist()))
-    groups |= {short: names == name for short, name in zip(short_names(sets), sets)} if len(sets) > 1 else {}
+    if len(sets) > 1:
+        groups |= {short: names == name for short, name in zip(short_names(sets), sets)}
     sizes = {"longer": longer > 0, "as long": longer == 0, "shorter": longer < 0}
     groups |= {f"preferred is {size}": there for size, there in sizes.items()}
     width = max(map(len, groups))
@@ -224,16 +207,17 @@ def show(row: Mapping[str, Any], colours: bool) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, rows: Iterable[dict[str, Any]], n_shown: int) -> tuple[list[dict], list[tuple], list[float]]:
-    """Write `rows` to `path`, which appears when complete. Returns the first `n_shown`, what `table` takes, and all
+def write(path: Path, rows: Iterable[dict[str, Any]], n_shown: int) -> tuple[list[tuple], list[float]]:
+    """Write `rows` to `path`, which appears when complete, and show the first. Returns what `table` takes, and all
     rewards."""
-    shown, pairs, every = [], [], []
+    pairs, every = [], []
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             for number, row in enumerate(rows):
                 print(json.dumps(row, ensure_ascii=False), file=file)
-                shown += [row] if number < n_shown else []
+                if number < n_shown:
+                    log(show(row, in_colour()))
                 every += [response["reward"] for response in row["responses"]]
                 for a, b in ((row["responses"][a], row["responses"][b]) for a, b in row["pairs"]):
                     longer = len(a["tokens"]) - len(b["tokens"])
@@ -241,19 +225,16 @@ def write(path: Path, rows: Iterable[dict[str, Any]], n_shown: int) -> tuple[lis
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return shown, pairs, every
+    return pairs, every
 
 
 def read_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s RUN [options] [KEY=VALUE ...]",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.usage = "%(prog)s RUN [options] [KEY=VALUE ...]"
     parser.add_argument("run")
     parser.add_argument("--reference", metavar="NAME", help="run, checkpoint, model folder or hub id")
     parser.add_argument("--data", nargs="+", metavar="FILE_OR_SET", help="as datasets=[...] takes them")
-    parser.add_argument("--split", choices=("auto", "train", "test", "all"), default="auto")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="test: all rows, if undivided")
     parser.add_argument("--out", type=Path, default=Path("scores.jsonl"))
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="records to show, token by token")
@@ -273,8 +254,6 @@ def main() -> None:
     arguments, overrides = read_arguments()
     quiet_transformers()
     data = [f"datasets={quoted(arguments.data)}"] if arguments.data else []
-    if arguments.reference == "none":
-        raise UserError("--reference none: a reward is against a reference; leave it out, or name one")
     policy = find_saved(arguments.run, [*overrides, *data])
     if not policy.trained and not data:
         raise UserError(f"it is not known what {arguments.run} was trained on: give --data <files or data sets>")
@@ -284,10 +263,7 @@ def main() -> None:
     beta = 1.0 if loss.beta is None else loss.beta
     items = load_items(policy.config, tokenizer, arguments.split, not data, arguments.limit)
     rows = rows_of(items, policy, reference, beta, tokenizer)
-    shown, pairs, every = write(arguments.out, rows, arguments.show)
-    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for row in shown:
-        log(show(row, colours))
+    pairs, every = write(arguments.out, rows, arguments.show)
     why = f" (loss={loss.name} has none)" if loss.beta is None else ""
     why = " (the run's loss is not known)" if not policy.trained and "loss.beta" not in " ".join(overrides) else why
     unit = "mean over" if loss.average_log_prob else "sum over"

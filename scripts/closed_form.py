@@ -17,12 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from losses import DPOLoss, Loss, SequenceLogps
 from utils import UserError, make_dir, run_main
-
-BETAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 @dataclass(frozen=True)
@@ -52,32 +51,20 @@ def preferences(world: World, flipped: float = 0.0) -> Tensor:
     return first * (1 - flipped) + (1 - first) * flipped
 
 
-def drawn(probabilities: Tensor, labels: int, seed: int) -> Tensor:
-    """The shares of `labels` labels that each pair gets, instead of their probabilities."""
-    generator = torch.Generator().manual_seed(seed)
-    upper = torch.triu(torch.ones_like(probabilities), diagonal=1)
-    wins = torch.binomial(torch.full_like(probabilities, labels), probabilities, generator=generator) / labels
-    return wins * upper + ((1 - wins) * upper).transpose(1, 2)
-
-
 def train(world: World, loss: Loss, preferred: Tensor) -> Tensor:
     """The policy, as log-probabilities [prompts, responses], that minimises the mean of `loss` over all pairs, each
     weighed by how often it is labelled so. One logit a response, L-BFGS in float64."""
     logits = world.reference.clone().requires_grad_()
-    first, second = torch.triu_indices(preferred.shape[1], preferred.shape[2], 1)
+    better, worse = (~torch.eye(preferred.shape[1], dtype=torch.bool)).nonzero(as_tuple=True)
     optimizer = torch.optim.LBFGS(
         [logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=0.0, line_search_fn="strong_wolfe"
     )
 
-    def pairs(policy: Tensor, better: Tensor, worse: Tensor) -> SequenceLogps:
-        sides = (model[:, side].flatten() for model in (policy, world.reference) for side in (better, worse))
-        return SequenceLogps(*sides)
-
     def closure() -> Tensor:
         optimizer.zero_grad()
-        policy = logits.log_softmax(-1)
-        weight = preferred[:, first, second].flatten()
-        total = (weight * loss(pairs(policy, first, second)) + (1 - weight) * loss(pairs(policy, second, first))).mean()
+        models = logits.log_softmax(-1), world.reference
+        logps = SequenceLogps(*(model[:, side].flatten() for model in models for side in (better, worse)))
+        total = 2 * (preferred[:, better, worse].flatten() * loss(logps)).mean()  # a pair stands there both ways
         total.backward()
         return total
 
@@ -117,49 +104,43 @@ def compare(world: World, betas: Sequence[float], noise: float) -> list[dict[str
             "robust DPO, flipped labels": train(world, DPOLoss(beta, noise, robust=True), noisy),
         }
         for method, policy in policies.items():
-            kl, reward = measure(world, policy)
-            off = total_variation(policy, policies["optimum"]), reward_error(world, policy, beta)
-            rows.append(
-                {"method": method, "beta": beta, "KL": kl, "reward": reward, "TV": off[0], "reward error": off[1]}
-            )
+            row: dict[str, float | str] = {"method": method, "beta": beta}
+            row["KL"], row["reward"] = measure(world, policy)
+            row["TV"] = total_variation(policy, policies["optimum"])
+            row["reward error"] = reward_error(world, policy, beta)
+            rows.append(row)
     return rows
 
 
 def draw(world: World, rows: list[dict[str, float | str]], path: Path) -> None:
     """The analytic frontier as a line, and every method's points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
     line = [measure(world, optimum(world, float(beta))) for beta in torch.logspace(-2, 2, 200)]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    axes.plot(*zip(*line, strict=True), color="gray", label="optimum of reward - beta KL, all betas")
-    for method, marker in zip(dict.fromkeys(str(row["method"]) for row in rows), "o+x^vs", strict=False):
+    axes.plot(*zip(*line), color="gray", label="optimum of reward - beta KL, all betas")
+    for method, marker in zip(dict.fromkeys(str(row["method"]) for row in rows if row["method"] != "optimum"), "+x^vs"):
         points = [(row["KL"], row["reward"]) for row in rows if row["method"] == method]
-        if method != "optimum":
-            axes.plot(*zip(*points, strict=True), marker, label=method, fillstyle="none")
+        axes.plot(*zip(*points), marker, label=method, fillstyle="none")
     axes.set(xlabel="KL(policy || reference), nats", ylabel="expected reward")
     axes.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--betas", default=",".join(map(str, BETAS)), help="comma-separated")
+    parser.add_argument("--betas", default="0.05,0.1,0.2,0.5,1,2,5", help="comma-separated")
     parser.add_argument("--noise", type=float, default=0.1, help="share of flipped labels, and label_smoothing")
     parser.add_argument("--seed", type=int, default=0, help="of the world")
     parser.add_argument("--out", type=Path, default=Path("closed_form"))
     arguments = parser.parse_args()
     try:
         betas = [float(beta) for beta in arguments.betas.split(",")]
-    except ValueError as error:
-        raise UserError(f"--betas {arguments.betas}: give numbers, such as 0.1,0.5") from error
-    if min(betas) <= 0 or not 0 <= arguments.noise < 0.5:
-        raise UserError(
-            f"--betas {arguments.betas} must be above 0, and --noise {arguments.noise} at least 0 and less than 0.5"
-        )
+    except ValueError:
+        betas = [0.0]
+    if not min(betas) > 0:
+        raise UserError(f"--betas {arguments.betas} must be numbers above 0, such as 0.1,0.5")
+    if not 0 <= arguments.noise < 0.5:
+        raise UserError(f"--noise {arguments.noise} must be at least 0 and less than 0.5")
     world = random_world(arguments.seed)
     rows = compare(world, betas, arguments.noise)
     out = make_dir(arguments.out, "--out")
@@ -167,9 +148,7 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(
-        "TV: the policy's total variation from the optimum; reward error: of differences of implicit rewards; at most"
-    )
+    print("TV: total variation from the optimum; reward error: of differences of implicit rewards; both at most")
     print(f"{'method':<34}{'beta':>6}{'KL, nats':>10}{'reward':>9}{'TV':>10}{'reward error':>14}")
     for row in rows:
         numbers = "{beta:>6g}{KL:>10.4f}{reward:>9.4f}{TV:>10.1e}{reward error:>14.1e}".format_map(row)

@@ -8,42 +8,38 @@ and writes `frontier.csv`, `frontier.png` and `frontier.md` into the folder. Giv
 
 import argparse
 import csv
-import dataclasses
 import gzip
 import itertools
 import json
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "scripts"))
 
 import yaml
+from matplotlib.figure import Figure
 
 from batching import eval_examples
 from benchmark import machine
+from demo import train
 from models import quiet_transformers
 from preference_datasets import load_data
-from report import Z95, load_runs, points_along, sentiment
-from sampling import Sampling, mean_and_error, prompts_of, sample
+from report import draw_points, frontier, interval, load_runs, sentiment
+from sampling import Sampling, prompts_of, sample
 from saved import find_saved
 from settings import data_settings, quoted
 from utils import UserError, log, make_dir, run_main
 
 SETTINGS = ROOT / "scripts" / "frontier.yaml"
 START, BEST_OF, PREFERRED = "start", "best of N", "preferred"
-ERRORS = 2  # standard errors that count as a difference
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One policy: its KL from the starting policy (nats a response, standard error) and reward (95 % half-width)."""
 
     method: str
@@ -56,81 +52,64 @@ class Point:
     prompts: int
 
 
-def train(name: str, folder: Path, sweep: bool, overrides: Sequence[str]) -> None:
-    """Run train.py; a sweep's folder is `folder`, and a run's too."""
-    where = [f"hydra.sweep.dir={quoted(folder)}"] if sweep else [f"local_run_dir={quoted(folder)}", "resume=auto"]
-    arguments = [*(["-m"] if sweep else []), f"exp_name={name}", *where, "wandb.enabled=false", *overrides]
-    log(f"\n=== {name} ===")
-    if subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], check=False).returncode:
-        raise UserError(f"{name} failed; see above. The same command goes on from here")
-
-
-def fine_tune(folder: Path, data: Path, settings: dict[str, Any], given: list[str]) -> Path:
+def fine_tune(folder: Path, data: Path, settings: dict[str, Any]) -> Path:
     """The starting policy: SFT on every response of the training rows. Returns its run's folder."""
     source = next(data.glob("train.jsonl*"))
-    with (
-        gzip.open(source, "rt", encoding="utf-8") if source.suffix == ".gz" else open(source, encoding="utf-8") as file
-    ):
+    opener: Any = gzip.open if source.suffix == ".gz" else open
+    with opener(source, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     responses = folder / "responses.jsonl"
     pairs = ({"prompt": row["prompt"], "completion": response} for row in rows for response in row["responses"])
     responses.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     only = ["holdout_fraction=0", "n_eval_examples=0", "loss=sft", "n_epochs=null", f"datasets=[{quoted(responses)}]"]
-    train("frontier_sft", folder / START, False, [*settings["common"], *settings["sft"], *only, *given])
+    where = f"local_run_dir={quoted(folder / START)}"
+    train("frontier_sft", [where, *settings["common"], *settings["sft"], *only, *settings["given"]])
     return folder / START
 
 
-def train_methods(folder: Path, start: Path, data: str, settings: dict[str, Any], given: list[str]) -> None:
+def train_methods(folder: Path, start: Path, data: str, settings: dict[str, Any]) -> None:
     """Every method as a sweep of its own, evaluated along training."""
-    measured = settings["evaluation"]
-    evaluation = [f"n_eval_examples={measured['pairs']}", f"n_eval_model_samples={measured['prompts']}"]
-    evaluation += [f"n_eval_samples_per_prompt={measured['samples']}", f"eval_batch_size={measured['batch']}"]
-    evaluation += ["do_first_eval=false", "kl_during_eval=true", f"datasets=[{data}]"]
+    shared = [*settings["common"], *settings["training"], *settings["evaluation"]]
+    shared += [f"datasets=[{data}]", f"model.archive={quoted(start)}"]
     for name, method in settings["methods"].items():
         swept = f"loss.{method['sweep']}=choice({','.join(map(str, method['values']))})"
-        overrides = [*settings["common"], *settings["training"], *evaluation, *method["overrides"], swept]
-        train(
-            f"frontier_{name.replace(' ', '_')}",
-            folder / name,
-            True,
-            [*overrides, f"model.archive={quoted(start)}", *given],
-        )
+        overrides = [f"hydra.sweep.dir={quoted(folder / name)}", *shared, *method["overrides"], swept]
+        train(f"frontier_{name.replace(' ', '_')}", [*overrides, *settings["given"]], sweep=True)
 
 
 def points_of(folder: Path, methods: dict[str, Any]) -> list[Point]:
     """Every evaluation of every run that `methods` name, in their order and that of training."""
     found: list[Point] = []
     for name, method in methods.items():
-        key = method["sweep"]
+        key, values = method["sweep"], method["values"]
         runs = {run.config.get(f"loss.{key}"): run for run in load_runs([folder / name])}
-        for value in method["values"]:
-            along = points_along(runs[value]) if value in runs else []
-            found += [Point(name, f"{key} {value}", p.examples, p.kl, p.kl_error, *p.reward) for p in along]
+        found += [Point(name, f"{key} {value}", *point) for value in values for point in frontier(runs[value])]
     return found
 
 
-def best_of(start: Path, data: str, settings: dict[str, Any], given: list[str]) -> list[Point]:
+def best_of(start: Path, data: str, settings: dict[str, Any]) -> list[Point]:
     """Best of N samples of the starting policy, N = 1, 2, 4 ... The expected best of N is over all N of the samples.
 
     KL = log N - (N - 1) / N is an upper bound, close where no response and no reward is likely by itself (Beirami et
     al. 2024, arXiv:2401.01879). It is 0 at N = 1: the starting policy itself.
     """
-    measured, n = settings["evaluation"], settings["best_of"]
-    saved = find_saved(str(start), [f"datasets=[{data}]", "loss=dpo", "loss.beta=1", *settings["common"], *given])
+    own = [f"datasets=[{data}]", "loss=dpo", "loss.beta=1", *settings["common"], *settings["evaluation"]]
+    saved, n = find_saved(str(start), [*own, *settings["given"]]), settings["best_of"]
     model, tokenizer, how = saved.open()
-    test = load_data(data_settings(saved.config), tokenizer, "test")
-    prompts = prompts_of(test, eval_examples(test, measured["pairs"]), measured["prompts"])  # as in training
-    room = saved.config.max_length - max(map(len, prompts))
+    config = saved.config
+    test = load_data(data_settings(config), tokenizer, "test")
+    examples = eval_examples(test, config.n_eval_examples)  # as in training
+    prompts = prompts_of(test, examples, config.n_eval_model_samples)
+    room = config.max_length - max(map(len, prompts))
     repeated = [prompt for prompt in prompts for _ in range(n)]
-    sampled = sample(model, tokenizer, repeated, Sampling(room, measured["batch"], 1, how.dtype))
+    sampled = sample(model, tokenizer, repeated, Sampling(room, config.eval_batch_size, 1, how.dtype))
     responses = tokenizer.batch_decode(sampled, skip_special_tokens=True)
     texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     scores = [sorted(sentiment(text + r) for r in responses[i * n : (i + 1) * n]) for i, text in enumerate(texts)]
     found = []
-    for best in itertools.takewhile(lambda size: size <= n, (2**k for k in itertools.count())):
-        mean, error = mean_and_error([expected_best(row, best) for row in scores], range(len(scores)))
-        kl = math.log(best) - (best - 1) / best
-        found.append(Point(BEST_OF, f"N {best}", 0, kl, 0.0, mean, Z95 * (error or math.nan), len(scores)))
+    for best in (2**k for k in range(n.bit_length())):
+        reward = interval([expected_best(row, best) for row in scores], range(len(scores)))
+        found.append(Point(BEST_OF, f"N {best}", 0, math.log(best) - (best - 1) / best, 0.0, *reward))
     return found
 
 
@@ -166,8 +145,8 @@ def verdicts(points: Sequence[Point]) -> list[str]:
 
 
 def above(a: Point, b: Point) -> bool:
-    """Whether the KL of `a` is larger than that of `b` beyond their errors."""
-    return a.kl - b.kl > ERRORS * math.hypot(a.kl_error, b.kl_error)
+    """Whether the KL of `a` is larger than that of `b`, by more than two standard errors."""
+    return a.kl - b.kl > 2 * math.hypot(a.kl_error, b.kl_error)
 
 
 def at_kl(points: Sequence[Point], kl: float) -> Point | None:
@@ -177,22 +156,16 @@ def at_kl(points: Sequence[Point], kl: float) -> Point | None:
 
 def draw(points: Sequence[Point], path: Path) -> None:
     """As the paper's figure 2: a colour for each method, a line for each run along training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
     for number, (method, own) in enumerate(itertools.groupby(points, lambda p: p.method)):
-        runs = itertools.groupby(own, lambda p: p.method == BEST_OF or p.setting)
-        for turn, (_, group) in enumerate(runs):
+        look: dict[str, Any] = {"color": f"C{number}", "marker": "os^Dvx*P"[number % 8], "alpha": 0.8, "label": method}
+        for _, group in itertools.groupby(own, lambda p: p.method == BEST_OF or p.setting):
             run = list(group)
-            x, y = [p.kl for p in run], [p.reward for p in run]
-            bars = [p.half_width for p in run], [Z95 * p.kl_error for p in run]
-            look: dict[str, Any] = {"color": f"C{number}", "marker": "os^Dvx*P"[number % 8], "alpha": 0.8}
-            axes.errorbar(x, y, *bars, elinewidth=0.5, label=method if not turn else None, **look)
+            draw_points(axes, run, **look)
+            look["label"] = None
             if method != BEST_OF:
-                axes.annotate(run[-1].setting.split()[-1], (x[-1], y[-1]), fontsize=7, color=f"C{number}")
+                axes.annotate(run[-1].setting.split()[-1], (run[-1].kl, run[-1].reward), fontsize=7, color=f"C{number}")
     axes.set(xlabel="KL(policy || starting policy), nats a response", ylabel="true reward (VADER), held-out prompts")
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=-0.05)
@@ -206,9 +179,7 @@ def write(folder: Path, points: Sequence[Point]) -> str:
     if len({p.prompts for p in points}) > 1:
         raise UserError(f"{folder} holds runs measured on other numbers of prompts; give another --folder")
     with open(folder / "frontier.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Point)])
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(p) for p in points)
+        csv.writer(file).writerows([Point._fields, *points])
     draw(points, folder / "frontier.png")
     lines = [
         *(f"- {key}: {value}" for key, value in machine().items()),
@@ -221,7 +192,7 @@ def write(folder: Path, points: Sequence[Point]) -> str:
         "|---|---|---|---|---|",
     ]
     for p in points:
-        kl = f"{p.kl:.2f} ± {p.kl_error:.2f}" if p.method != BEST_OF else f"≤ {p.kl:.2f}"
+        kl = f"≤ {p.kl:.2f}" if p.method == BEST_OF else f"{p.kl:.2f} ± {p.kl_error:.2f}"
         lines.append(f"| {p.method} | {p.setting} | {p.examples} | {kl} | {p.reward:+.3f} ± {p.half_width:.3f} |")
     text = "\n".join([*lines, "", *(f"- {line}" for line in verdicts(points))])
     (folder / "frontier.md").write_text(f"# Reward against KL\n\n{text}\n")
@@ -239,20 +210,18 @@ def main() -> None:
     known = yaml.safe_load(SETTINGS.read_text())
     if arguments.settings not in known:
         raise UserError(f"--settings {arguments.settings} is not in {SETTINGS}; choose from: {', '.join(known)}")
-    settings = known[arguments.settings]
+    settings = known[arguments.settings] | {"given": arguments.overrides}
     data = arguments.data or (settings["data"] and ROOT / settings["data"])
     if data is None or not list(data.glob("train.jsonl*")):
         raise UserError(f"--data {data} must be a folder with train.jsonl(.gz) and test.jsonl(.gz)")
-    if arguments.start and not arguments.start.exists():
-        raise UserError(f"--start {arguments.start}: there is no such folder")
     if settings["sft"] is None and not arguments.start:
         raise UserError(f"--settings {arguments.settings} needs --start, the policy to start from")
-    began, folder, given = time.time(), make_dir(arguments.folder.resolve(), "--folder"), arguments.overrides
+    began, folder = time.time(), make_dir(arguments.folder.resolve(), "--folder")
     quiet_transformers()
-    start = arguments.start.resolve() if arguments.start else fine_tune(folder, data, settings, given)
+    start = arguments.start.resolve() if arguments.start else fine_tune(folder, data, settings)
     name = "sentiment" if data == ROOT / "data" / "sentiment" else quoted(data.resolve())
-    train_methods(folder, start, name, settings, given)
-    points = [*best_of(start, name, settings, given), *points_of(folder, settings["methods"])]
+    train_methods(folder, start, name, settings)
+    points = [*best_of(start, name, settings), *points_of(folder, settings["methods"])]
     log(f"\n{write(folder, points)}\n\nwritten: {folder}/frontier.csv, .png and .md")
     log(f"finished in {(time.time() - began) / 60:.1f} minutes")
 

@@ -6,12 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import closed_form
-from closed_form import drawn, measure, optimum, preferences, random_world, reward_error, total_variation, train
+from closed_form import measure, optimum, preferences, random_world, reward_error, total_variation, train
 from losses import DPOLoss
 
 WORLD = random_world(1)
+
+
+def drawn(probabilities: Tensor, labels: int, seed: int) -> Tensor:
+    """The shares of `labels` labels that each pair gets, instead of their probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    upper = torch.triu(torch.ones_like(probabilities), diagonal=1)
+    wins = torch.binomial(torch.full_like(probabilities, labels), probabilities, generator=generator) / labels
+    return wins * upper + ((1 - wins) * upper).transpose(1, 2)
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 0.5, 1.0, 5.0])

@@ -7,7 +7,6 @@ import pytest
 
 import demo
 from report import load_runs, sentiment_rewards
-from utils import UserError
 
 
 def test_the_demo_runs_and_writes_table_and_page(
@@ -18,30 +17,27 @@ def test_the_demo_runs_and_writes_table_and_page(
     monkeypatch.setattr(demo, "COMMON", common)
     monkeypatch.setattr(demo, "SFT", ["loss=sft", "n_examples=16", "batch_size=8", "lr=1e-2", "warmup_steps=0"])
     monkeypatch.setattr(demo, "DPO", ["loss=dpo", "loss.beta=0.1", "n_examples=16", "batch_size=8"])
-    evaluation = ["n_eval_examples=392", "n_eval_model_samples=80", "eval_batch_size=80", "wandb.enabled=false"]
+    evaluation = ["n_eval_examples=392", "n_eval_model_samples=80", "eval_batch_size=80"]
     monkeypatch.setattr(demo, "EVALUATION", evaluation)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--folder", str(tmp_path / "out")])
     (tmp_path / "out" / "sft").mkdir(parents=True)
-    (tmp_path / "out" / "sft" / "metrics.jsonl").write_text("{}")  # of an earlier demo, to be replaced
-    (tmp_path / "out" / demo.MARKER).touch()
+    (tmp_path / "out" / "sft" / "metrics.jsonl").write_text("{}")  # of an earlier demo that was ended early
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
     demo.main()
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
     table = (tmp_path / "out" / "table.txt").read_text()
     base, sft, dpo = (line.split() for line in table.splitlines()[1:])
     assert [base[0], sft[0], dpo[0]] == ["base", "SFT", "DPO"]
     runs = load_runs([tmp_path / "out" / name for name in ("sft", "dpo")])
     rewards = [sentiment_rewards(runs[1].samples, model)[16] for model in ("reference", "policy")]
-    assert [sft[1], dpo[1]] == [f"{reward.mean:+.3f}" for reward in rewards] and rewards[0].n == 77
+    assert [sft[1], dpo[1]] == [f"{reward.mean:+.3f}" for reward in rewards] and rewards[0].prompts == 77
     last = [run.evaluations[-1] for run in runs]
     assert sft[4] == f"{last[0]['kl_eval/rao_blackwell']:.2f}" != "0.00" and base[4] == "-"
     assert dpo[-1] == f"{last[1]['rewards_eval/accuracies']:.3f}" and sft[-1] == "-"
     assert "<h2>Reward against KL</h2>" in (tmp_path / "out" / "report.html").read_text()
     assert table in capfd.readouterr().out
 
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "thesis.tex").write_text("mine")
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--folder", str(tmp_path)])
-    with pytest.raises(UserError, match="no demo"):
-        demo.main()
-    assert (tmp_path / "thesis.tex").exists()
+    logged = [(tmp_path / "out" / name / "metrics.jsonl").read_bytes() for name in ("sft", "dpo")]
+    demo.main()  # which is finished
+    assert [(tmp_path / "out" / name / "metrics.jsonl").read_bytes() for name in ("sft", "dpo")] == logged
+    assert table in capfd.readouterr().out

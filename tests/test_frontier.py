@@ -48,7 +48,8 @@ def test_settings_name_what_there_is() -> None:
     for name, known in yaml.safe_load(frontier.SETTINGS.read_text()).items():
         for method in known["methods"].values():
             for value in method["values"]:
-                given = [*known["common"], *known["training"], *method["overrides"], f"loss.{method['sweep']}={value}"]
+                shared = [*known["common"], *known["training"], *known["evaluation"]]
+                given = [*shared, *method["overrides"], f"loss.{method['sweep']}={value}"]
                 assert load_config(["exp_name=x", *given]), name
 
 
@@ -61,7 +62,13 @@ SMALL = {
         "DPO": {"overrides": ["loss=dpo"], "sweep": "beta", "values": [0.1, 1]},
         "preferred": {"overrides": ["loss=unlikelihood"], "sweep": "alpha", "values": [0]},
     },
-    "evaluation": {"pairs": 16, "prompts": 3, "samples": 2, "batch": 8},
+    "evaluation": [
+        "n_eval_examples=16",
+        "n_eval_model_samples=3",
+        "n_eval_samples_per_prompt=2",
+        "eval_batch_size=8",
+        "do_first_eval=false",
+    ],
     "best_of": 4,
 }
 

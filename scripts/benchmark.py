@@ -254,6 +254,15 @@ def peak_of_step(name: str, overrides: Sequence[str], micro: int) -> float:
 
 def benchmark_dpo(arguments: argparse.Namespace) -> None:
     import speed
+
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.shape:
+            arguments.overrides += speed.random_model(arguments.shape, Path(folder, f"random_{arguments.shape}"))
+        time_dpo(arguments)
+
+
+def time_dpo(arguments: argparse.Namespace) -> None:
+    import speed
     from settings import load_config
 
     given, micro = arguments.overrides, arguments.micro
@@ -266,10 +275,11 @@ def benchmark_dpo(arguments: argparse.Namespace) -> None:
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     base = next(iter(medians.values()))
     pairs = arguments.pairs * (4 if arguments.sweep else 1)
-    rows = [["", "seconds", "pairs/s", "ratio to the original", "peak of one micro-batch, MiB"]]
+    rows = [["", "seconds", "pairs/s", "ratio to the original", "useful TFLOP/s", "peak of one micro-batch, MiB"]]
     for name, median in medians.items():
         peak = f"{peaks[name]:.0f}" if name in peaks else ""
-        rows.append([name, f"{median:.1f}", f"{pairs / median:.3f}", f"{base / median:.2f}", peak])
+        useful = speed.useful(work, median * arguments.pairs / pairs)
+        rows.append([name, f"{median:.1f}", f"{pairs / median:.3f}", f"{base / median:.2f}", useful, peak])
     counts = speed.tokens(work)
     facts = {
         "model": f"{Path(work.config.model.name_or_path).name}, {work.config.compute_dtype} on {work.policy.device}",
@@ -282,7 +292,8 @@ def benchmark_dpo(arguments: argparse.Namespace) -> None:
     method = (
         f"medians of {arguments.repeats} runs in turn; all gave the same loss and gradient (relative {exact:g}). The "
         f"original's micro-batches have {micro} pairs, ours up to {work.config.microbatch_tokens} tokens. "
-        f"`{speed.OURS}` counts the time to compute it."
+        f"`{speed.OURS}` counts the time to compute it. Useful: the policy's operations for distinct tokens, of the "
+        "peak where that is known (model FLOPs utilisation)."
     )
     write_table(name, "Speed of DPO", method, facts, rows)
 
@@ -297,6 +308,7 @@ def main() -> None:
     dpo.add_argument("--sweep", action="store_true", help="time four betas as a whole")
     dpo.add_argument("--only", help="comma-separated names of what to time, as in the table; the first is the base")
     dpo.add_argument("--name", help="of the file in benchmarks/")
+    dpo.add_argument("--shape", help="LAYERSxWIDTH of a model with random weights, to time instead: 16x2048 is 1B")
     dpo.add_argument("overrides", nargs="*", help="of the configuration: model=..., datasets=[...], device=...")
     data = commands.add_parser("data", help="tokenise and reload a training set")
     data.add_argument("--rows", type=int, default=160_800)

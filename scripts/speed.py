@@ -11,15 +11,23 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from batching import Batch, Cut, Example, epoch_order, make_batch
 from evaluation import Scorer, Share, shares
-from models import Computation, load_policy, load_tokenizer, pick_computation, pick_device, quiet_transformers
+from models import (
+    Computation,
+    load_policy,
+    load_tokenizer,
+    local_folder,
+    pick_computation,
+    pick_device,
+    quiet_transformers,
+)
 from preference_datasets import PreferenceData, load_data
 from reference import LiveReference, StoredReference, build_reference, wanted_by
-from settings import Config, data_settings
-from throughput import cost_of, peak_memory
+from settings import Config, data_settings, load_config, quoted
+from throughput import Cost, cost_of, peak_memory, throughput
 from utils import UserError
 
 ORIGINAL, TRIMMED, OURS = "original", "padded to the longest of a micro-batch", "+ stored reference"
@@ -76,6 +84,21 @@ def prepare(config: Config, pairs: int, micro: int) -> Work:
             parameter.add_(torch.randn_like(parameter) * parameter.std().nan_to_num(0), alpha=1e-3)
     how = pick_computation(policy, config)
     return Work(config, policy.train(), reference.requires_grad_(False).eval(), tokenizer, data, examples, micro, how)
+
+
+def random_model(shape: str, folder: Path) -> list[str]:
+    """Write a model like the embedded one with random weights into `folder`, for speed alone: `shape` is LAYERSxWIDTH,
+    with heads of 128. Returns the overrides that choose it. Raises UserError for a shape that cannot be."""
+    layers, _, width = shape.partition("x")
+    if not (layers.isdecimal() and width.isdecimal() and int(layers) and int(width) and int(width) % 512 == 0):
+        raise UserError(f"--shape {shape}: give LAYERSxWIDTH, the width a multiple of 512, such as 16x2048 (1B)")
+    embedded, size = load_config(["exp_name=benchmark"]), int(width)
+    shaped = AutoConfig.from_pretrained(local_folder(embedded.model.name_or_path, embedded.cache))
+    shaped.update({"num_hidden_layers": int(layers), "hidden_size": size, "intermediate_size": 4 * size})
+    shaped.update({"num_attention_heads": size // 128, "num_key_value_heads": size // 512, "head_dim": 128})
+    AutoModelForCausalLM.from_config(shaped, dtype=torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(embedded).save_pretrained(folder)
+    return ["model=blank_model", f"model.name_or_path={quoted(folder)}"]
 
 
 def original_logps(model: PreTrainedModel, ids: Tensor, attends: Tensor, labels: Tensor) -> Tensor:
@@ -264,6 +287,13 @@ def tokens(work: Work) -> dict[str, int]:
         "ours": sum(cost_of(share.batch, work.how.layout).computed for share in work.shares(work.how)),
         "distinct": cost_of(make_batch(work.data, work.examples), "tree").distinct,
     }
+
+
+def useful(work: Work, seconds: float) -> str:
+    """Operations of the policy's distinct tokens in `seconds`, as `throughput` counts them, of the peak where known."""
+    costs = (cost_of(share.batch, work.how.layout) for share in work.shares(work.how))
+    found = throughput(work.policy, sum(costs, Cost()), seconds)
+    return f"{found['flops_per_second'] / 1e12:.3g}" + (f" ({found['mfu']:.1%})" if "mfu" in found else "")
 
 
 def resident() -> float:

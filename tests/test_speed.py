@@ -1,6 +1,7 @@
 """The benchmark of DPO: every formulation that it times gives the same loss and gradient."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,8 @@ def test_all_formulations_agree(work: speed.Work) -> None:
     assert len(speed.compare(work, speed.sweeps(work, (0.1, 0.5)), 1, 1e-5)) == 2
     counts = speed.tokens(work)
     assert counts["distinct"] <= counts["ours"] < counts["original"]
+    one, two = (float(speed.useful(work, seconds)) for seconds in (1, 2))
+    assert two > 0 and one == pytest.approx(2 * two, rel=0.02)
     assert all(speed.step_memory(work, name) > 0 for name in (speed.ORIGINAL, speed.OURS))
 
 
@@ -33,6 +36,14 @@ def test_a_formulation_that_differs_is_refused(work: speed.Work) -> None:
 
     with pytest.raises(UserError, match="wrong computes another loss or gradient"):
         speed.compare(work, {speed.ORIGINAL: steps[speed.ORIGINAL], "wrong": wrong}, 1, 1e-5)
+
+
+def test_a_model_of_random_weights(tmp_path: Path) -> None:
+    given = speed.random_model("1x512", tmp_path / "model")
+    work = speed.prepare(load_config(["exp_name=x", *given, "loss=dpo", "loss.beta=0.1", "datasets=[sentiment]"]), 4, 4)
+    assert work.policy.config.num_hidden_layers == 1 and work.policy.config.hidden_size == 512
+    with pytest.raises(UserError, match="give LAYERSxWIDTH"):
+        speed.random_model("16x1000", tmp_path)
 
 
 def test_too_few_pairs(overrides: Callable[..., list[str]]) -> None:

@@ -1,5 +1,6 @@
 """Prompt trees against one row a response: log-probabilities and gradients, for models of many kinds."""
 
+import copy
 import functools
 import itertools
 import shutil
@@ -58,7 +59,7 @@ def model_of(kind: str) -> PreTrainedModel:
 
 def copy_of(kind: str) -> PreTrainedModel:
     own = model_of(kind)
-    model = type(own)(own.config)
+    model = type(own)(copy.deepcopy(own.config))  # which says how attention is computed
     model.load_state_dict(own.state_dict())
     disable_dropout(model)
     return add_token_logps(model.train())
@@ -133,7 +134,7 @@ FOREST = [Tree([*range(60)], [[5] * 40, [6, 7, 8]]), Tree([1], [[2, 3]]), Tree([
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @torch.no_grad()
 def test_flex_attention_computes_a_packed_row() -> None:
-    model = model_of("gemma2")  # masks of both kinds, capped scores
+    model = copy_of("gemma2")  # masks of both kinds, capped scores
     torch.testing.assert_close(*flex(model, FOREST), rtol=1e-5, atol=1e-5)
     assert model.config._attn_implementation != FLEX  # the second was computed as ever
     how = Computation(torch.float32)

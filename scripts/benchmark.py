@@ -257,7 +257,9 @@ def benchmark_dpo(arguments: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         if arguments.shape:
-            arguments.overrides += speed.random_model(arguments.shape, Path(folder, f"random_{arguments.shape}"))
+            arguments.overrides += speed.random_model(
+                arguments.shape, Path(folder, f"random_{arguments.shape}"), arguments.overrides
+            )
         time_dpo(arguments)
 
 

@@ -39,8 +39,8 @@ def test_sft_then_dpo(name: str, tiny_model_dir: Path, cache_dir: Path, tmp_path
 @pytest.mark.slow
 def test_sft_then_dpo_of_the_real_model_on_real_dialogues(cache_dir: Path, tmp_path: Path) -> None:
     common = ["exp_name=real", "model=smollm2", "datasets=[hh]", f"dataset_sources.hh={real_data('hh')}", "device=cpu"]
-    common += [f"cache_dir={cache_dir}", "max_length=64", "max_prompt_length=32", "n_examples=4", "wandb.enabled=false"]
-    common += ["n_eval_examples=4", "sample_during_eval=false", "warmup_steps=0", "lr=1e-6"]
+    common += [f"cache_dir={cache_dir}", "max_length=64", "max_prompt_length=32", "n_examples=2", "wandb.enabled=false"]
+    common += ["n_eval_examples=2", "sample_during_eval=false", "warmup_steps=0", "lr=1e-6"]
     train_here([*common, "loss=sft", f"local_run_dir={tmp_path / 'sft'}"])
     archive = [f"model.archive={tmp_path / 'sft'}", f"local_run_dir={tmp_path / 'dpo'}"]
     train_here([*common, "loss=dpo", "loss.beta=0.1", *archive])

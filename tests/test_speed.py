@@ -38,12 +38,13 @@ def test_a_formulation_that_differs_is_refused(work: speed.Work) -> None:
         speed.compare(work, {speed.ORIGINAL: steps[speed.ORIGINAL], "wrong": wrong}, 1, 1e-5)
 
 
-def test_a_model_of_random_weights(tmp_path: Path) -> None:
-    given = speed.random_model("1x512", tmp_path / "model")
-    work = speed.prepare(load_config(["exp_name=x", *given, "loss=dpo", "loss.beta=0.1", "datasets=[sentiment]"]), 4, 4)
+def test_a_model_of_random_weights(tmp_path: Path, cache_dir: Path) -> None:
+    given = ["loss=dpo", "loss.beta=0.1", "datasets=[sentiment]", f"cache_dir={cache_dir}"]
+    given += speed.random_model("1x512", tmp_path / "model", given)
+    work = speed.prepare(load_config(["exp_name=x", *given]), 4, 4)
     assert work.policy.config.num_hidden_layers == 1 and work.policy.config.hidden_size == 512
     with pytest.raises(UserError, match="give LAYERSxWIDTH"):
-        speed.random_model("16x1000", tmp_path)
+        speed.random_model("16x1000", tmp_path, [])
 
 
 def test_too_few_pairs(overrides: Callable[..., list[str]]) -> None:

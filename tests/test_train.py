@@ -450,11 +450,11 @@ def test_samples_do_not_take_the_models_own_generation_settings() -> None:
     assert model.generation_config.repetition_penalty == 5.0
 
 
-@pytest.mark.parametrize("given", ["batch_size=four", "bacth_size=4", "model=gpt5", "model.archive=/none", "loss=dpo"])
+@pytest.mark.parametrize("given", ["bacth_size=4", "model=gpt5", "model.archive=/none"])
 def test_errors_of_the_process_have_no_traceback(given: str, train_process: RunTrain, tmp_path: Path) -> None:
     done = train_process(given)
     assert done.returncode == 1
-    expected = {"bacth_size=4": "did you mean 'batch_size'?", "loss=dpo": "loss.beta is missing"}
+    expected = {"bacth_size=4": "did you mean 'batch_size'?"}
     assert expected.get(given, given.split("=")[1]) in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "run" / "LATEST").exists()

@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTraine
 
 # DPO_ALL=1 pytest: also what takes too long to be tested with every change.
 EVERYTHING = bool(os.environ.get("DPO_ALL"))
+# Files of tests are handed out in this order, so that no worker is left alone with a long one at the end.
+SLOWEST = ("test_parallel", "test_resume", "test_train", "test_parity", "test_data_sets_train", "test_layouts")
 # No test waits for the network: here, and in the processes that tests start.
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +35,10 @@ TEXTS = [
     "The film was a dull, slow and clumsy affair. I loved the acting, though the plot made no sense at all!",
     "Please write a short poem about rivers, boats, and 17 green birds; then explain it to my sister.",
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -93,10 +93,8 @@ def random_model(shape: str, folder: Path, given: list[str]) -> list[str]:
     layers, _, width = shape.partition("x")
     if not (layers.isdecimal() and width.isdecimal() and int(layers) and int(width) and int(width) % 512 == 0):
         raise UserError(f"--shape {shape}: give LAYERSxWIDTH, the width a multiple of 512, such as 16x2048 (1B)")
-    embedded, size = (
-        load_config(["exp_name=benchmark", *(key for key in given if key.startswith("cache_dir="))]),
-        int(width),
-    )
+    size, cache = int(width), [override for override in given if override.startswith("cache_dir=")]
+    embedded = load_config(["exp_name=benchmark", *cache])
     shaped = AutoConfig.from_pretrained(local_folder(embedded.model.name_or_path, embedded.cache))
     shaped.update({"num_hidden_layers": int(layers), "hidden_size": size, "intermediate_size": 4 * size})
     shaped.update({"num_attention_heads": size // 128, "num_key_value_heads": size // 512, "head_dim": 128})

@@ -17,7 +17,7 @@ SETTINGS = (
 )
 
 
-RUNS = ["sft", "dpo", "dpo trainer=FSDPTrainer nproc=2", *(["ipo", "cdpo", "reffree"] if EVERYTHING else [])]
+RUNS = ["sft", "dpo", "ipo", "dpo trainer=FSDPTrainer nproc=2", *(["cdpo", "reffree"] if EVERYTHING else [])]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from preference_datasets import PreferenceData
+from preference_datasets import PreferenceData, Record
 from utils import UserError
 
 Example = tuple[int, int]
@@ -23,10 +23,14 @@ EVAL_SEED = 0
 
 @dataclass(frozen=True)
 class Tree:
-    """A prompt and those of its distinct responses that a batch needs, as token ids."""
+    """A prompt and those of its distinct responses that a batch needs, as token ids.
+
+    `masks` says which tokens of each response count in the loss and in all numbers; None: all do.
+    """
 
     prompt: list[int]
     responses: list[list[int]]
+    masks: list[list[bool]] | None = None
 
 
 def n_tokens(prompt: int, responses: Iterable[int]) -> int:
@@ -54,6 +58,23 @@ class Batch:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    def counted(self, longest: int) -> np.ndarray | None:
+        """Which tokens count: bool [responses, longest], responses as the trees have them; None: all."""
+        if all(tree.masks is None for tree in self.trees):
+            return None
+        counted = np.ones((sum(len(tree.responses) for tree in self.trees), longest), dtype=bool)
+        rows = iter(counted)
+        for tree in self.trees:
+            for row, mask in zip(rows, tree.masks or [[]] * len(tree.responses)):
+                row[: len(mask)] = mask
+        return counted
+
+
+def make_tree(record: Record, responses: Sequence[int]) -> Tree:
+    """The tree of those of a record's responses that are named."""
+    masks = [record.masks[i] for i in responses] if record.masks is not None else None
+    return Tree(record.prompt, [record.responses[i] for i in responses], masks)
+
 
 def make_batch(data: PreferenceData, examples: Sequence[Example]) -> Batch:
     """Group `examples` by prompt: each prompt stands once, with each of its needed responses once."""
@@ -70,7 +91,7 @@ def make_batch(data: PreferenceData, examples: Sequence[Example]) -> Batch:
         used = sorted({response for pair in wanted for response in pair})
         number = {response: n_responses + k for k, response in enumerate(used)}
         sides[positions] = [[number[chosen], number[rejected]] for chosen, rejected in wanted]
-        trees.append(Tree(content.prompt, [content.responses[response] for response in used]))
+        trees.append(make_tree(content, used))
         n_responses += len(used)
     return Batch(trees, sides[:, 0].tolist(), sides[:, 1].tolist() if paired else None)
 

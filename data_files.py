@@ -1,10 +1,12 @@
 """Files on disk and data sets on the hub -> chunks of numbered rows, as many as one worker parses at a time."""
 
+import csv
 import functools
 import gzip
 import io
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,23 +20,34 @@ import pyarrow.parquet as pq
 from utils import UserError, file_hash, log
 
 Row = Mapping[str, Any]
-NumberedRows = Iterator[tuple[int, bytes | Row]]
+NumberedRows = Iterator[tuple[int, bytes | Row, int]]
+"""Number, row, and how many bytes (or characters) of the file the row takes."""
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-CHUNK_ROWS = 512  # what one worker gets at a time
+SUFFIXES = tuple(f".{kind}{packed}" for kind in ("jsonl", "json", "csv", "tsv") for packed in ("", ".gz", ".zst"))
+SUFFIXES += (".parquet", ".arrow")
+# Files that describe data instead of holding rows: those of the hub, of `save_to_disk`, and its caches.
+NO_ROWS = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(cache|tmp).*\.arrow")
+CHUNK_ROWS = 512  # what one worker gets at a time, or less:
+CHUNK_BYTES = 2**25
 PIECE = 1 << 19  # characters of a JSON list that are read at a time
+TESTS = ("test", "testing", "eval", "evaluation", "held_out", "held-out", "heldout", "holdout")
+VALIDATIONS = ("validation", "valid", "val", "dev")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a folder or hub set is laid out: split names, of which the first that exists is used."""
+    """How a folder or hub set is laid out: names of its splits. Of a split's names the first that exists is used."""
 
-    train: tuple[str, ...] = ("train",)
-    test: tuple[str, ...] = ("test", "validation", "val", "valid", "dev")
+    train: tuple[str, ...] = ("train", "training")
+    test: tuple[str, ...] = TESTS + VALIDATIONS
     loader: Mapping[str, str] = field(default_factory=dict)  # further arguments of `datasets.load_dataset`
 
 
 PLAIN = Layout()
+
+
+class TextRow(dict[str, Any]):
+    """A row of a CSV or TSV file, all of whose values are text: numbers and lists stand in it as JSON."""
 
 
 class Chunk(NamedTuple):
@@ -46,24 +59,78 @@ class Chunk(NamedTuple):
 
 
 def numbered_rows(chunk: Chunk) -> Iterator[tuple[str, bytes | Row]]:
-    rows = chunk.rows.to_pylist() if isinstance(chunk.rows, pa.RecordBatch) else chunk.rows
+    rows = _from_arrow(chunk) if isinstance(chunk.rows, pa.RecordBatch) else chunk.rows
     return ((f"{chunk.where}{number}", row) for number, row in zip(chunk.numbers, rows, strict=True))
 
 
+def _from_arrow(chunk: Chunk) -> list[Row]:
+    """The rows of a record batch. Columns of times are left out: nothing reads them, and not all of them fit Python's
+    types. Raises UserError for a column that cannot be read."""
+    batch: Any = chunk.rows
+    columns: dict[str, list[Any]] = {}
+    for name, column in zip(batch.schema.names, batch.columns):
+        if pa.types.is_temporal(column.type):
+            continue
+        try:
+            values = column.to_pylist()
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            where = f"{chunk.where}{chunk.numbers[0]} to {chunk.numbers[-1]}"
+            raise UserError(f"{where}: column {name!r} cannot be read ({error}); mend or remove it") from error
+        columns[name] = [_without_nulls(value) for value in values] if pa.types.is_nested(column.type) else values
+    return [dict(zip(columns, values)) for values in zip(*columns.values())] or [{} for _ in chunk.numbers]
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without the fields that Arrow fills in because other rows have them."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def chunks_of_rows(where: str, rows: NumberedRows) -> Iterator[Chunk]:
-    while taken := list(itertools.islice(rows, CHUNK_ROWS)):
-        numbers, held = zip(*taken)
+    numbers: list[int] = []
+    held: list[bytes | Row] = []
+    size = 0
+    for number, row, length in rows:
+        numbers.append(number)
+        held.append(row)
+        size += length
+        if len(held) == CHUNK_ROWS or size > CHUNK_BYTES:
+            yield Chunk(where, numbers, held)
+            numbers, held, size = [], [], 0
+    if held:
         yield Chunk(where, numbers, held)
 
 
 def chunks_of_batches(where: str, batches: Iterable[pa.RecordBatch]) -> Iterator[Chunk]:
     first = 1
     for batch in batches:
-        yield Chunk(where, range(first, first + batch.num_rows), batch)
-        first += batch.num_rows
+        for start in range(0, batch.num_rows, CHUNK_ROWS):
+            part = batch.slice(start, CHUNK_ROWS)
+            yield Chunk(where, range(first, first + part.num_rows), part)
+            first += part.num_rows
 
 
-def read_json_list(path: Path, handle: Any) -> NumberedRows:
+def _too_long(where: str, limit: int) -> UserError:
+    return UserError(
+        f"{where}: the row is longer than {limit / 2**20:g} MiB (max_row_mb). If it is meant to be, raise max_row_mb; "
+        "else mend the file: each row is one line, or one object of a list"
+    )
+
+
+def read_lines(path: Path, handle: Any, limit: int) -> NumberedRows:
+    """The lines that are not blank. Raises UserError at one longer than `limit` bytes, blank ones included."""
+    number = blank = 0
+    while line := handle.readline(limit + 1):
+        number += 1
+        blank = blank + len(line) if line.isspace() else 0
+        if len(line) > limit or blank > limit:
+            raise _too_long(f"{path}:{number}", limit)
+        if not blank:
+            yield number, line, len(line)
+
+
+def read_json_list(path: Path, handle: Any, limit: int) -> NumberedRows:
     """The objects of one JSON list, decoded as they come so that the file is never in memory as a whole."""
     decoder, closing, number, at = json.JSONDecoder(), re.compile(r"\s*\]"), 0, 0
     text = iter(lambda: handle.read(PIECE), "")
@@ -71,7 +138,7 @@ def read_json_list(path: Path, handle: Any) -> NumberedRows:
     while True:
         try:
             if end := closing.match(buffer, at):
-                if (buffer[end.end() :] + "".join(text)).strip():
+                if any(piece.strip() for piece in itertools.chain([buffer[end.end() :]], text)):
                     raise ValueError("something follows its closing bracket; a file holds one list")
                 return
             gap = re.compile(r"\s*,\s*" if number else r"\s*").match(buffer, at)
@@ -81,39 +148,93 @@ def read_json_list(path: Path, handle: Any) -> NumberedRows:
             if stop == len(buffer):  # a number might go on
                 raise ValueError("unfinished")
         except (ValueError, RecursionError) as error:
+            if len(buffer) - at > limit:
+                raise _too_long(f"{path}: row {number + 1}", limit) from None
             more = next(text, "")
             if not more:
                 raise UserError(f"{path}: invalid JSON after row {number} of the list: {error}") from None
             buffer, at = buffer[at:] + more, 0
         else:
-            number, at = number + 1, stop
-            yield number, row
+            number, size, at = number + 1, stop - at, stop
+            if size > limit:
+                raise _too_long(f"{path}: row {number}", limit)
+            yield number, row, size
 
 
-def read_file(path: Path) -> Iterator[Chunk]:
-    """The rows of one file, in order, by chunks."""
-    if path.suffix == ".parquet":
-        file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
-        yield from chunks_of_batches(f"{path}: row ", file.iter_batches(batch_size=CHUNK_ROWS))
-        return
-    with open(path, "rb") as head:
-        opener: Any = gzip.open if head.read(2) == b"\x1f\x8b" else open
-    with opener(path, "rb") as handle:
-        is_list = ".json" in path.suffixes and handle.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        handle.seek(0)
-        if is_list:
-            yield from chunks_of_rows(f"{path}: row ", read_json_list(path, io.TextIOWrapper(handle, "utf-8")))
+def read_csv(path: Path, handle: Any, limit: int) -> NumberedRows:
+    """The rows of a CSV or (by the file's name) TSV file; an empty field is null. Raises UserError."""
+    csv.field_size_limit(limit)
+    delimiter = "\t" if ".tsv" in path.name.lower() else ","
+    number = 0
+
+    def lines() -> Iterator[str]:
+        while line := handle.readline(limit + 1):
+            if len(line) > limit:
+                raise _too_long(f"{path}: row {number + 1}", limit)
+            yield line
+
+    try:
+        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise csv.Error("two columns have the same name")
+        for number, values in enumerate((row for row in reader if row), 1):
+            if len(values) != len(names):
+                raise csv.Error(f"it has {len(values)} fields, and the header {len(names)}")
+            row = TextRow((name, value if value else None) for name, value in zip(names, values))
+            yield number, row, sum(map(len, values))
+    except csv.Error as error:
+        raise UserError(f"{path}: row {number + 1} is no row of this table: {error}; mend the file") from None
+
+
+def read_arrow(path: Path) -> Iterator[pa.RecordBatch]:
+    """The record batches of an Arrow file, in either of its formats (`datasets` writes streams)."""
+    with pa.memory_map(os.fsencode(path)) as source:
+        if source.read(6) == b"ARROW1":
+            file = pa.ipc.open_file(source)
+            yield from (file.get_batch(i) for i in range(file.num_record_batches))
         else:
-            lines = ((number, line) for number, line in enumerate(handle, 1) if not line.isspace())
-            yield from chunks_of_rows(f"{path}:", lines)
+            source.seek(0)
+            yield from pa.ipc.open_stream(source)
 
 
-def read_files(files: Sequence[Path]) -> Iterator[Chunk]:
+def open_bytes(path: Path) -> Any:
+    """The file, unpacked if its content is packed by gzip or zstd, whatever its name."""
+    file: Any = open(path, "rb")
+    start = file.peek(4)[:4]
+    if start[:2] == b"\x1f\x8b":
+        return gzip.open(file)
+    if start == b"\x28\xb5\x2f\xfd":
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file), "zstd"), 2**20)
+    return file
+
+
+def read_file(path: Path, limit: int) -> Iterator[Chunk]:
+    """The rows of one file, in order, by chunks."""
+    name, by_row = path.name.lower(), f"{path}: row "
+    if name.endswith(".parquet"):
+        file = pq.ParquetFile(open(path, "rb"), pre_buffer=False)
+        yield from chunks_of_batches(by_row, file.iter_batches(batch_size=CHUNK_ROWS))
+        return
+    if name.endswith(".arrow"):
+        yield from chunks_of_batches(by_row, read_arrow(path))
+        return
+    with open_bytes(path) as handle:
+        if re.search(r"\.[ct]sv(\.|$)", name):
+            text = io.TextIOWrapper(handle, "utf-8-sig", newline="")
+            yield from chunks_of_rows(by_row, read_csv(path, text, limit))
+        elif ".jsonl" not in name and handle.peek(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            yield from chunks_of_rows(by_row, read_json_list(path, io.TextIOWrapper(handle, "utf-8"), limit))
+        else:
+            yield from chunks_of_rows(f"{path}:", read_lines(path, handle, limit))
+
+
+def read_files(files: Sequence[Path], limit: int) -> Iterator[Chunk]:
     """The rows of all files. Raises UserError naming the file that cannot be read, and the last row before."""
     for path in files:
         last = "its start"
         try:
-            for chunk in read_file(path):
+            for chunk in read_file(path, limit):
                 yield chunk
                 last = f"row {chunk.numbers[-1]}"
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -121,9 +242,10 @@ def read_files(files: Sequence[Path]) -> Iterator[Chunk]:
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 after {last} ({error}); convert the file to UTF-8") from error
         except pa.ArrowException as error:
-            raise UserError(f"{path}: not a readable parquet file ({error}); copy it anew") from error
+            kind = path.suffix.removeprefix(".")
+            raise UserError(f"{path}: not a readable {kind} file after {last} ({error}); copy it anew") from error
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+            raise UserError(f"{path}: cannot be read after {last} ({error.strerror or error})") from error
         if last == "its start":
             raise UserError(f"{path}: the file is empty; give a file with at least one row, or remove it")
 
@@ -135,50 +257,91 @@ class Source(NamedTuple):
     chunks: Callable[[], Iterator[Chunk]]
     held_out: bool
     label: str
+    files: Sequence[str] = ()  # names, below the folder
 
 
 log_once = functools.cache(log)  # the train and the test split have the same to say about their folder
 
 
-def local_files(root: Path, layout: Layout, split: str) -> tuple[list[Path], bool]:
-    """The files of a split and whether the split must be held out of them, because the folder has no test files."""
+def _data_files(root: Path) -> list[Path]:
+    """The data files below `root`, in linked folders too, each once; hidden ones and their folders are skipped."""
+    found: dict[str, Path] = {}
+    folders: set[str] = set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        inner[:] = sorted(name for name in inner if not name.startswith((".", "__")))
+        if os.path.realpath(folder) in folders:  # links may lead round in a circle
+            inner.clear()
+            continue
+        folders.add(os.path.realpath(folder))
+        for name in sorted(names):
+            path = Path(folder, name)
+            holds_rows = name.lower().endswith(SUFFIXES) and not name.startswith(".") and not NO_ROWS.fullmatch(name)
+            if holds_rows and path.is_file():
+                found.setdefault(os.path.realpath(path), path)
+    return sorted(found.values())
+
+
+def _words(path: Path, root: Path, words: Sequence[str]) -> set[str]:
+    """Those of `words` in the file's own name, else those in the name of the nearest folder that has any.
+
+    A word stands between signs that are no letters, in capital letters or not, as in dpo_train and Test-0.
+    """
+    parts = path.relative_to(root).parts
+    for part in reversed(parts):
+        found = {word for word in words if re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", part.lower())}
+        if found:
+            return found
+    return set()
+
+
+def local_files(root: Path, layout: Layout, split: str, strict: bool = True) -> tuple[list[Path], bool]:
+    """The files of a split and whether the split must be held out of them, because the folder has no test files.
+
+    Raises UserError if there are none, or if it is not clear which files belong to which split; files of no split are
+    left out if not `strict`, as the copy of a hub's set has them.
+    """
     accepted = f"accepted are {', '.join(SUFFIXES)}"
     if root.is_file():
-        if not root.name.endswith(SUFFIXES):
+        if not root.name.lower().endswith(SUFFIXES):
             raise UserError(f"{root}: not a data file; {accepted}")
         return [root], True
     if not root.is_dir():
         raise UserError(f"{root}: no such file or folder")
     inner = root / layout.loader.get("data_dir", "")
     root = inner if inner.is_dir() else root
-    files = sorted(path for path in root.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
-    files = [path for path in files if not re.match(r"dataset_infos?\.json|\.", path.name)]
+    files = _data_files(root)
     if not files:
         raise UserError(f"{root}: the folder holds no data file; {accepted}")
+    words = {path: _words(path, root, (*layout.train, *layout.test)) for path in files}
 
-    def named(words: Sequence[str]) -> list[Path]:
-        """Files that are, or lie in a folder, named the first possible of `words` and then no letter (train-0)."""
-        for name in (re.compile(rf"{re.escape(word)}(?![A-Za-z])") for word in words):
-            if hits := [path for path in files if any(map(name.match, path.relative_to(root).parts))]:
-                return hits
-        return []
+    def having(*names: str) -> list[Path]:
+        return [path for path in files if words[path] & {*names}]
 
-    train, test = named(layout.train), named(layout.test)
+    train, unclear = having(*layout.train), [path for path in having(*layout.train) if words[path] & {*layout.test}]
+    groups = [TESTS, VALIDATIONS] if layout == PLAIN else [(name,) for name in layout.test]
+    test = next(filter(None, (having(*group) for group in groups)), [])
     if not train and not test:
         return files, True
+    others = [path for path in files if not words[path]]
+    if unclear or (others and strict):
+        shown = "\n".join(f"  {path.relative_to(root)}" for path in (unclear or others)[:20])
+        raise UserError(
+            f"{root}: is it for training or for tests? Not clear from the names of {len(unclear or others)} files:\n"
+            f"{shown}\nname files or folders after one split (train, test or validation), or move these away"
+        )
     if not train:
         raise UserError(f"{root}: the folder has files named {layout.test[0]}*, but none named {layout.train[0]}*")
-    known = {*train, *test}
-    if others := [path.name for path in files if path not in known]:
-        shown = ", ".join(sorted(set(others))[:5])
-        log_once(f"{root}: {len(others)} files belong to neither train nor test and are not read ({shown} ...)")
+    if not_read := [path for path in files if path not in {*train, *test}]:
+        shown = ", ".join(str(path.relative_to(root)) for path in not_read[:5])
+        log_once(f"{root}: {len(not_read)} files are of no split that is used, and not read ({shown} ...)")
     return (test if split == "test" and test else train), not test
 
 
-def local_source(root: Path, layout: Layout, split: str) -> Source:
-    files, held_out = local_files(root, layout, split)
-    identity = [[path.relative_to(root).as_posix() if path != root else "", file_hash(path)] for path in files]
-    return Source(identity, lambda: read_files(files), held_out, str(root))
+def local_source(root: Path, layout: Layout, split: str, limit: int, strict: bool) -> Source:
+    files, held_out = local_files(root, layout, split, strict)
+    names = [path.relative_to(root).as_posix() if path != root else path.name for path in files]
+    identity = [[name if files != [root] else "", file_hash(path)] for name, path in zip(names, files)]
+    return Source(identity, lambda: read_files(files, limit), held_out, str(root), names)
 
 
 def hub_source(hub: str, layout: Layout, split: str, advice: str) -> Source:
@@ -201,4 +364,4 @@ def hub_source(hub: str, layout: Layout, split: str, advice: str) -> Source:
         batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
         return chunks_of_batches(f"{hub} [{name}] row ", batches)
 
-    return Source([hub, name, rows._fingerprint], chunks, test is None, f"{hub} [{name}]")
+    return Source([hub, name, rows._fingerprint], chunks, test is None, f"{hub} [{name}]", [f"{hub} [{name}]"])

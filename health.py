@@ -106,6 +106,7 @@ def batch_text(
         [tree] = batch.trees
         found = reference.response_logps(batch) if reference is not None else None
         row: dict[str, Any] = {"name": name(data, example), "prompt": tree.prompt, "responses": tree.responses}
+        row |= {"masks": tree.masks} if tree.masks else {}
         row |= {"chosen": batch.chosen, "rejected": batch.rejected}
         rows.append(row | {"reference": [found.logps.tolist(), found.mask.tolist()] if found is not None else None})
     return json.dumps({"loss": loss, "examples": rows})
@@ -132,7 +133,7 @@ def read_batch(folder: Path) -> tuple[dict[str, Any], list[Recorded]]:
         content = json.loads(path.read_text())
         examples = []
         for row in content["examples"]:
-            batch = Batch([Tree(row["prompt"], row["responses"])], row["chosen"], row["rejected"])
+            batch = Batch([Tree(row["prompt"], row["responses"], row.get("masks"))], row["chosen"], row["rejected"])
             logps = TokenLogps(*map(torch.tensor, row["reference"])) if row["reference"] else None
             examples.append(Recorded(row["name"], batch, logps))
         return content["loss"], examples

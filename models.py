@@ -238,10 +238,20 @@ def _first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """log p(token | all before it) in nats, float32 [responses, longest response]; `mask` is true where one exists."""
+    """log p(token | all before it) in nats, float32 [responses, longest response]; `mask` is true where one exists and
+    counts (see `batching.Tree`)."""
 
     logps: Tensor
     mask: Tensor
+
+    def of(self, batch: Batch) -> "TokenLogps":
+        """The same, without tokens of `batch` that do not count."""
+        counted = batch.counted(self.mask.shape[1])
+        return (
+            self
+            if counted is None
+            else TokenLogps(self.logps, self.mask & torch.from_numpy(counted).to(self.mask.device))
+        )
 
     def to(self, device: torch.device) -> "TokenLogps":
         """The same on `device`."""
@@ -387,7 +397,7 @@ def response_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> To
     places = rows.places.to(found.device)
     logps = found.new_zeros(rows.shape).flatten().index_put((places,), found)
     mask = torch.zeros(logps.shape, dtype=torch.bool, device=found.device).index_fill(0, places, True)
-    return TokenLogps(logps.view(rows.shape), mask.view(rows.shape))
+    return TokenLogps(logps.view(rows.shape), mask.view(rows.shape)).of(batch)
 
 
 def next_token_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> tuple[Tensor, Rows]:

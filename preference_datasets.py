@@ -4,44 +4,66 @@
 
 Both folders are named by a hash of everything they depend on and appear only when complete. A function per data set
 turns a row into a `Judgement`; `REGISTRY` holds what else is particular about a set. Every row read is either in a
-record or counted in the funnel under the reason why not.
+record or counted in the funnel under the reason why not; what of a row is not used is counted, too.
 """
 
+import ast
 import difflib
+import functools
 import hashlib
 import html.parser
+import inspect
 import itertools
 import json
-import math
+import random
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from tokenizers import Tokenizer
 
 from arrow_cache import ArrowRows, cached, digest, parallel, write_arrow
-from data_files import CHUNK_ROWS, PLAIN, SUFFIXES, Chunk, Layout, Row, Source, hub_source, local_source, numbered_rows
-from utils import UserError, file_hash, log, progress
+from data_files import (
+    CHUNK_ROWS,
+    PLAIN,
+    SUFFIXES,
+    Chunk,
+    Layout,
+    Row,
+    Source,
+    hub_source,
+    local_source,
+    log_once,
+    numbered_rows,
+)
+from rendering import ChatFormat
+from row_forms import (
+    BadRow,
+    Judgement,
+    Pairs,
+    Text,
+    all_answers,
+    dialogue_parts,
+    generic,
+    get,
+    messages,
+    rank,
+    score_notes,
+    split_conversations,
+    to_messages,
+)
+from utils import UserError, log, progress, visible
 
-Message = Mapping[str, str]
-Text = str | list[Message]
-Pairs = list[tuple[int, int]]
-
-# The caches hold what this code makes: an edit makes them anew.
-_CODE = [
-    file_hash(Path(__file__).parent / f"{name}.py") for name in ("preference_datasets", "data_files", "arrow_cache")
-]
-
-FORMS = """  chosen, rejected                  two dialogues: text as in HH, or lists of {role, content}
-  prompt, chosen, rejected
-  prompt, responses, scores         every pair of unequal scores
-  prompt, completion                demonstrations, for loss=sft
-prompt, chosen, rejected, completion and each response may be text or lists of {role, content}."""
+# Raised whenever the code makes other rows or records of the same input. The caches' names hold it.
+FORMAT = 1
+MOST_FILES = 12  # named in the log; data_funnel.json names all
 
 
 @dataclass(frozen=True)
@@ -54,7 +76,12 @@ class DataSettings:
     max_length: int  # prompt + response with EOS
     max_prompt_length: int  # with BOS
     chat_format: str = "auto"  # "auto" | "template" | "hh"
-    holdout_fraction: float = 0.01  # of the prompts, where a source has no test split
+    chat_date: str = "2024-07-26"  # today, for chat templates that write the date
+    columns: Mapping[str, str | None] = field(default_factory=dict)  # what your own files call a column
+    sft_turns: str = "last"  # "last" | "all": which answers of a conversation SFT learns
+    max_pairs_per_prompt: int = 10_000
+    max_row_mb: float = 16  # of a line, or of an object of a list, unpacked
+    holdout_fraction: float | None = None  # of the prompts, if a source has no test split; None: see `n_held_out`
     drop_bad_rows: bool = False
     cache_dir: str = ".cache"
     num_proc: int = 0  # 0: all cores
@@ -62,153 +89,23 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Record:
-    """One prompt, its distinct responses, and pairs (preferred, dispreferred) of their indices; SFT: one response."""
+    """One prompt, its distinct responses, and pairs (preferred, dispreferred) of their indices; SFT: one response.
+
+    `masks` says of each token of each response whether it is the assistant's and counts; None: all do.
+    """
 
     prompt: list[int]
     responses: list[list[int]]
     pairs: Pairs
+    masks: list[list[bool]] | None = None
 
 
 # --- One row -> one Judgement ---
 
 
-# Of what is found in the built-in sets, this is known: it is counted, and no reason to stop.
+# Known defects of built-in sets: counted and dropped, not fatal.
 QUIRKS = {"empty response", "empty prompt", "text holds the EOS string"}
 QUIRKS |= {"score ratio below 2", "no answers", "CNN/DM article, not a post"}
-
-
-class BadRow(Exception):
-    """A row that cannot be used. `reason` is counted in the funnel, `detail` is for the person who mends the row."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-
-
-@dataclass
-class Judgement:
-    """What one row says: text or, still to be rendered, lists of messages."""
-
-    prompt: Text
-    responses: Sequence[Text]
-    pairs: Pairs
-    target: int = 0  # the response that SFT learns
-    score: float | None = None  # the target's; among rows of one prompt the highest wins, without scores the last row
-    ties: int = 0  # pairs of equal score
-    keep_end: bool = False  # truncation keeps the prompt's end, not its start: it ends in what asks for the response
-    demonstration: bool = False  # states no preference, and is not merged with other rows of its prompt
-
-
-def get(row: Row, name: str, *types: type) -> Any:
-    """The field `name` of `row`, which must be of one of `types` (str unless told). Raises BadRow."""
-    types = types or (str,)
-    if name not in row:
-        raise BadRow("missing field", f"'{name}'; the row has {', '.join(map(repr, row)) or 'no fields'}")
-    value = row[name]
-    if value is None:
-        raise BadRow("null field", f"'{name}'")
-    # bool is an int to Python, but true is no score
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        wanted = " or ".join(t.__name__ for t in types)
-        raise BadRow("wrong type", f"'{name}' is {type(value).__name__} ({str(value)[:40]!r}), not {wanted}")
-    return value
-
-
-def messages(row: Row, name: str) -> list[Message]:
-    """The field `name` as a non-empty list of messages, each with text in `role` and `content`. Raises BadRow."""
-    value = get(row, name, list)
-    if not value:
-        raise BadRow("empty conversation", f"'{name}'")
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, Mapping):
-            found = type(message).__name__
-            raise BadRow("wrong type", f"message {number} of '{name}' is {found}, not {{role, content}}")
-    return [{key: get(message, key) for key in ("role", "content")} for message in value]
-
-
-def text_or_messages(row: Row, name: str) -> Text:
-    return get(row, name) if isinstance(get(row, name, str, list), str) else messages(row, name)
-
-
-def rank(scores: Sequence[float]) -> dict[str, Any]:
-    """A Judgement's facts: every pair of unequal scores; the first of the highest scored is the SFT target."""
-    pairs = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in itertools.combinations(range(len(scores)), 2)]
-    unequal = [(i, j) for i, j in pairs if scores[i] != scores[j]]
-    best = max(scores)
-    return {"pairs": unequal, "ties": len(pairs) - len(unequal), "target": scores.index(best), "score": best}
-
-
-def split_dialogues(chosen: str, rejected: str) -> Judgement:
-    """The prompt is the shared text up to and with its last assistant marker.
-
-    Chosen's own last marker will not do: a few HH rows part at an earlier turn, and their rejected text would be cut
-    in the wrong place.
-    """
-    marker = "\n\nAssistant:"
-    end = chosen.rfind(marker)
-    while end >= 0 and not rejected.startswith(chosen[: end + len(marker)]):
-        end = chosen.rfind(marker, 0, end)
-    if end < 0:
-        advice = "dialogues look as in HH, other texts need a column 'prompt'"
-        raise BadRow("no shared assistant turn", f"chosen and rejected have no common {marker!r}; {advice}")
-    end += len(marker)
-    return Judgement(chosen[:end], [chosen[end:], rejected[end:]], [(0, 1)], keep_end=True)
-
-
-def split_conversations(chosen: list[Message], rejected: list[Message]) -> Judgement:
-    """The prompt is the messages that both sides share, up to the last point where both go on with the assistant."""
-    shared = sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(chosen, rejected)))
-    shared = min(shared, len(chosen) - 1, len(rejected) - 1)
-    while shared > 0 and not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
-        shared -= 1
-    if shared <= 0:
-        raise BadRow("no shared prompt", "chosen and rejected share no messages before one of the assistant")
-    return Judgement(chosen[:shared], [chosen[shared:], rejected[shared:]], [(0, 1)], keep_end=True)
-
-
-def answers(prompt: Text, sides: Sequence[Text], **facts: Any) -> Judgement:
-    """Prompt and responses given apart. Where any is a list of messages, text among them becomes a message."""
-    if isinstance(prompt, str) and all(isinstance(side, str) for side in sides):
-        return Judgement(prompt, sides, **facts)
-
-    def turn(role: str, text: Text) -> list[Message]:
-        return [{"role": role, "content": text}] if isinstance(text, str) else text
-
-    asked, said = turn("user", prompt), [turn("assistant", side) for side in sides]
-    if any(side[0]["role"] != "assistant" for side in said):
-        raise BadRow("wrong role", "a response must begin with a message of the assistant")
-    return Judgement(asked, said, keep_end=True, **facts)
-
-
-def generic(row: Row) -> Judgement:
-    """A row whose columns say what it is (`FORMS`)."""
-    if "responses" in row or "scores" in row:
-        return scored(row)
-    if "chosen" in row or "rejected" in row:
-        chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
-        whole = not isinstance(chosen, str) and chosen[0]["role"] != "assistant"
-        if "prompt" in row and not whole:
-            return answers(text_or_messages(row, "prompt"), [chosen, rejected], pairs=[(0, 1)])
-        if isinstance(chosen, str) and isinstance(rejected, str):
-            return split_dialogues(chosen, rejected)
-        if isinstance(chosen, str) or isinstance(rejected, str):
-            raise BadRow("wrong type", "one of 'chosen' and 'rejected' is text, the other a list of messages")
-        return split_conversations(chosen, rejected)
-    if "completion" in row:
-        completion = text_or_messages(row, "completion")
-        return answers(text_or_messages(row, "prompt"), [completion], pairs=[], demonstration=True)
-    raise BadRow("columns fit no known form", f"{', '.join(map(repr, row)) or 'none'}; accepted are\n{FORMS}")
-
-
-def scored(row: Row) -> Judgement:
-    prompt, responses, scores = text_or_messages(row, "prompt"), get(row, "responses", list), get(row, "scores", list)
-    if not responses or len(responses) != len(scores):
-        raise BadRow("scores do not match responses", f"{len(responses)} responses, {len(scores)} scores")
-    for i, score in enumerate(scores):
-        if not math.isfinite(get({f"scores[{i}]": score}, f"scores[{i}]", int, float)):
-            raise BadRow("score not finite", f"scores[{i}] is {score}")
-    sides = [text_or_messages({f"responses[{i}]": side}, f"responses[{i}]") for i, side in enumerate(responses)]
-    return answers(prompt, sides, **rank(scores))
 
 
 def human(text: str) -> str:
@@ -285,7 +182,7 @@ def se(row: Row) -> Judgement:
         raise BadRow("wrong type", "'answers' is not a list of {text, pm_score}")
     responses = [" " + html_to_text(get(answer, "text")) for answer in found]
     scores = [get(answer, "pm_score", int) for answer in found]
-    return Judgement(human(html_to_text(get(row, "question"))), responses, **rank(scores))
+    return Judgement(human(html_to_text(get(row, "question"))), responses, [], **rank(scores))
 
 
 def tldr(row: Row) -> Judgement:
@@ -308,8 +205,10 @@ def tldr(row: Row) -> Judgement:
 
 def ultrafeedback(row: Row) -> Judgement:
     judged = split_conversations(messages(row, "chosen"), messages(row, "rejected"))
-    if get(row, "score_chosen", int, float) == get(row, "score_rejected", int, float):
+    chosen, rejected = (get(row, f"score_{side}", int, float) for side in ("chosen", "rejected"))
+    if chosen == rejected:
         judged.pairs, judged.ties = [], 1
+    judged.notes += score_notes(chosen, rejected)
     return judged
 
 
@@ -329,7 +228,7 @@ def imdb(row: Row) -> Judgement:
 class SetFacts:
     """What is particular about a data set."""
 
-    parse: Callable[[Row], Judgement]
+    parse: Callable[..., Judgement]
     hub: str | None = None
     layout: Layout = PLAIN
     embedded: str | None = None  # a folder beside this file
@@ -353,26 +252,28 @@ REGISTRY: dict[str, SetFacts] = {
     "imdb": SetFacts(imdb, "stanfordnlp/imdb", sft_only=True),
     "sentiment": SetFacts(generic, embedded="data/sentiment"),
 }
-GENERIC = SetFacts(generic)
 
 
 def find_source(name: str, settings: DataSettings, split: str) -> tuple[SetFacts, Source]:
     """The facts and rows of the data set called `name`: built in, a path, or a hub id. Raises UserError for others."""
+    longest = round(settings.max_row_mb * 2**20)
     if name in REGISTRY:
         facts = REGISTRY[name]
         if facts.sft_only and not settings.sft:
             raise UserError(f"data set {name!r} has no preferences, so it is for loss=sft only; choose another")
         embedded = Path(__file__).parent / facts.embedded if facts.embedded else None
         if local := settings.sources.get(name) or embedded:
-            return facts, local_source(Path(local).expanduser(), facts.layout, split)
+            return facts, local_source(Path(local).expanduser(), facts.layout, split, longest, strict=False)
         hub, layout = (facts.sft_hub, PLAIN) if settings.sft and facts.sft_hub else (facts.hub, facts.layout)
         advice = f"Where the hub is out of reach, give a local copy in its layout: dataset_sources.{name}=<folder>"
         return facts, hub_source(str(hub), layout, split, advice)
     path = Path(name).expanduser()
-    if path.exists() or name.endswith(SUFFIXES) or name.startswith(("/", ".", "~")):
-        return GENERIC, local_source(path, PLAIN, split)
+    columns = {column: own for column, own in settings.columns.items() if own is not None}
+    facts = SetFacts(functools.partial(generic, columns=columns) if columns else generic)
+    if path.exists() or name.lower().endswith(SUFFIXES) or name.startswith(("/", ".", "~")):
+        return facts, local_source(path, PLAIN, split, longest, strict=True)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return GENERIC, hub_source(name, PLAIN, split, "Check the id, or give a local copy's path.")
+        return facts, hub_source(name, PLAIN, split, "Check the id, or give a local copy's path.")
     close = difflib.get_close_matches(name, REGISTRY, n=1)
     raise UserError(
         f"unknown data set {name!r}.{f' Did you mean {close[0]!r}?' if close else ''} "
@@ -387,83 +288,109 @@ PAIRS = pa.list_(pa.list_(pa.int32(), 2))
 ROWS = pa.schema(
     {
         "prompt": pa.string(),
-        "responses": pa.list_(pa.string()),
+        "responses": pa.list_(pa.list_(pa.string())),  # each in parts: the assistant's and, in turn, what is between
         "pairs": PAIRS,
         "target": pa.int32(),
         "score": pa.float64(),
-        "ties": pa.int32(),
+        "ties": pa.int64(),
+        "over": pa.int64(),  # pairs beyond max_pairs_per_prompt
         "keep_end": pa.bool_(),
         "demonstration": pa.bool_(),
-        "hash": pa.uint64(),
+        "undesired": pa.bool_(),
+        "hash": pa.uint64(),  # rows of one prompt have the same
+        "key": pa.uint64(),  # of the prompt, however it is rendered
     }
 )
+UNDESIRED = "label is false: the completion is not wanted"
 
 
 def _hash64(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-HH_MARKERS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
+def _prompt_key(judged: Judgement) -> int:
+    """A hash of what a prompt says, whether it says it as text or in messages, and in whatever format."""
+    turns: Any = to_messages(replace(judged, responses=[])).prompt
+    return _hash64(json.dumps([[(m["role"], m["content"].strip()) for m in turns], judged.tools], sort_keys=True))
 
 
-class ChatFormat:
-    """Renders messages with the tokenizer's chat template or in the style of HH."""
+def ranked_pairs(scores: Sequence[float], most: int, seed: int) -> tuple[Pairs, int, int]:
+    """(pairs of unequal scores, the higher first; how many are equal; how many unequal ones are beyond `most`).
 
-    def __init__(self, tokenizer: Any, style: str):
-        has_template = getattr(tokenizer, "chat_template", None) is not None
-        if style == "template" and not has_template:
-            raise UserError("chat_format=template, but the tokenizer has no chat template; use chat_format=hh or auto")
-        self.tokenizer = tokenizer if has_template and style != "hh" else None
-        self.identity = str(tokenizer.chat_template) if self.tokenizer is not None else "hh"
+    Of more than `most` a random choice is taken, which no one else's pairs change.
+    """
+    n = len(scores)
+    ties = sum(count * (count - 1) // 2 for count in Counter(scores).values())
+    unequal = n * (n - 1) // 2 - ties
+    if unequal <= most:
+        pairs = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in itertools.combinations(range(n), 2)]
+        return [(i, j) for i, j in pairs if scores[i] != scores[j]], ties, 0
+    drawn = random.Random(seed)
+    chosen: dict[tuple[int, int], None] = {}
+    while len(chosen) < most:
+        i, j = drawn.randrange(n), drawn.randrange(n)
+        if scores[i] > scores[j]:
+            chosen.setdefault((i, j))
+    return sorted(chosen), ties, unequal - most
 
-    def __call__(self, prompt: list[Message], response: list[Message]) -> tuple[str, str]:
-        """The prompt up to where the assistant speaks, and what follows without a closing EOS. Raises BadRow."""
-        if self.tokenizer is None:
-            asked, said = self._hh(prompt) + "\n\nAssistant:", self._hh(response)
-            return asked, said.removeprefix("\n\nAssistant:")
-        try:
-            asked = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-            whole = self.tokenizer.apply_chat_template([*prompt, *response], tokenize=False)
-        except Exception as error:  # templates raise what they like
-            raise BadRow("refused by the chat template", f"{error}; chat_format=hh needs no template") from error
-        if not whole.startswith(asked):
-            raise BadRow("unfit chat template", "its generation prompt is not how an answer begins; use chat_format=hh")
-        said = whole[len(asked) :]
-        eos = self.tokenizer.eos_token
-        return asked, said.rstrip().removesuffix(eos) if said.rstrip().endswith(eos) else said
 
-    def _hh(self, turns: list[Message]) -> str:
-        unknown = [turn["role"] for turn in turns if turn["role"] not in HH_MARKERS]
-        if unknown:
-            raise BadRow("wrong role", f"{unknown[0]!r} is not one of {', '.join(HH_MARKERS)}")
-        return "".join(HH_MARKERS[turn["role"]] + turn["content"] for turn in turns)
+@dataclass
+class Tally:
+    """What is to be said of rows: how many, by reason or kind, and where the first of each is."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)  # "text", "hh" or "template:<its hash>"
+    first: dict[str, str] = field(default_factory=dict)
+
+    def count(self, kind: Counter[str], what: str, where: str) -> None:
+        kind[what] += 1
+        self.first.setdefault(what, where)
+
+    def add(self, other: "Tally") -> None:
+        self.dropped += other.dropped
+        self.notes += other.notes
+        self.formats += other.formats
+        self.first = other.first | self.first
 
 
 class ParseRows:
-    """Chunk -> (Arrow batch in the schema `ROWS`, (how many rows are dropped by reason, the first of each)).
+    """Chunk -> (Arrow batch in the schema `ROWS`, tally). Raises UserError at a row that must not be dropped."""
 
-    Raises UserError at a row that must not be dropped.
-    """
+    def __init__(self, facts: SetFacts, chat: ChatFormat, eos: str, settings: DataSettings):
+        self.facts, self.chat, self.eos = facts, chat, eos
+        self.drop_bad_rows, self.most_pairs = settings.drop_bad_rows, settings.max_pairs_per_prompt
+        self.all_turns = settings.sft and settings.sft_turns == "all"
 
-    def __init__(self, facts: SetFacts, chat: ChatFormat, eos: str, drop_bad_rows: bool):
-        self.facts, self.chat, self.eos, self.drop_bad_rows = facts, chat, eos, drop_bad_rows
-
-    def __call__(self, chunk: Chunk) -> tuple[pa.RecordBatch, tuple[Counter[str], dict[str, str]]]:
+    def __call__(self, chunk: Chunk) -> tuple[pa.RecordBatch, Tally]:
         kept: list[dict[str, Any]] = []
-        dropped: Counter[str] = Counter()
-        first: dict[str, str] = {}
+        tally = Tally()
         for where, row in numbered_rows(chunk):
             try:
-                kept.append(self.parse(row))
+                parsed, format_, notes = self.parse(row)
             except BadRow as bad:
                 if not (self.drop_bad_rows or (self.facts.hub and bad.reason in QUIRKS)):
                     advice = "Mend the row, or set drop_bad_rows=true to drop such rows and count them."
-                    raise UserError(f"{where}: {bad}\n{advice}") from None
-                dropped[bad.reason] += 1
-                first.setdefault(bad.reason, where)
-        return pa.RecordBatch.from_pylist(kept, schema=ROWS), (dropped, first)
+                    raise UserError(f"{where}: {visible(str(bad))}\n{advice}") from None
+                tally.count(tally.dropped, bad.reason, where)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            except Exception as error:  # whatever a row may hold, it must not end in a traceback
+                told = visible(f"{type(error).__name__}: {error}")
+                raise UserError(f"{where}: the row cannot be used ({told}); mend or remove it") from error
+            else:
+                kept.append(parsed)
+                for note in notes:
+                    tally.count(tally.notes, note, where)
+                tally.count(tally.formats, format_, where)
+        try:
+            return pa.RecordBatch.from_pylist(kept, schema=ROWS), tally
+        except (pa.ArrowException, OverflowError, ValueError) as error:
+            where = f"{chunk.where}{chunk.numbers[0]} to {chunk.numbers[-1]}"
+            raise UserError(f"{where}: a number or text of these rows is too large ({error})") from error
 
-    def parse(self, row: bytes | Row) -> dict[str, Any]:
+    def parse(self, row: bytes | Row) -> tuple[dict[str, Any], str, list[str]]:
+        """What the row says in the schema `ROWS`, how it was rendered, and what is to be noted. Raises BadRow."""
         if isinstance(row, bytes):
             row = self.decode(row)
         if not isinstance(row, Mapping):
@@ -472,11 +399,26 @@ class ParseRows:
         self.check(judged.prompt, "prompt")
         for response in judged.responses:
             self.check(response, "response")
-        prompt, responses = judged.prompt, judged.responses
-        if not isinstance(prompt, str):
-            sides = [self.chat(prompt, response) for response in responses]  # type: ignore[arg-type]
-            prompt, responses = sides[0][0], [said for _, said in sides]
-        return vars(judged) | {"prompt": prompt, "responses": responses, "hash": _hash64(prompt)}
+        if self.chat.wraps_text:
+            judged = to_messages(judged)
+        exact = judged.prompt if isinstance(judged.prompt, str) else json.dumps([judged.prompt, judged.tools])
+        facts: dict[str, Any] = {"hash": _hash64(exact), "key": _prompt_key(judged), "over": 0}
+        if judged.scores is not None:
+            judged.pairs, judged.ties, facts["over"] = ranked_pairs(judged.scores, self.most_pairs, facts["key"])
+        if self.all_turns:
+            judged = all_answers(judged)
+        notes = judged.notes + ([UNDESIRED] if judged.undesired else [])
+        if isinstance(judged.prompt, str):
+            responses, format_ = [dialogue_parts(str(side)) for side in judged.responses], "text"
+            if not judged.prompt.startswith("\n\nHuman:"):
+                responses = [[str(side)] for side in judged.responses]
+            return vars(judged) | facts | {"responses": responses}, format_, notes
+        sides = [self.chat(judged.prompt, side, judged.tools) for side in judged.responses]  # type: ignore[arg-type]
+        if any(side.prompt != sides[0].prompt for side in sides):
+            raise BadRow("unfit chat template", "it renders the prompt in other ways before other responses")
+        notes += dict.fromkeys(note for side in sides for note in side.notes)
+        facts |= {"prompt": sides[0].prompt, "responses": [side.parts for side in sides]}
+        return vars(judged) | facts, self.chat.name, notes
 
     @staticmethod
     def decode(line: bytes) -> Any:
@@ -488,28 +430,97 @@ class ParseRows:
             raise BadRow("invalid JSON", str(error)) from None
 
     def check(self, side: Text, kind: str) -> None:
-        for text in [side] if isinstance(side, str) else [turn["content"] for turn in side]:
-            if not text.strip():
-                raise BadRow(f"empty {kind}")
-            if self.eos in text:
-                raise BadRow(
-                    "text holds the EOS string", f"{self.eos!r} in the {kind}; the model would learn to stop there"
-                )
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise BadRow("broken Unicode", f"half of a surrogate pair in the {kind}") from None
+        """Raise BadRow for text that is empty, no text, or holds the EOS string. A prompt that is text may hold it, as
+        one that is rendered already does."""
+        if isinstance(side, str):
+            self._check_text(side, kind, may_be_empty=False, may_hold_eos=kind == "prompt")
+            return
+        for message in side:
+            others = message["role"] not in ("user", "assistant") or "tool_calls" in message
+            self._check_text(message["content"], kind, others, may_hold_eos=False)
+
+    def _check_text(self, text: str, kind: str, may_be_empty: bool, may_hold_eos: bool) -> None:
+        if not text.strip() and not may_be_empty:
+            raise BadRow(f"empty {kind}")
+        if self.eos in text and not may_hold_eos:
+            detail = f"{self.eos!r} in the {kind}; the model would learn to stop there"
+            raise BadRow("text holds the EOS string", detail)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadRow("broken Unicode", f"half of a surrogate pair in the {kind}") from None
 
 
 # --- Tokenising: the rows of a prompt -> one record ---
 
-RECORDS = pa.schema({"prompt": IDS, "responses": pa.list_(IDS), "pairs": PAIRS})
+RECORDS = pa.schema(
+    {
+        "prompt": IDS,
+        "responses": pa.list_(IDS),
+        "pairs": PAIRS,
+        "masks": pa.list_(pa.list_(pa.bool_())),
+        "key": pa.uint64(),
+        "pair_keys": pa.list_(pa.uint64()),  # of prompt, chosen and rejected; SFT: of prompt and response
+    }
+)
 
 
 def own_bos(tokenizer: Any) -> list[int]:
     """The BOS token that the tokenizer itself puts before a text: [] or one id."""
     first = list(tokenizer("x")["input_ids"])[:1]
     return first if first == [tokenizer.bos_token_id] else []
+
+
+def _no_prefix(part: Any) -> Any:
+    """A part of a tokenizer's description without what puts a space before a text."""
+    if isinstance(part, list):
+        return [_no_prefix(one) for one in part if not (isinstance(one, dict) and one.get("type") == "Prepend")]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Prepend":
+        return None
+    part = {key: _no_prefix(value) for key, value in part.items()}
+    if part.get("type") == "Metaspace":
+        part["prepend_scheme"] = "never"
+        part.pop("add_prefix_space", None)
+    return part | ({"add_prefix_space": False} if part.get("type") == "ByteLevel" else {})
+
+
+class Encoder:
+    """Text -> token ids: those of a text by itself, or of one that goes on from another, before which no tokenizer
+    puts the space that some put before every text."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.inner: Tokenizer | None = None
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            content = json.loads(backend.to_str())
+            content["truncation"] = content["padding"] = None
+            plain = content | {key: _no_prefix(content[key]) for key in ("normalizer", "pre_tokenizer")}
+            if plain != content:
+                self.inner = Tokenizer.from_str(json.dumps(plain))
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return self.tokenizer(texts, **options)["input_ids"] if texts else []
+
+    def going_on(self, texts: list[str]) -> list[list[int]]:
+        if self.inner is None:
+            return self(texts)
+        return [found.ids for found in self.inner.encode_batch(texts, add_special_tokens=False)]
+
+    def spells(self, prompt: str, response: str, ids: tuple[list[int], list[int]]) -> bool:
+        """Whether the ids of a prompt and what follows decode to their texts. White space of the prompt may differ:
+        some tokenizers have their own before special tokens."""
+        whole = self._decode(ids[0] + ids[1])
+        if whole == prompt + response:
+            return True
+        start = self._decode(ids[0])
+        return "".join(start.split()) == "".join(prompt.split()) and whole == start + response
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def truncate(
@@ -529,25 +540,47 @@ def truncate(
     return prompt, [response[: max_length - len(prompt)] for response in responses]
 
 
-def compact(responses: Sequence[Any], pairs: Pairs) -> tuple[list[Any], Pairs, int]:
-    """The distinct responses that stand in a pair, the pairs among them, and how many pairs were of equal responses."""
+def compact(responses: Sequence[Any], pairs: Pairs) -> tuple[list[int], Pairs, int]:
+    """The distinct responses that stand in a pair (where they first do), the pairs among them, and how many pairs were
+    of equal responses."""
     kept = [(a, b) for a, b in pairs if responses[a] != responses[b]]
     index: dict[Any, int] = {}
+    first: list[int] = []
     for i in itertools.chain.from_iterable(kept):
-        index.setdefault(responses[i], len(index))
-    return list(index), [(index[responses[a]], index[responses[b]]) for a, b in kept], len(pairs) - len(kept)
+        if responses[i] not in index:
+            index[responses[i]] = len(index)
+            first.append(i)
+    return first, [(index[responses[a]], index[responses[b]]) for a, b in kept], len(pairs) - len(kept)
 
 
 # The funnel's lines after those of rows and prompts
 PAIR_COUNTS = (
     "pairs",
     "pairs dropped: equal scores",
+    "pairs dropped: over max_pairs_per_prompt",
     "pairs dropped: identical responses",
     "pairs dropped: identical after truncation",
     "prompts dropped: no pair",
 )
 MERGED = "rows not used: one target a prompt"
-COUNTS = ("prompts truncated", "responses", "responses truncated (EOS lost)", "records", "examples")
+UNSPELLED = "prompts whose tokens do not spell their text"
+COUNTS = ("prompts truncated", UNSPELLED, "responses", "responses truncated (EOS lost)", "records", "examples")
+
+
+@dataclass
+class Merged:
+    """What the rows of one prompt say together. Responses are in parts, as in `ROWS`."""
+
+    prompt: str
+    responses: list[tuple[str, ...]]
+    pairs: Pairs
+    keep_end: bool
+    key: int
+
+    def pair_keys(self) -> list[int]:
+        sides: Sequence[Sequence[int]] = self.pairs or [(0,)]
+        texts = ["".join(parts) for parts in self.responses]
+        return [_hash64("\0".join((str(self.key), *(texts[i] for i in side)))) for side in sides]
 
 
 class TokeniseRecords:
@@ -555,7 +588,7 @@ class TokeniseRecords:
 
     def __init__(self, rows: Path, tokenizer: Any, settings: DataSettings):
         self.rows, self.tokenizer, self.settings = rows, tokenizer, settings
-        self.bos = own_bos(tokenizer)
+        self.encode, self.bos = Encoder(tokenizer), own_bos(tokenizer)
         self.table: ArrowRows | None = None
 
     def __call__(self, groups: list[np.ndarray]) -> tuple[pa.RecordBatch, Counter[str]]:
@@ -563,46 +596,65 @@ class TokeniseRecords:
         counts: Counter[str] = Counter()
         rows = ([self.table.row(i).to_pylist()[0] for i in group.tolist()] for group in groups)
         trees = [tree for group in rows if (tree := self.merge(group, counts))]
-        texts = [text for tree in trees for text in (tree.prompt, *tree.responses)]
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        ids = iter(self.tokenizer(texts, **options)["input_ids"] if texts else [])
-        records = [self.record(tree, next(ids), [next(ids) for _ in tree.responses], counts) for tree in trees]
+        prompts = self.encode([tree.prompt for tree in trees])
+        parts = iter(self.encode.going_on([part for tree in trees for parts in tree.responses for part in parts]))
+        records = []
+        for tree, prompt in zip(trees, prompts, strict=True):
+            responses = [[next(parts) for _ in texts] for texts in tree.responses]
+            records.append(self.record(tree, prompt, responses, counts))
         return pa.RecordBatch.from_pylist([r for r in records if r is not None], schema=RECORDS), counts
 
-    def merge(self, rows: list[dict[str, Any]], counts: Counter[str]) -> Judgement | None:
-        """What the rows of one prompt say together; None where that is no preference."""
-        prompt, keep_end = rows[0]["prompt"], rows[0]["keep_end"]
+    def merge(self, rows: list[dict[str, Any]], counts: Counter[str]) -> Merged | None:
+        """What the rows of one prompt say together; None if that is no preference."""
+        merged = Merged(rows[0]["prompt"], [], [], rows[0]["keep_end"], rows[0]["key"])
         if self.settings.sft:
             rated = [row for row in rows if row["score"] is not None]
             best = max(rated, key=lambda row: row["score"]) if rated else rows[-1]
             counts[MERGED] += len(rows) - 1
-            return Judgement(prompt, [best["responses"][best["target"]]], [], keep_end=keep_end)
-        responses: list[str] = []
+            merged.responses = [tuple(best["responses"][best["target"]])]
+            return merged
+        responses: list[tuple[str, ...]] = []
         pairs: Pairs = []
         for row in rows:
             pairs += [(len(responses) + a, len(responses) + b) for a, b in row["pairs"]]
-            responses += row["responses"]
-            counts["pairs"] += len(row["pairs"]) + row["ties"]
+            responses += map(tuple, row["responses"])
+            counts["pairs"] += len(row["pairs"]) + row["ties"] + row["over"]
             counts["pairs dropped: equal scores"] += row["ties"]
-        distinct, kept, n_identical = compact(responses, pairs)
+            counts["pairs dropped: over max_pairs_per_prompt"] += row["over"]
+        most = self.settings.max_pairs_per_prompt
+        if len(pairs) > most:
+            counts["pairs dropped: over max_pairs_per_prompt"] += len(pairs) - most
+            pairs = [pairs[i] for i in sorted(random.Random(merged.key).sample(range(len(pairs)), most))]
+        first, merged.pairs, n_identical = compact(responses, pairs)
+        merged.responses = [responses[i] for i in first]
         counts["pairs dropped: identical responses"] += n_identical
-        if not kept:
+        if not merged.pairs:
             counts["prompts dropped: no pair"] += 1
             return None
-        return Judgement(prompt, distinct, kept, keep_end=keep_end)
+        return merged
 
     def record(
-        self, tree: Judgement, prompt: list[int], responses: list[list[int]], counts: Counter[str]
+        self, tree: Merged, prompt: list[int], parts: list[list[list[int]]], counts: Counter[str]
     ) -> dict[str, Any] | None:
-        prompt = prompt if prompt[: len(self.bos)] == self.bos else self.bos + prompt
+        """The record of a prompt, from the ids of its prompt and of its responses' parts; None if no pair is left."""
+        texts = "".join(itertools.chain.from_iterable(tree.responses))
+        flat = [token for response in parts for part in response for token in part]
+        counts[UNSPELLED] += not self.encode.spells(tree.prompt, texts, (prompt, flat))
+        prompt, n_bos = self._with_bos(prompt)
         if not prompt:
             raise UserError(f"the prompt {tree.prompt[:80]!r} has no tokens under this tokenizer; drop its rows")
-        responses = [[*response, self.tokenizer.eos_token_id] for response in responses]
-        s = self.settings
-        cut, ends = truncate(prompt, responses, len(self.bos), s.max_length, s.max_prompt_length, tree.keep_end)
+        eos, s = self.tokenizer.eos_token_id, self.settings
+        responses = [[*itertools.chain.from_iterable(response), eos] for response in parts]
+        masks = [[i % 2 == 0 for i, part in enumerate(response) for _ in part] + [True] for response in parts]
+        cut, ends = truncate(prompt, responses, n_bos, s.max_length, s.max_prompt_length, tree.keep_end)
+        masks = [mask[: len(end)] for mask, end in zip(masks, ends, strict=True)]
         n_cut = sum(len(end) < len(response) for end, response in zip(ends, responses, strict=True))
-        distinct, pairs, n_identical = compact([tuple(end) for end in ends], tree.pairs)
-        if not s.sft:
+        keys = tree.pair_keys()
+        first, pairs, n_identical = compact([(*end, None, *mask) for end, mask in zip(ends, masks)], tree.pairs)
+        if s.sft:
+            first = [0]
+        else:
+            keys = [key for key, (a, b) in zip(keys, tree.pairs) if (ends[a], masks[a]) != (ends[b], masks[b])]
             counts["pairs dropped: identical after truncation"] += n_identical
             if not pairs:
                 counts["prompts dropped: no pair"] += 1
@@ -612,7 +664,19 @@ class TokeniseRecords:
         counts["responses truncated (EOS lost)"] += n_cut
         counts["records"] += 1
         counts["examples"] += len(pairs) or 1
-        return {"prompt": cut, "responses": ends if s.sft else distinct, "pairs": pairs}
+        kept = [masks[i] for i in first]
+        return {
+            **{"prompt": cut, "responses": [ends[i] for i in first], "pairs": pairs},
+            **{"masks": None if all(map(all, kept)) else kept, "key": tree.key, "pair_keys": keys},
+        }
+
+    def _with_bos(self, prompt: list[int]) -> tuple[list[int], int]:
+        """The prompt with BOS once if the tokenizer's convention has it, and how many BOS it begins with: those that a
+        chat template wrote count, too. (A token that also begins turns is none.)"""
+        if self.bos:
+            return (prompt if prompt[:1] == self.bos else self.bos + prompt), 1
+        bos = self.tokenizer.bos_token_id
+        return prompt, int(bos is not None and prompt[:1] == [bos] and prompt.count(bos) == 1)
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
@@ -644,17 +708,43 @@ def group_rows(table: ArrowRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return order, starts[by_first], ends[by_first]
 
 
-def in_test_split(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Which prompts are held out: those whose hash lies in the lowest `fraction` of the range, at least one.
+def in_test_split(hashes: np.ndarray, fraction: float | None) -> np.ndarray:
+    """Which prompts are held out: those of the lowest hashes, at least one.
 
-    A prompt's side does not depend on the other rows, so that no loss and no filter moves it to the other split.
+    With a `fraction` those in the lowest part of the range, so that a prompt's side does not depend on the other rows.
+    None: 1 % of the prompts but at least 50, or a tenth of them if that is fewer.
     """
     distinct = np.unique(hashes)
-    if not fraction or not len(distinct):
+    if fraction == 0 or not len(distinct):
         return np.zeros(len(hashes), dtype=bool)
-    n_below = int(np.searchsorted(distinct, np.uint64(int(fraction * 2**64))))
+    if fraction is None:
+        n_below = max(len(distinct) // 100, min(50, len(distinct) // 10))
+    else:
+        n_below = int(np.searchsorted(distinct, np.uint64(int(fraction * 2**64))))
     n_test = min(max(n_below, 1), len(distinct) - 1)
     return hashes < distinct[n_test]
+
+
+def parser_identity(parse: Callable[..., Judgement]) -> list[Any]:
+    """What a parser does, as far as its own text tells it: comments and layout are no part of that."""
+    columns = dict(parse.keywords["columns"]) if isinstance(parse, functools.partial) else {}
+    function = parse.func if isinstance(parse, functools.partial) else parse
+    try:
+        text = ast.dump(ast.parse(textwrap.dedent(inspect.getsource(function))))
+    except (OSError, TypeError, SyntaxError):  # it was defined where no text is kept
+        text = function.__qualname__
+    return [text, columns]
+
+
+@dataclass(frozen=True)
+class LoadedSet:
+    """One split of one data set: the folder of its records, and what became of its rows."""
+
+    folder: Path
+    funnel: dict[str, int]
+    notes: dict[str, int]
+    formats: list[str]
+    source: Source
 
 
 class Loader:
@@ -664,19 +754,19 @@ class Loader:
         self.name, self.settings, self.tokenizer, self.split = name, settings, tokenizer, split
         self.cache_dir = Path(settings.cache_dir)
         self.facts, self.source = find_source(name, settings, split)
-        if self.source.held_out and split == "test" and not settings.holdout_fraction:
+        if self.source.held_out and split == "test" and settings.holdout_fraction == 0:
             raise UserError(
                 f"data set {name!r} ({self.source.label}) has no test split and holdout_fraction=0 holds none out; "
                 "set holdout_fraction, for example 0.01, or add test files"
             )
 
-    def load(self) -> tuple[Path, dict[str, int]]:
-        """The folder of the records, and the funnel. Raises UserError if no example is left."""
+    def load(self) -> LoadedSet:
+        """The records' folder and what is to be said of them. Raises UserError if no example is left."""
         s = self.settings
-        chat = ChatFormat(self.tokenizer, s.chat_format)
-        parser = ParseRows(self.facts, chat, self.tokenizer.eos_token, s.drop_bad_rows)
-        facts = (self.facts.parse.__name__, self.facts.hub)
-        raw = digest(_CODE, self.source.identity, facts, parser.eos, chat.identity, s.drop_bad_rows)
+        chat = ChatFormat(self.tokenizer, s.chat_format, s.chat_date)
+        parser = ParseRows(self.facts, chat, self.tokenizer.eos_token, s)
+        parsed_by = [FORMAT, parser_identity(self.facts.parse), self.facts.hub, parser.eos, chat.identity]
+        raw = digest(parsed_by, self.source.identity, s.drop_bad_rows, s.max_pairs_per_prompt, parser.all_turns)
         held_out = (self.split, s.holdout_fraction) if self.source.held_out else None
         tokens = digest(raw, tokenizer_identity(self.tokenizer), s.max_length, s.max_prompt_length, s.sft, held_out)
 
@@ -685,34 +775,47 @@ class Loader:
             self.write_records(folder, rows)
 
         folder = cached(self.cache_dir, f"tokens-{tokens}", tokenise)
-        funnel = json.loads((folder / "funnel.json").read_text())
+        told = json.loads((folder / "funnel.json").read_text(encoding="utf-8"))
+        funnel, first = told["funnel"], told["first"]
+        for note, n in told["notes"].items():
+            log_once(f"warning: {self.name}: {note} ({n} rows, the first at {first[note]})")
         if not funnel["examples"]:
-            hint = "\nThe rows state no preferences: use loss=sft." if not s.sft and not funnel["pairs"] else ""
+            hint = ""
+            if not s.sft and UNDESIRED in told["notes"]:
+                hint = "\nThe rows are completions with labels, which state no preferences."
+            elif not s.sft and not funnel["pairs"]:
+                hint = "\nThe rows state no preferences: use loss=sft."
             table = _table({self.name: funnel})
             raise UserError(f"data set {self.name!r} ({self.split}) has no example left:\n{table}{hint}")
-        return folder, funnel
+        return LoadedSet(folder, funnel, told["notes"], told["formats"], self.source)
 
     def write_rows(self, folder: Path, parser: ParseRows) -> None:
         bar = progress(desc=f"{self.name}: reading", unit=" rows")
         batches = parallel(parser, self.source.chunks(), self.settings.num_proc)
-        total: Counter[str] = Counter()
-        first: dict[str, str] = {}
-        for dropped, where in write_arrow(folder / "rows.arrow", ROWS, batches, bar):
-            total += dropped
-            first = where | first
-        for reason, count in total.items():
-            log(f"{self.name}: dropped {count} rows ({reason}), the first at {first[reason]}")
-        (folder / "dropped.json").write_text(json.dumps(total, sort_keys=True))
+        total = Tally()
+        for tally in write_arrow(folder / "rows.arrow", ROWS, batches, bar):
+            total.add(tally)
+        for reason, count in total.dropped.items():
+            log(f"{self.name}: dropped {count} rows ({reason}), the first at {total.first[reason]}")
+        (folder / "tally.json").write_text(json.dumps(vars(total), sort_keys=True), encoding="utf-8")
 
     def write_records(self, folder: Path, rows: Path) -> None:
         table = ArrowRows(rows / "rows.arrow")
-        dropped = json.loads((rows / "dropped.json").read_text())
+        told = json.loads((rows / "tally.json").read_text(encoding="utf-8"))
+        undesired = table.table["undesired"].to_numpy()
+        if self.settings.sft and undesired.any():
+            self.refuse_undesired(told)
+        dropped = dict(told["dropped"])
         funnel = {"rows": len(table) + sum(dropped.values())}
         funnel |= {f"rows dropped: {reason}": count for reason, count in dropped.items()}
         order, starts, ends = group_rows(table)
-        funnel |= {"rows kept": len(table), "prompts": len(starts)}
+        if self.settings.sft and undesired.any():  # each is a record of its own
+            kept = ~undesired[order[starts]]
+            funnel[f"rows dropped: {UNDESIRED}"] = int(undesired.sum())
+            starts, ends = starts[kept], ends[kept]
+        funnel |= {"rows kept": int((ends - starts).sum()), "prompts": len(starts)}
         if self.source.held_out:
-            test = in_test_split(table.table["hash"].to_numpy()[order[starts]], self.settings.holdout_fraction)
+            test = in_test_split(table.table["key"].to_numpy()[order[starts]], self.settings.holdout_fraction)
             chosen = test if self.split == "test" else ~test
             other = "held out for evaluation" if self.split == "train" else "used for training"
             funnel[f"prompts dropped: {other}"] = int((~chosen).sum())
@@ -724,31 +827,56 @@ class Loader:
         batches = parallel(work, chunks, self.settings.num_proc)
         counts: Counter[str] = sum(write_arrow(folder / "records.arrow", RECORDS, batches, bar), Counter())
         wanted = (MERGED, *COUNTS) if self.settings.sft else PAIR_COUNTS + COUNTS
-        (folder / "funnel.json").write_text(json.dumps(funnel | {key: counts[key] for key in wanted}))
+        funnel |= {key: counts[key] for key in wanted if counts[key] or key != UNSPELLED}
+        told |= {"funnel": funnel, "formats": sorted(told["formats"])}
+        (folder / "funnel.json").write_text(json.dumps(told), encoding="utf-8")
+
+    def refuse_undesired(self, told: dict[str, Any]) -> None:
+        """Raise UserError: SFT would learn completions that are labelled as bad; unless such rows are to be dropped."""
+        if not self.settings.drop_bad_rows:
+            raise UserError(
+                f"{told['first'][UNDESIRED]}: {UNDESIRED}, and loss=sft would learn it. Remove such rows (there are "
+                f"{told['notes'][UNDESIRED]}), or set drop_bad_rows=true to leave them out"
+            )
 
 
 class PreferenceData:
     """One split of a mixture: `Record`s read from disk when asked for."""
 
-    def __init__(self, names: tuple[str, ...], folders: Sequence[Path], funnel: dict[str, dict[str, int]]):
-        self.names, self.funnel = names, funnel
-        self.identity = [folder.name for folder in folders]  # for each data set, of all that its records depend on
-        sizes = [funnel[name]["records"] for name in names]
+    def __init__(self, names: tuple[str, ...], sets: Sequence[LoadedSet]):
+        self.names = names
+        self.funnel = {name: one.funnel for name, one in zip(names, sets, strict=True)}
+        self.notes = {name: one.notes for name, one in zip(names, sets, strict=True)}
+        self.identity = [one.folder.name for one in sets]  # for each data set, of all that its records depend on
+        self.formats = sorted({name for one in sets for name in one.formats})  # how rows were rendered
+        self.sources = [  # where the rows come from, and a hash of their content
+            {
+                "name": name,
+                "path": one.source.label,
+                "files": [*one.source.files],
+                "digest": digest(one.source.identity),
+            }
+            for name, one in zip(names, sets, strict=True)
+        ]
+        sizes = [one.funnel["records"] for one in sets]
         self.source = np.repeat(np.arange(len(names)), sizes)  # [records], index into `names`
-        self._rows = ArrowRows(*(folder / "records.arrow" for folder in folders))
+        self._rows = ArrowRows(*(one.folder / "records.arrow" for one in sets))
         n_pairs = pc.list_value_length(self._rows.table["pairs"]).to_numpy().astype(np.int64)
         self.n_examples = np.maximum(n_pairs, 1)  # [records]; one for SFT, where there are no pairs
+        self.keys = self._rows.table["key"].to_numpy()  # [records], a hash of each prompt, however it is rendered
+        self.pair_keys = pc.list_flatten(self._rows.table["pair_keys"]).to_numpy()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, i: int) -> Record:
         row = self._rows.row(range(len(self))[i])
-        prompt, responses, pairs = (row.column(name)[0] for name in RECORDS.names)
+        prompt, responses, pairs, masks = (row.column(name)[0] for name in RECORDS.names[:4])
         return Record(
             prompt.values.to_numpy().tolist(),
             [response.values.to_numpy().tolist() for response in responses],
             [(a, b) for a, b in pairs.as_py()],
+            masks.as_py(),
         )
 
 
@@ -764,8 +892,12 @@ def load_data(settings: DataSettings, tokenizer: Any, split: str) -> PreferenceD
         raise UserError(f"datasets names {twice[0]!r} twice; name each once")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, which ends every response; choose a tokenizer that has one")
-    folders, funnels = zip(*(Loader(name, settings, tokenizer, split).load() for name in settings.names))
-    return PreferenceData(settings.names, folders, dict(zip(settings.names, funnels)))
+    return PreferenceData(settings.names, [Loader(name, settings, tokenizer, split).load() for name in settings.names])
+
+
+def overlap(train_keys: np.ndarray, train_pairs: np.ndarray, test: PreferenceData) -> tuple[int, int]:
+    """How many of the prompts of `test`, and of its pairs (SFT: of its demonstrations), are among those given."""
+    return int(np.isin(test.keys, train_keys).sum()), int(np.isin(test.pair_keys, train_pairs).sum())
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -789,5 +921,10 @@ def _table(funnel: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def format_funnel(data: PreferenceData) -> str:
-    """What became of the rows, a line a count and a column a data set."""
-    return _table(data.funnel)
+    """What became of the rows, a line a count and a column a data set; and the files that they were read from."""
+    lines = [_table(data.funnel)]
+    for source in data.sources:
+        files = source["files"]
+        more = f" and {len(files) - MOST_FILES} more" if len(files) > MOST_FILES else ""
+        lines.append(f"{source['path']}: {', '.join(files[:MOST_FILES])}{more}")
+    return visible("\n".join(lines))

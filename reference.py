@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 from transformers import PreTrainedModel
 
 import parallel
-from batching import Batch, Cut, Example, Tree
+from batching import Batch, Cut, Example, Tree, make_tree
 from models import Computation, TokenLogps, response_logps
 from preference_datasets import PreferenceData
 from utils import UserError, log, make_dir, progress
@@ -121,7 +121,7 @@ class StoredReference:
         for i, (first, entry) in enumerate(zip(starts, found, strict=True)):
             logps[i, : len(entry)] = torch.from_numpy(entry)
             mask[i, first : len(entry)] = True
-        return TokenLogps(logps, mask)
+        return TokenLogps(logps, mask).of(batch)
 
 
 class Reference(Protocol):
@@ -206,8 +206,7 @@ def build_reference(
 
 
 def _tree(data: PreferenceData, record: int, responses: list[int]) -> Tree:
-    content = data[record]
-    return Tree(content.prompt, [content.responses[response] for response in responses])
+    return make_tree(data[record], responses)
 
 
 def _split(

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from losses import LOSSES, Loss
 from preference_datasets import REGISTRY, DataSettings
+from row_forms import COLUMNS
 from utils import UserError, get_local_dir, get_local_run_dir
 
 CHOICES = {
@@ -29,6 +31,7 @@ CHOICES = {
     "reference.mode": ("stored", "live"),
     "lr_schedule": ("constant", "linear", "cosine"),
     "chat_format": ("auto", "template", "hh"),
+    "sft_turns": ("last", "all"),
     "checkpoint_check": ("fast", "full"),
     "on_nonfinite": ("stop", "skip"),
     "mixed_precision": ("float32", "bfloat16", "float16"),
@@ -109,7 +112,12 @@ class Config:
     dataset_sources: dict[str, str | None] = field(default_factory=dict)
     dataset_weights: list[float] | None = None
     chat_format: str = ""
-    holdout_fraction: float = 0.0
+    chat_date: str = ""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    sft_turns: str = ""
+    max_pairs_per_prompt: int = 0
+    max_row_mb: float = 0.0
+    holdout_fraction: float | None = None
     drop_bad_rows: bool = False
     num_proc: int = 0
     cache_dir: str | None = None
@@ -306,6 +314,8 @@ def _number_problems(c: Config) -> Iterator[str]:
         ("max_length max_prompt_length n_epochs n_examples eval_every save_every", "at least 1", lambda v: v >= 1),
         ("keep_last_n nproc tensor_parallel_size fsdp_replicate_size", "at least 1", lambda v: v >= 1),
         ("n_eval_samples_per_prompt activation_checkpointing_every", "at least 1", lambda v: v >= 1),
+        ("max_pairs_per_prompt", "at least 1", lambda v: v >= 1),
+        ("max_row_mb", "more than 0, and at most 1024", lambda v: 0 < v <= 1024),
         ("n_eval_examples n_eval_model_samples warmup_steps num_proc", "0 or more", lambda v: v >= 0),
         ("weight_decay save_patience lr minimum_log_interval_secs", "0 or more", lambda v: 0 <= v < math.inf),
         ("seed", "at least 0 and less than 2^63", lambda v: 0 <= v < 2**63),
@@ -360,6 +370,12 @@ def _data_problems(c: Config) -> Iterator[str]:
         yield f"dataset_weights={weights} must have one number for each of datasets={c.datasets}"
     if weights is not None and not all(0 <= weight < math.inf for weight in weights):
         yield f"dataset_weights={weights} must be numbers of 0 or more"
+    for column in sorted(c.columns.keys() - set(COLUMNS)):
+        yield f"columns.{column} is no column that a row has a use for; choose from: {', '.join(COLUMNS)}"
+    try:
+        datetime.fromisoformat(c.chat_date)
+    except ValueError:
+        yield f"chat_date={c.chat_date} must be a date, such as 2024-07-26"
     for name in sorted(c.dataset_sources.keys() - REGISTRY.keys()):
         yield f"dataset_sources.{name} is no built-in data set; choose from: {', '.join(REGISTRY)}"
 
@@ -418,6 +434,11 @@ def data_settings(config: Config) -> DataSettings:
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         chat_format=config.chat_format,
+        chat_date=config.chat_date,
+        columns=config.columns,
+        sft_turns=config.sft_turns,
+        max_pairs_per_prompt=config.max_pairs_per_prompt,
+        max_row_mb=config.max_row_mb,
         holdout_fraction=config.holdout_fraction,
         drop_bad_rows=config.drop_bad_rows,
         cache_dir=str(config.cache),
@@ -429,7 +450,7 @@ def check_keys(overrides: list[str]) -> None:
     """Raise UserError for a misspelt key among command-line overrides, with the key that was probably meant."""
     for override in overrides:
         key, equals, _ = override.partition("=")
-        free = key.partition(".")[0] in ("hydra", "optimizer_kwargs", "dataset_sources")
+        free = key.partition(".")[0] in ("hydra", "optimizer_kwargs", "dataset_sources", "columns")
         if equals and key[:1].isalpha() and "/" not in key and not free and key not in KEYS:
             where = "config/config.yaml, config/model/blank_model.yaml and config/loss"
             raise UserError(f"there is no key {key!r}{_meant(key)} (every key stands in {where})")

@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import weights_identity
 from models import load_tokenizer, pick_device, quiet_transformers
-from preference_datasets import BadRow, ChatFormat, ParseRows, own_bos, text_or_messages
+from preference_datasets import ParseRows, own_bos
+from rendering import ChatFormat
+from row_forms import BadRow, text_or_messages
 from sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample
 from saved import Saved, find_reference, find_saved, take_overrides
 from utils import UserError, file_hash, log, make_dir, progress, run_main, visible
@@ -75,7 +77,7 @@ def _rendered(line: str, tokenizer: Any, chat_format: str) -> str:
         raise BadRow("not an object", f"a row is {{...}}, this one is {type(row).__name__}")
     prompt = text_or_messages(row, "prompt")
     if not isinstance(prompt, str):  # as in training, which renders a prompt with its response
-        prompt = ChatFormat(tokenizer, chat_format)(prompt, [{"role": "assistant", "content": "x"}])[0]
+        prompt = ChatFormat(tokenizer, chat_format, "2024-07-26").prompt(prompt)
     try:
         prompt.encode()
     except UnicodeEncodeError:

@@ -354,6 +354,9 @@ def test_folder_splits(settings: DataSettings, tokenizer: Any, tmp_path: Path) -
     write_rows(tmp_path / "set/two/train-00001.jsonl.gz", rows("c"))
     write_rows(tmp_path / "set/one/validation.jsonl", rows("d"))
     write_rows(tmp_path / "set/notes/trainer.jsonl", [{"x": 1}])
+    with pytest.raises(UserError, match=r"Not clear from the names of 1 files:\n  notes/trainer.jsonl"):
+        load_data(replace(settings, names=(str(tmp_path / "set"),)), tokenizer, "train")
+    (tmp_path / "set/notes/trainer.jsonl").unlink()
     for split, size in (("train", 3), ("test", 1)):
         data = load_data(replace(settings, names=(str(tmp_path / "set"),)), tokenizer, split)
         assert len(data) == size
@@ -517,7 +520,11 @@ BAD_INPUT = {
         line(prompt="Q", chosen="A<|eos|>", rejected="B"),
         r"x.jsonl:1: text holds the EOS string",
     ),
-    "EOS in a prompt": ("x.jsonl", line(prompt="<|eos|>Q", chosen="A", rejected="B"), r"'<\|eos\|>' in the prompt"),
+    "EOS in a message": (
+        "x.jsonl",
+        line(prompt=[{"role": "user", "content": "<|eos|>Q"}], chosen="A", rejected="B"),
+        r"'<\|eos\|>' in the prompt",
+    ),
     "half a surrogate": ("x.jsonl", line(prompt="Q\ud800", chosen="A", rejected="B"), r"x.jsonl:1: broken Unicode"),
     "no dialogue": (
         "x.jsonl",
@@ -563,7 +570,7 @@ BAD_INPUT = {
         line(prompt="Q", responses=["A", "B"], scores=[1, 1]),
         r"no example left:\n(.*\n)*.*equal scores +1",
     ),
-    "other file type": ("x.csv", b"prompt,chosen\n", r"x.csv: not a data file; accepted are .jsonl"),
+    "other file type": ("x.txt", b"prompt,chosen\n", r"x.txt: not a data file; accepted are .jsonl"),
 }
 
 
@@ -789,7 +796,7 @@ def test_cache_holds_what_it_depends_on(settings: DataSettings, tmp_path: Path, 
     (tmp_path / "moved").mkdir()
     path = path.rename(tmp_path / "moved/x.jsonl")
     assert work() == []  # other name, same content
-    monkeypatch.setattr(pd_module, "_CODE", "edited")
+    monkeypatch.setattr(pd_module, "FORMAT", 0)
     assert work() == both
 
 

@@ -238,10 +238,18 @@ class CheckpointWriter:
     """Writes a run's checkpoints, at most one at a time; in the `background`, training waits for a copy in host memory.
 
     Of those in the run's folder, the newest `keep_last` are kept (None: all), and those that LATEST and BEST name.
+    `files` are names and contents of what else each has.
     """
 
-    def __init__(self, run_dir: Path, background: bool = False, keep_last: int | None = None):
+    def __init__(
+        self,
+        run_dir: Path,
+        background: bool = False,
+        keep_last: int | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ):
         self.run_dir, self.background, self.keep_last = run_dir, background, keep_last
+        self.files = files or {}
         self._group = parallel.side_group() if background else None
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
@@ -281,6 +289,9 @@ class CheckpointWriter:
                 raise OSError(space)
             folder.mkdir()
             _write_texts(folder, model, configs, tokenizer, described)
+            for file, content in self.files.items():
+                (folder / file).parent.mkdir(exist_ok=True)
+                (folder / file).write_bytes(content)
             if batch is not None:
                 (folder / BATCH_FILE).write_text(batch)
 

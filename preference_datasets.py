@@ -671,12 +671,12 @@ class TokeniseRecords:
         }
 
     def _with_bos(self, prompt: list[int]) -> tuple[list[int], int]:
-        """The prompt with BOS once if the tokenizer's convention has it, and how many BOS it begins with: those that a
-        chat template wrote count, too. (A token that also begins turns is none.)"""
+        """The prompt with BOS once if the tokenizer's convention has it, and how many BOS it begins with: one that a
+        chat template wrote counts, too. (A token that begins every turn is none.)"""
         if self.bos:
             return (prompt if prompt[:1] == self.bos else self.bos + prompt), 1
-        bos = self.tokenizer.bos_token_id
-        return prompt, int(bos is not None and prompt[:1] == [bos] and prompt.count(bos) == 1)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return prompt, int(bos is not None and prompt[:1] == [bos] and (prompt.count(bos) == 1 or bos == eos))
 
 
 def tokenizer_identity(tokenizer: Any) -> str:

@@ -70,6 +70,8 @@ class ChatFormat:
             whole[before : before + 2] = [_joined(prompt[-1], response[0])]
         text = self._render(whole, tools)
         if not text.startswith(asked):
+            if thought := _after_think(asked, response, text, self.tokenizer.eos_token):
+                return Rendering(asked, [thought], self._notes(whole, text, tools))
             raise BadRow("unfit chat template", "its generation prompt is not how an answer begins; use chat_format=hh")
         parts = [text[a:b] for a, b in self._bounds(whole, before, len(asked), text, tools)]
         for message, part in zip(response, self._answers(whole[before:], parts)):
@@ -131,9 +133,10 @@ class ChatFormat:
         """Where the answer whole[i], which begins at `start`, ends: with its EOS if it has one."""
         assert self.tokenizer is not None
         alone, eos = self._render(whole[: i + 1], tools), self.tokenizer.eos_token
-        if text.startswith(alone) and len(alone) > start:
-            rest = alone.rstrip()
-            return len(rest) if rest.endswith(eos) and len(rest) > start else len(alone)
+        for end in (alone, alone.rstrip().removesuffix(eos)):  # some end a conversation with an EOS of its own
+            if text.startswith(end) and len(end) > start:
+                rest = end.rstrip()
+                return len(rest) if rest.endswith(eos) and len(rest) > start else len(end)
         said = whole[i]["content"].strip()
         found = re.match(rf"\s*{re.escape(said)}\s*{re.escape(eos)}", text[start:])
         if not said or found is None:
@@ -184,6 +187,19 @@ class ChatFormat:
 def _joined(start: Message, end: Message) -> Message:
     """One message of the assistant that `start` begins and `end` goes on with."""
     return {**start, **end, "content": start["content"] + end["content"]}
+
+
+def _after_think(asked: str, response: list[Message], text: str, eos: str) -> str | None:
+    """A response that thinks, word for word, after a prompt that has it begin with <think>. (Templates that write such
+    prompts leave the thinking out of a conversation that is over.)"""
+    message, begins = response[0], asked.rstrip().endswith("<think>")
+    if len(response) > 1 or "tool_calls" in message or not begins or not text.rstrip().endswith(eos):
+        return None
+    thinking = next((message[key] for key in THINKING if isinstance(message.get(key), str)), None)
+    if thinking is not None:
+        return f"{thinking.strip()}\n</think>\n\n{message['content']}"
+    said = message["content"].lstrip()
+    return said.removeprefix("<think>").lstrip() if "</think>" in said else None
 
 
 def _squeezed(text: str) -> str:

@@ -32,6 +32,7 @@ import stopping
 import sweeps
 import trainers
 from checkpoint import find_archive, read_state
+from data_checks import check_format, check_overlap
 from models import load_policy, load_tokenizer, local_folder, pick_device, quiet_transformers
 from preference_datasets import PreferenceData, format_funnel, load_data
 from settings import Config, build_config, check_keys, data_settings, register_resolvers
@@ -56,9 +57,16 @@ def load_splits(config: Config, tokenizer: Any) -> tuple[PreferenceData, Prefere
     if steps <= config.warmup_steps:
         reached = config.lr * steps / (config.warmup_steps + 1)
         log(f"note: warmup_steps={config.warmup_steps} outlasts the run: lr reaches {reached:.2g} of {config.lr:.2g}")
-    funnel = {"train": train.funnel, "test": test.funnel if test else {}, "examples": examples, "updates": steps}
+    archive = Path(config.model.archive) if config.model.archive else None
+    check_format(train, archive, tokenizer)
+    splits = {"train": train, **({"test": test} if test is not None else {})}
+    funnel: dict[str, Any] = {name: split.funnel for name, split in splits.items()} | {"examples": examples}
+    funnel |= {"updates": steps, "overlap": check_overlap(train, test, archive)}
+    funnel |= {"notes": {name: split.notes for name, split in splits.items()}}
+    funnel |= {"sources": {name: split.sources for name, split in splits.items()}}
     if parallel.is_main():
-        Path(config.local_run_dir, "data_funnel.json").write_text(json.dumps(funnel, indent=2))
+        path = Path(config.local_run_dir, "data_funnel.json")
+        path.write_text(json.dumps(funnel, indent=2), encoding="utf-8")
     return train, test
 
 

@@ -17,6 +17,7 @@ import health
 import parallel
 import stopping
 from batching import Cut, Example, Plan, eval_examples
+from data_checks import trained_on
 from evaluation import Metrics, Scorer, evaluate_loss, extend_metrics, mean_metrics, shares
 from models import check_fits, pick_computation
 from parallel import Sharding
@@ -106,7 +107,9 @@ class BasicTrainer:
         self.evaluated = self.saved = 0  # after how many examples that was done as planned
         self.eval_metrics: dict[str, float] = {}
         self.best: float | None = None
-        self.writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, config.keep_last_n)
+        archive = Path(config.model.archive) if config.model.archive else None
+        files = trained_on(train_data, archive)
+        self.writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, config.keep_last_n, files)
         self.save_failed = False
         self.watch = health.Watch(config.warn_loss_spike, config.warn_chosen_drop)
         self.deadline = stopping.Deadline(config.max_runtime)
@@ -456,6 +459,8 @@ class BasicTrainer:
             "config": dataclasses.asdict(self.config),
             "history": self.logger.history(),
             "wandb_id": self.logger.wandb_id,
+            "formats": self.train_data.formats,
+            "sources": {"train": self.train_data.sources, "test": self.eval_data.sources if self.eval_data else []},
             **self._identity(),
         }
 

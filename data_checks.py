@@ -1,0 +1,86 @@
+"""What a run compares its data with: training rows with test rows, and both with what model.archive was trained on."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoint import STATE_FILE
+from preference_datasets import PreferenceData, overlap
+from utils import log
+
+TRAINED_ON = "trained_on"
+"""Folder of a checkpoint with hashes of the prompts and pairs that its weights have seen."""
+
+
+def trained_on(train: PreferenceData, archive: Path | None) -> dict[str, bytes]:
+    """The files of TRAINED_ON after training on `train` from `archive`: sorted hashes of prompts and of pairs."""
+    files = {}
+    for kind, mine in (("prompts", train.keys), ("pairs", train.pair_keys)):
+        buffer = io.BytesIO()
+        np.save(buffer, np.union1d(mine, _hashes(archive, kind)), allow_pickle=False)
+        files[f"{TRAINED_ON}/{kind}.npy"] = buffer.getvalue()
+    return files
+
+
+def _hashes(archive: Path | None, kind: str) -> np.ndarray:
+    """The hashes of `kind` that a checkpoint keeps; none of a folder that is no checkpoint of ours."""
+    path = archive / TRAINED_ON / f"{kind}.npy" if archive is not None else None
+    if path is None or not path.is_file():
+        return np.empty(0, dtype=np.uint64)
+    return np.load(path, allow_pickle=False)
+
+
+def check_overlap(
+    train: PreferenceData, test: PreferenceData | None, archive: Path | None
+) -> dict[str, dict[str, int]]:
+    """Warn of evaluation prompts and pairs that training, or that of `archive`, has seen. Returns how many."""
+    if test is None:
+        return {}
+    total = {"prompts": len(test), "pairs": len(test.pair_keys)}
+    found = {"training data": dict(zip(("prompts", "pairs"), overlap(train.keys, train.pair_keys, test)))}
+    if len(seen := _hashes(archive, "prompts")):
+        seen_prompts, seen_pairs = overlap(seen, _hashes(archive, "pairs"), test)
+        found["training data of model.archive"] = {"prompts": seen_prompts, "pairs": seen_pairs}
+    for where, shared in found.items():
+        if shared["prompts"]:
+            log(
+                f"warning: {shared['prompts']} of the {total['prompts']} prompts held for evaluation, and "
+                f"{shared['pairs']} of their {total['pairs']} examples, are in the {where} too: numbers on them do not "
+                "tell how well the model does on new prompts"
+            )
+    return found
+
+
+def check_format(data: PreferenceData, archive: Path | None, tokenizer: Any) -> None:
+    """Say it if rows are rendered in another way than those that the model was trained on."""
+    known = _formats(archive)
+    if warning := format_warning(data.formats, known):
+        log(f"warning: {warning}")
+    elif not known and data.formats == ["text"] and getattr(tokenizer, "chat_template", None):
+        log(
+            "note: the rows are text and the tokenizer has a chat template; chat_format=template makes them turns of it"
+        )
+
+
+def _formats(archive: Path | None) -> list[str]:
+    try:
+        state = json.loads((archive / STATE_FILE).read_text(encoding="utf-8")) if archive is not None else {}
+        return [str(name) for name in state.get("formats", [])]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
+
+
+def format_warning(formats: list[str], trained: list[str]) -> str:
+    """What to say if rows are rendered as `formats`, and the model was trained on `trained`; "" if nothing."""
+    other = sorted(set(formats) - set(trained)) if trained else []
+    if not other:
+        return ""
+    names = {"text": "plain text", "hh": "the style of HH (\\n\\nHuman: ...)"}
+    shown = [" and ".join(names.get(name, f"a chat template ({name.partition(':')[2]})") for name in kinds)
+             for kinds in (other, trained)]  # fmt: skip
+    return (
+        f"these rows are {shown[0]}, and the model was trained on {shown[1]}: set chat_format to what it was trained on"
+    )

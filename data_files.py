@@ -178,10 +178,11 @@ def read_csv(path: Path, handle: Any, limit: int) -> NumberedRows:
         names = next(reader, [])
         if len(set(names)) < len(names):
             raise csv.Error("two columns have the same name")
-        for number, values in enumerate((row for row in reader if row), 1):
+        for values in filter(None, reader):
             if len(values) != len(names):
                 raise csv.Error(f"it has {len(values)} fields, and the header {len(names)}")
             row = TextRow((name, value if value else None) for name, value in zip(names, values))
+            number += 1
             yield number, row, sum(map(len, values))
     except csv.Error as error:
         raise UserError(f"{path}: row {number + 1} is no row of this table: {error}; mend the file") from None

@@ -345,6 +345,9 @@ def _without_repetition(judged: Judgement) -> Judgement:
 def generic(row: Row, columns: Mapping[str, str | None] | None = None) -> Judgement:
     """A row whose columns say what it is (`FORMS`)."""
     fields = Fields(row, columns or {})
+    for column, name in fields.columns.items():
+        if name not in row:
+            raise BadRow("missing field", f"'{name}' (columns.{column}); the row has {', '.join(map(repr, row))}")
     judged = _with_tools(_with_system(_form(fields), fields), fields)
     if judged.pairs and fields.has("score_chosen") and fields.has("score_rejected"):
         scores = [fields.get_as(name, int, float) for name in ("score_chosen", "score_rejected")]

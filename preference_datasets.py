@@ -8,6 +8,7 @@ record or counted in the funnel under the reason why not; what of a row is not u
 """
 
 import ast
+import bisect
 import difflib
 import functools
 import hashlib
@@ -319,19 +320,18 @@ def ranked_pairs(scores: Sequence[float], most: int, seed: int) -> tuple[Pairs, 
 
     Of more than `most` a random choice is taken, which no one else's pairs change.
     """
-    n = len(scores)
-    ties = sum(count * (count - 1) // 2 for count in Counter(scores).values())
-    unequal = n * (n - 1) // 2 - ties
-    if unequal <= most:
-        pairs = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in itertools.combinations(range(n), 2)]
-        return [(i, j) for i, j in pairs if scores[i] != scores[j]], ties, 0
-    drawn = random.Random(seed)
-    chosen: dict[tuple[int, int], None] = {}
-    while len(chosen) < most:
-        i, j = drawn.randrange(n), drawn.randrange(n)
-        if scores[i] > scores[j]:
-            chosen.setdefault((i, j))
-    return sorted(chosen), ties, unequal - most
+    order = sorted(range(len(scores)), key=lambda i: scores[i])
+    n_lower: list[int] = []  # how many of `order` have a lower score than each
+    for place, i in enumerate(order):
+        equal = place > 0 and scores[i] == scores[order[place - 1]]
+        n_lower.append(n_lower[-1] if equal else place)
+    starts = [0, *itertools.accumulate(n_lower)]  # pair number starts[p] + q is (order[p], order[q])
+    unequal = starts[-1]
+    ties = len(scores) * (len(scores) - 1) // 2 - unequal
+    numbers = range(unequal) if unequal <= most else random.Random(seed).sample(range(unequal), most)
+    places = ((number, bisect.bisect_right(starts, number) - 1) for number in numbers)
+    pairs = [(order[place], order[number - starts[place]]) for number, place in places]
+    return sorted(pairs, key=lambda pair: (min(pair), max(pair))), ties, unequal - len(pairs)
 
 
 @dataclass

@@ -596,10 +596,9 @@ def test_only_the_assistants_tokens_count(tmp_path: Path) -> None:
 
 def spaced_tokenizer(scheme: str) -> PreTrainedTokenizerFast:
     """A tokenizer that puts a space before a text, as Llama's do."""
-    pieces = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "▁", "\n", *"It is42+?Q:Anoyes."])}
-    pieces |= {token: len(pieces) + i for i, token in enumerate(["▁It", "▁is", "▁4", "▁Q", "▁▁"])}
     merges = [("▁", "I"), ("▁I", "t"), ("▁", "i"), ("▁i", "s"), ("▁", "4"), ("▁", "Q"), ("▁", "▁")]
-    pieces |= {token: len(pieces) + i for i, token in enumerate(["▁I", "▁i"])}
+    tokens = ["<unk>", "<s>", "</s>", "▁", "\n", *"It is42+?Q:Anoyes.", *("".join(pair) for pair in merges)]
+    pieces = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.BPE(vocab=pieces, merges=merges, unk_token="<unk>", fuse_unk=True))
     if scheme == "prepend":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -655,6 +654,9 @@ def test_ranked_pairs_against_all_of_them() -> None:
     some, ties, over = ranked_pairs(scores, 5, 0)
     assert len(some) == 5 and set(some) <= set(every) and (ties, over) == (2, len(every) - 5)
     assert ranked_pairs(scores, 5, 0) == (some, ties, over) != ranked_pairs(scores, 5, 1)
+    one = [1] + [0] * 50_000  # 1.25e9 pairs, of which nearly all are ties
+    pairs, ties, over = ranked_pairs(one, 7, 0)
+    assert len(set(pairs)) == 7 and {i for i, _ in pairs} == {0} and over == 49_993 and ties == 50_000 * 49_999 // 2
 
 
 def test_a_prompt_of_many_responses_has_few_pairs(tmp_path: Path) -> None:

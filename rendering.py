@@ -237,10 +237,11 @@ def _must_stand(message: Message, part: str) -> None:
     said[:1] = [piece for piece in thinking if piece not in ("<think>", "</think>")]
     for text in said:
         if text.strip() and not _stands(text, rendered):
+            advice = "" if "tool_calls" in message else ", or chat_format=hh"
             raise BadRow(
                 "the chat template drops text",
-                f"{text.strip()[:60]!r} of a response is not in its rendering {part.strip()[:80]!r}; take a template "
-                "that keeps it, or chat_format=hh",
+                f"{text.strip()[:60]!r} of a response is not in its rendering {part.strip()[:80]!r}; take a tokenizer "
+                f"whose template keeps it{advice}",
             )
     if len(message["content"]) > 20 and part.count(message["content"]) > 1:
         raise BadRow("the chat template repeats text", f"{message['content'][:60]!r} stands twice in its rendering")

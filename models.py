@@ -3,6 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import json
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,28 +13,61 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    read_field,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import parallel
 from arrow_cache import cached
 from batching import Batch, Tree
-from checkpoint import Archive, resolve_archive
+from checkpoint import Archive, find_archive, resolve_archive
 from layouts import Rows, lay_out, model_inputs, set_attention
 from parallel import Sharding
 from settings import Config
-from utils import UserError, file_hash, log
+from utils import UserError, file_hash, is_passing, log, visible
 
 # Buffers in a policy.pt of older versions of transformers, which today's models compute: causal masks and frequencies.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 LOGITS_AT_ONCE = 2**25
 """Logits (positions x vocabulary) that exist at a time: 128 MiB in float32."""
-# What from_pretrained raises for a name or folder it cannot use.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError)
+GGUF_VERSION = 2
+"""Of the folders that GGUF files are converted to: raise it if the conversion changes."""
+# Names of attributes that are probabilities or sizes of noise in training: of dropout, layer drop, stochastic depth and
+# routers. Jitter may have a part in evaluation too.
+_NOISE, _JITTER = re.compile("drop|jitter|stochastic|noise"), re.compile("jitter|noise")
+_SEEDS = range(1, 5)
+
+
+@contextlib.contextmanager
+def refusing(message: str) -> Iterator[None]:
+    """Turn an exception that a model or tokenizer causes into a UserError: `message` and the exception's first line.
+
+    Want of memory, and the end of another process, stay what they are.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # files, configurations and code of models raise what they like
+        if is_passing(error):
+            raise
+        raise UserError(f"{message}: {_first_line(error)}") from error
 
 
 def pick_device(config: Config) -> torch.device:
@@ -50,18 +86,49 @@ def pick_device(config: Config) -> torch.device:
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer of the configuration. Raises UserError where there is none, or it has no end-of-text token."""
-    name = config.model.tokenizer_name_or_path or config.model.name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(local_folder(name, config.cache), **_own_code(config))
-    except _LOAD_ERRORS as error:
-        raise UserError(
-            f"no tokenizer could be read from {name} ({_first_line(error)}); give one with "
-            "model.tokenizer_name_or_path=<hub id or folder>"
-        ) from error
+    """The tokenizer that model.tokenizer_name_or_path names, else the archive's, else the model's.
+
+    Logs how it differs from the next of these. Raises UserError if there is none, or it has no end-of-text token.
+    """
+    names = [config.model.tokenizer_name_or_path, _archive_tokenizer(config), config.model.name_or_path]
+    name, *others = [name for name in names if name]
+    advice = "give one with model.tokenizer_name_or_path=<hub id or folder>"
+    with refusing(f"no tokenizer could be read from {name}; {advice}"):
+        tokenizer = _read_tokenizer(name, config)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-text token (eos_token), which ends every response")
+    if config.model.archive and others:
+        with contextlib.suppress(Exception):  # it is not needed
+            if different := tokenizer_differences(tokenizer, _read_tokenizer(others[0], config)):
+                log(f"the tokenizer is that of {name}; that of {others[0]} differs in its {', '.join(different)}")
     return tokenizer
+
+
+def _read_tokenizer(name: str, config: Config) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(local_folder(name, config.cache), **_own_code(config))
+
+
+def _archive_tokenizer(config: Config) -> str | None:
+    """The folder of model.archive if it has a tokenizer."""
+    path = find_archive(config.model.archive) if config.model.archive else None
+    return str(path) if path is not None and (path / "tokenizer_config.json").is_file() else None
+
+
+def tokenizer_differences(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> list[str]:
+    """In what two tokenizers differ; empty if they give any text the same ids."""
+
+    def facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        rules = json.loads(backend.to_str()) if backend is not None else {}
+        return {
+            "vocabulary": tokenizer.get_vocab(),
+            "special tokens": tokenizer.special_tokens_map,
+            "chat template": tokenizer.chat_template,
+            "rules": {key: rules.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor", "model")},
+        }
+
+    ours, theirs = facts(one), facts(other)
+    return [name for name, value in ours.items() if value != theirs[name]]
 
 
 def load_policy(
@@ -86,19 +153,19 @@ def load_policy(
             log(f"starting from the weights of {found.path}{found.describe()}")
     folder = found.path if found is not None and found.state is None else source
     state = found.state if found is not None else None
-    try:
+    where = f"no model could be read from {folder}"
+    if found is not None and state is not None:
+        where = f"model.archive={found.path} is of another architecture"
+    if Path(folder, "adapter_config.json").is_file():
+        raise UserError(f"{folder} holds an adapter, which would be left out; merge it into the model's weights first")
+    with refusing(where):
         model = _from_pretrained(folder, state, _loading_options(config, device, sharding), sharding)
-    except _LOAD_ERRORS as error:
-        if found is not None and state is not None:
-            raise UserError(f"model.archive={found.path} is of another architecture: {_first_line(error)}") from error
-        raise UserError(f"no model could be read from {folder}: {_first_line(error)}") from error
     disable_dropout(model)
     if trains and config.activation_checkpointing:
-        try:
+        with refusing("activation_checkpointing=true"):
             model.activation_checkpointing_enable({"use_reentrant": False}, config.activation_checkpointing_every)
-        except ValueError as error:
-            raise UserError(f"activation_checkpointing=true: {_first_line(error)}") from error
-    add_token_logps(model)
+    with refusing(f"{type(model).__name__} is not supported"):
+        add_token_logps(model)
     if config.compile and compiled:
         for block in parallel.blocks(model, config.model.block_name or config.model.block):
             block.compile(dynamic=True)
@@ -127,16 +194,34 @@ def _own_code(config: Config) -> dict[str, Any]:
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
     """Raise UserError where token ids or positions would lie outside the model's tables."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
+    with refusing(f"{type(model).__name__} is not supported"):
+        weight = model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
     if len(tokenizer) > len(weight):
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens but the model embeds {len(weight)}: "
             "is model.tokenizer_name_or_path that of this model?"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and config.max_length > positions:
-        raise UserError(f"max_length={config.max_length} is more than the {positions} positions of the model; lower it")
+    most, reason = positions(model.config)
+    if most is not None and config.max_length > most:
+        raise UserError(f"max_length={config.max_length} is more than the {most} positions {reason}; lower it")
+
+
+def positions(config: PreTrainedConfig) -> tuple[int | None, str]:
+    """How many tokens a row may have (None: any number), and the reason, for a message.
+
+    LongRoPE takes other frequencies for all rows of a batch if its longest row passes a limit, so a longer row would
+    change the log-probabilities of the shorter ones beside it.
+    """
+    text = config.get_text_config()
+    most, reason = getattr(text, "max_position_embeddings", None), "of the model"
+    rope = getattr(text, "rope_parameters", None) or {}
+    for kind in (rope, *(kind for kind in rope.values() if isinstance(kind, dict))):
+        limit = kind.get("original_max_position_embeddings")
+        switches = kind.get("rope_type") == "longrope" and kind.get("long_factor") != kind.get("short_factor")
+        if switches and limit and (most is None or limit < most):
+            most, reason = limit, "up to which the model's LongRoPE computes all rows alike"
+    return most, reason
 
 
 def _from_pretrained(
@@ -155,15 +240,22 @@ def _from_pretrained(
         # Old transformers saved buffers that today's models compute.
         state = {name: tensor for name, tensor in state.items() if not name.endswith(OLD_BUFFERS)}
         model, info = model_class.from_pretrained(None, state_dict=state, **options)
-    missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    if state is not None and (missing or unknown):
-        raise ValueError(f"it lacks {missing[:2] or 'nothing'} and has the unknown {unknown[:2] or 'nothing'}")
-    if missing:
-        raise UserError(
-            f"the weights of {source} lack {len(missing)} tensors that the model needs, such as {missing[0]}; "
-            "is the folder complete, and of a causal language model?"
-        )
+    if state is None:
+        _check_complete(info, f"the weights of {source}", "is the folder complete, and of a causal language model?")
+    else:
+        missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if missing or unknown:
+            raise ValueError(f"it lacks {missing[:2] or 'nothing'} and has the unknown {unknown[:2] or 'nothing'}")
     return model
+
+
+def _check_complete(info: dict[str, Any], weights: str, advice: str) -> None:
+    """Raise UserError if tensors are missing, which would be made up at random, or unknown, which would be left out."""
+    missing = sorted(info["missing_keys"])
+    unknown = sorted(name for name in info["unexpected_keys"] if not name.endswith(OLD_BUFFERS))
+    for names, what in ((missing, "lack {} tensors that the model needs"), (unknown, "have {} tensors unknown to it")):
+        if names:
+            raise UserError(f"{weights} {what.format(len(names))}, such as {visible(names[0])}; {advice}")
 
 
 def _check_same_architecture(config: Config, source: str | Path, archive: Archive) -> None:
@@ -172,10 +264,8 @@ def _check_same_architecture(config: Config, source: str | Path, archive: Archiv
         return
     configs = []
     for key, place in (("name_or_path", source), ("archive", archive.path)):
-        try:
+        with refusing(f"model.{key}={place}: its config cannot be read"):
             configs.append(AutoConfig.from_pretrained(place, **_own_code(config)))
-        except _LOAD_ERRORS as error:
-            raise UserError(f"model.{key}={place}: its config cannot be read: {_first_line(error)}") from error
     for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         wanted, given = (getattr(found, key, None) for found in configs)
         if wanted != given:
@@ -204,33 +294,52 @@ def _convert_gguf(path: Path, cache: Path) -> Path:
 
     def convert(folder: Path) -> None:
         log(f"reading {path.name} and converting it into {cache / 'models'} (once)")
-        try:
-            given: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+        given: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+        options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+        with refusing(f"{path} could not be read as a GGUF model"):
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
-            model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **given)
-        except _LOAD_ERRORS as error:
-            raise UserError(f"{path} could not be read as a GGUF model: {_first_line(error)}") from error
+            model, info = AutoModelForCausalLM.from_pretrained(path.parent, **options, **given)
+            info["unexpected_keys"] = _unknown_gguf_tensors(path, model)
+        _check_complete(info, str(path), "is the file complete, and of a model that transformers can read from GGUF?")
         # The weights are no longer quantised; transformers refuses to save a model that says they are.
         del model.config.quantization_config
         model.hf_quantizer = None  # type: ignore[assignment]
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    return cached(cache / "models", f"{path.stem}-{file_hash(path)[:16]}", convert)
+    return cached(cache / "models", f"{path.stem}-{file_hash(path)[:16]}-{GGUF_VERSION}", convert)
+
+
+def _unknown_gguf_tensors(path: Path, model: PreTrainedModel) -> list[str]:
+    """The file's tensors that transformers passes over without a word.
+
+    Experts' are cut up or put together on the way: one that is not used leaves others missing.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    architecture = str(read_field(reader, "general.architecture")[0])
+    known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={}))
+    return [t.name for t in reader.tensors if t.name not in known and not re.search("_exps|_shexp", t.name)]
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability to 0, so that policy and reference compute the same function."""
+    """Set every probability of dropout, layer drop and stochastic depth, and every jitter of routers, to 0, so that
+    policy and reference compute the same function. What was not 0 is remembered for `check_noise`."""
+    switched_off: list[tuple[torch.nn.Module, str, float]] = []
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+            if isinstance(value, float) and value and _NOISE.search(name.lower()):
+                switched_off.append((module, name, value))
+    for module, name, _ in switched_off:
+        setattr(module, name, 0.0)
+    vars(model)["switched_off"] = switched_off
 
 
 def _first_line(error: BaseException) -> str:
-    message = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    message = visible((str(error).strip() or type(error).__name__).splitlines()[0][:300])
     if "trust_remote_code" in message or "custom code" in message:
         return "it needs code of its own; where you trust that as a program of yours, set model.trust_remote_code=true"
     return message
@@ -337,14 +446,36 @@ def pick_computation(model: PreTrainedModel, config: Config) -> Computation:
     exact = dtype == torch.float32 and not (cuda and config.allow_tf32)
     padded = Computation(dtype, tolerance=1e-4 if exact else 0.1)
     try:
-        found = head_difference(model, dtype)
-    except TorchDynamoException as error:
-        raise UserError(f"compile=true: the blocks cannot be compiled here: {_first_line(error)}") from error
+        with refusing(f"{type(model).__name__} is not supported: its forward pass failed"):
+            found = head_difference(model, dtype)
+    except UserError as error:
+        if isinstance(error.__cause__, TorchDynamoException):
+            reason = _first_line(error.__cause__)
+            raise UserError(f"compile=true: the blocks cannot be compiled here: {reason}") from error
+        raise
+    if not math.isfinite(found):
+        raise UserError(
+            f"the log-probabilities of {type(model).__name__} are not finite: its weights hold NaN or infinity, or "
+            f"{dtype} is too small for them; look at the weights, or compute in float32 (mixed_precision=null)"
+        )
     if found > padded.tolerance:
         raise UserError(
             f"{type(model).__name__} is not supported: its log-probabilities, computed a part at a time, differ by "
             f"{found:.2g} nats per token from those of its own logits"
         )
+    with refusing(f"{type(model).__name__} is not supported: its forward pass failed"):
+        found = company_difference(model, padded, config.max_length)
+    if not found <= padded.tolerance:
+        raise UserError(
+            f"{type(model).__name__} is not supported: log-probabilities of short rows differ by {found:.2g} nats per "
+            f"token if a row of max_length={config.max_length} tokens is computed with them; lower max_length"
+        )
+    return _pick_layout(model, config, padded)
+
+
+def _pick_layout(model: PreTrainedModel, config: Config, padded: Computation) -> Computation:
+    """The first of the layouts that `config` allows which gives what `padded` gives."""
+    cuda = input_device(model).type == "cuda"
     wanted = [config.layout] if config.layout != "auto" else ["packed", "tree"] if cuda else ["tree"]
     for layout in wanted if config.layout != "padded" else []:
         how = dataclasses.replace(padded, layout=layout, flex=cuda and layout == "packed")
@@ -377,12 +508,68 @@ def head_difference(model: PreTrainedModel, dtype: torch.dtype) -> float:
 def layout_difference(model: PreTrainedModel, how: Computation, prompt_length: int, length: int) -> float:
     """Mean absolute difference of `how`'s log-probabilities from `padded` ones on trees of random tokens, in nats per
     token."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.get_text_config().vocab_size, (2 * length,), generator=generator).tolist()
+    ids = _random_ids(model, 2 * length)
     long, short = ids[prompt_length:length], ids[length : length + max((length - prompt_length) // 2, 1)]
     batch = Batch([Tree(ids[:prompt_length], [long, short, long[::-1]]), Tree(ids[:1], [short])], [], None)
     found, padded = (response_logps(model, batch, way) for way in (how, Computation(how.dtype)))
     return float((found.logps - padded.logps)[padded.mask].abs().mean())
+
+
+@torch.no_grad()
+def company_difference(model: PreTrainedModel, how: Computation, length: int) -> float:
+    """By how much log-probabilities of short rows change, at most, as the mean over a row's tokens in nats, if a row
+    of `length` tokens is computed with them. Some models choose what they compute by the longest row."""
+    ids = _random_ids(model, length + 1)
+    long, *short = (Tree(ids[:1], [ids[1 : 1 + n]]) for n in (length, length // 4 + 1, 8))
+    together = response_logps(model, Batch([long, *short], [], None), how).logps[1:]
+    alone = [response_logps(model, Batch([tree], [], None), how).logps[0] for tree in short]
+    changes = [(one[: len(two)] - two).abs().mean() for one, two in zip(together, alone, strict=True)]
+    return float(torch.stack(changes).max())
+
+
+@torch.no_grad()
+def check_noise(model: PreTrainedModel, how: Computation) -> None:
+    """Raise UserError unless the model computes in training what it computes in evaluation, each time.
+
+    If two passes with the same random numbers differ, as on some GPUs, the others may differ by rounding, too.
+    """
+    ids, training, who = _random_ids(model, 24), model.training, type(model).__name__
+    batch, device = Batch([Tree(ids[:4], [ids[4:], ids[:-4]])], [], None), input_device(model)
+
+    def logps(seed: int, train: bool = True) -> Tensor:
+        torch.manual_seed(seed)
+        return response_logps(model.train(train), batch, how).logps
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        evaluated, first = logps(0, train=False), logps(0)
+        exact = torch.equal(first, logps(0))
+        noise = float(torch.stack([(logps(seed) - first).abs().mean() for seed in _SEEDS]).max())
+        jitter = [(module, name, value) for module, name, value in vars(model)["switched_off"] if _JITTER.search(name)]
+        for module, name, value in jitter:
+            setattr(module, name, value)
+        needs_jitter = jitter and not torch.equal(evaluated, logps(0, train=False))
+        for module, name, _ in jitter:
+            setattr(module, name, 0.0)
+    model.train(training)
+    if needs_jitter:
+        names = ", ".join(sorted({f"{name}={value}" for _, name, value in jitter}))
+        raise UserError(f"{who} is not supported: {names} is noise in training and has a part in evaluation, too")
+    if not noise <= (0.0 if exact else how.tolerance):
+        config = model.config.get_text_config().to_dict().items()
+        keys = [f"{key}={value}" for key, value in config if value and isinstance(value, float) and _NOISE.search(key)]
+        advice = f"set {', '.join(keys)} to 0 in its config.json" if keys else "it cannot be switched off"
+        raise UserError(f"{who} computes with noise in training, of {noise:.2g} nats per token: {advice}")
+    if not (difference := float((first - evaluated).abs().mean())) <= how.tolerance:
+        raise UserError(
+            f"{who} is not supported: it computes other log-probabilities in training than in evaluation, by "
+            f"{difference:.2g} nats per token"
+        )
+
+
+def _random_ids(model: PreTrainedModel, n: int) -> list[int]:
+    """`n` made-up token ids, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.get_text_config().vocab_size, (n,), generator=generator).tolist()
 
 
 def response_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> TokenLogps:

@@ -19,7 +19,7 @@ import stopping
 from batching import Cut, Example, Plan, eval_examples
 from data_checks import trained_on
 from evaluation import Metrics, Scorer, evaluate_loss, extend_metrics, mean_metrics, shares
-from models import check_fits, pick_computation
+from models import check_fits, check_noise, pick_computation
 from parallel import Sharding
 from preference_datasets import PreferenceData
 from reference import LiveReference, Reference, StoredReference, build_reference, wanted_by
@@ -116,6 +116,7 @@ class BasicTrainer:
         self.use(load(config.model.archive))
         check_fits(self.policy, tokenizer, config)
         self.scorer = Scorer(config.loss.build(), pick_computation(self.policy, config), None)
+        check_noise(self.policy, self.scorer.how)
         self.sampler = self._sampler()
         self.reference_seconds = 0.0
         if self.scorer.loss.needs_reference:

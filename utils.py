@@ -135,17 +135,30 @@ def run_main(main: Callable[[], Any], speaks: Callable[[], bool] = lambda: True)
     sys.exit(code)
 
 
+def _wants_memory(error: Exception) -> bool:
+    # torch's own type on CUDA, a plain RuntimeError elsewhere
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
+
+
+def _another_ended(error: Exception) -> bool:
+    return bool(re.search("gloo/transport|(closed|reset) by peer", str(error)))
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether `error` comes from the machine's state (memory, other processes) and says nothing about the input."""
+    return _wants_memory(error) or _another_ended(error)
+
+
 def _explain(error: Exception) -> tuple[str, int]:
     """What to show for `error`, and the exit code."""
     text = str(error)
     if isinstance(error, UserError):
         return f"error: {text}", 1
-    # torch's own type on CUDA, a plain RuntimeError elsewhere
-    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
+    if _wants_memory(error):
         return f"error: out of memory: {text.splitlines()[0] if text else 'host'}\n{LESS_MEMORY}", 1
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return f"error: {text}", 1
-    if re.search("gloo/transport|(closed|reset) by peer", text):
+    if _another_ended(error):
         return f"error: another process of the group is gone ({text.splitlines()[0]}); it says why, or was killed", 1
     return f"{traceback.format_exc()}\nerror: this is a defect of the program, not of your input; see above", 2
 

@@ -111,7 +111,8 @@ def _read_tokenizer(name: str, config: Config) -> PreTrainedTokenizerBase:
 def _archive_tokenizer(config: Config) -> str | None:
     """The folder of model.archive if it has a tokenizer."""
     path = find_archive(config.model.archive) if config.model.archive else None
-    return str(path) if path is not None and (path / "tokenizer_config.json").is_file() else None
+    files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+    return str(path) if path is not None and any((path / file).is_file() for file in files) else None
 
 
 def tokenizer_differences(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> list[str]:
@@ -298,7 +299,8 @@ def _convert_gguf(path: Path, cache: Path) -> Path:
         options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
         with refusing(f"{path} could not be read as a GGUF model"):
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
-            model, info = AutoModelForCausalLM.from_pretrained(path.parent, **options, **given)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, **options, **given)
+            model, info = loaded
             info["unexpected_keys"] = _unknown_gguf_tensors(path, model)
         _check_complete(info, str(path), "is the file complete, and of a model that transformers can read from GGUF?")
         # The weights are no longer quantised; transformers refuses to save a model that says they are.

@@ -341,3 +341,45 @@ def test_rows_that_change_each_other_are_refused() -> None:
     assert pick_computation(model, load_config([*lengths, "max_length=30"])).layout == "padded"
     with pytest.raises(UserError, match="if a row of max_length=31 tokens is computed with them"):
         pick_computation(model, load_config([*lengths, "max_length=31"]))
+
+
+# --- Tokenizers ---
+
+
+def other_tokenizer() -> Any:
+    """Gives some texts other ids than make_tokenizer's, and ends responses with another token."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "The"})
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    return tokenizer
+
+
+def test_the_archives_tokenizer_is_used(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    archive, plain, explicit = tmp_path / "sft", tmp_path / "plain", tmp_path / "explicit"
+    for folder in (archive, plain):
+        make_model().save_pretrained(folder)
+    other_tokenizer().save_pretrained(archive)
+    make_tokenizer().save_pretrained(explicit)
+    own, theirs = make_tokenizer().eos_token_id, other_tokenizer().eos_token_id
+    said = "differs in its special tokens, chat template"
+    cases = [
+        ([f"model.archive={archive}"], theirs, f"that of {archive}; that of {tiny_model_dir} {said}"),
+        ([f"model.archive={archive}", f"model.tokenizer_name_or_path={explicit}"], own, f"that of {archive} {said}"),
+        ([f"model.archive={plain}"], own, ""),
+        ([f"model.archive={plain}", f"model.tokenizer_name_or_path={archive}"], theirs, said),
+        ([f"model.tokenizer_name_or_path={archive}"], theirs, ""),
+        ([f"model.archive={tiny_model_dir}"], own, ""),
+    ]
+    for given, eos, message in cases:
+        found = load_tokenizer(config_of(tiny_model_dir, *given))
+        assert found.eos_token_id == eos, given
+        output = capsys.readouterr().out
+        assert message in output and bool(message) == bool(output), given
+
+
+def test_a_run_from_an_archive_trains_on_its_tokens(overrides: Overrides, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "sft")
+    other_tokenizer().save_pretrained(tmp_path / "sft")
+    train_here(overrides(f"model.archive={tmp_path / 'sft'}", "n_examples=4", "n_eval_examples=0"))
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "LATEST")
+    assert saved.eos_token == "The" and saved.chat_template == other_tokenizer().chat_template

@@ -32,7 +32,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 import parallel
 import stopping
-from utils import UserError, file_hash, log, redact
+from utils import UserError, file_hash, log, redact, visible
 
 T = TypeVar("T")
 WeightFile = tuple[str, dict[str, Tensor] | str]
@@ -63,11 +63,11 @@ class Archive:
 
     def describe(self) -> str:
         """What is known of the training that made it, for the log."""
-        loss = self.info.get("config", {}).get("loss") or {}
-        metrics = self.info.get("metrics") or {}
-        known = [loss["name"]] if "name" in loss else []
-        known += [f"{self.info['examples']} examples"] if self.info.get("examples") else []
-        known += [f"loss/eval {metrics['loss/eval']:.5g}"] if "loss/eval" in metrics else []
+        metrics, examples = self.info.get("metrics"), self.info.get("examples")
+        loss = metrics.get("loss/eval") if isinstance(metrics, dict) else None
+        known = [self.info["config"]["loss"]["name"]] if "config" in self.info else []
+        known += [f"{examples} examples"] if _is_count(examples) and examples else []
+        known += [f"loss/eval {loss:.5g}"] if _is_number(loss) else []
         return f" ({', '.join(known)})" if known else ""
 
 
@@ -77,8 +77,8 @@ def resolve_archive(name: str) -> Archive:
     if path.is_file():
         return _read_policy_pt(path)
     info = {}
-    with contextlib.suppress(OSError, ValueError):  # it is only described in the log
-        info = json.loads((path / STATE_FILE).read_text())
+    with contextlib.suppress(UserError):  # it is only described in the log
+        info = read_state(path)
     return Archive(path, None, info)
 
 
@@ -173,12 +173,71 @@ def examples_of(path: Path) -> int:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What trainer_state.json says. Raises UserError where that is nothing to go on with."""
+    """What trainer_state.json says. Raises UserError if it is not what this program writes there."""
+    path = folder / STATE_FILE
     try:
-        state = json.loads((folder / STATE_FILE).read_text())
-        return state | {"config": dict(state["config"]), "history": dict(state["history"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / STATE_FILE} is damaged, or of another version of this program") from error
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); take another checkpoint") from error
+    wrong = _wrong_entry(state)
+    if wrong:
+        raise UserError(
+            f"{path} is damaged, or of another version of this program: {visible(wrong)}; take another checkpoint"
+        )
+    return state
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_each(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Of a dictionary's values."""
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+# What entries of trainer_state.json have to be; a dot leads into a dictionary.
+STATE_RULES: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("examples", "updates", "skipped", "skipped_in_a_row"), _is_count),
+    **dict.fromkeys(("evaluated", "saved", "total_examples"), _is_count),
+    "best": lambda best: isinstance(best, list) and len(best) == 2 and (best[1] is None or _is_number(best[1])),
+    "metrics": _is_each(_is_number),
+    "scaler": _is_each(_is_number),
+    "history": _is_each(_is_count),
+    "wandb_id": lambda name: name is None or _is_text(name),
+    "command": _is_text,
+    "config": lambda config: isinstance(config, dict),
+    "config.model": lambda model: isinstance(model, dict),
+    **dict.fromkeys(("config.device", "config.model.name_or_path", "config.model.policy_dtype"), _is_text),
+    "config.model.archive": lambda name: name is None or _is_text(name),
+    "config.loss": lambda loss: isinstance(loss, dict),
+    "config.loss.name": lambda name: _is_text(name) and name.isidentifier(),
+    "config.datasets": lambda names: isinstance(names, list) and all(map(_is_text, names)),
+}
+
+
+def _wrong_entry(state: Any) -> str | None:
+    """What is wrong with the first entry that breaks STATE_RULES."""
+    if not isinstance(state, dict):
+        return "it holds no object"
+    for name, holds in STATE_RULES.items():
+        value = state
+        for key in name.split("."):
+            if key not in value:
+                return f"{name} is missing"
+            value = value[key]
+        if not holds(value):
+            return f"{name} is {json.dumps(value)[:60]}"
+    start = state.get("start")
+    return None if start is None or _is_text(start) else f"start is {json.dumps(start)[:60]}"
 
 
 def check(folder: Path, how: str) -> str | None:
@@ -446,13 +505,16 @@ def load_random_state(folder: Path) -> None:
     path = folder / RANDOM_STATE / f"{parallel.rank()}.json"
     if not path.exists():
         return
-    state = json.loads(path.read_text())
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+    try:
+        state = json.loads(path.read_text())
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        if state["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{path} holds no states of random generators ({error}); take another checkpoint") from error
 
 
 def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:

@@ -9,7 +9,16 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint import STATE_FILE, find_archive, read_state, weights_identity
-from models import Computation, check_fits, load_policy, load_tokenizer, local_folder, pick_computation, pick_device
+from models import (
+    Computation,
+    check_fits,
+    load_policy,
+    load_tokenizer,
+    local_folder,
+    pick_computation,
+    pick_device,
+    refusing,
+)
 from runs import flat
 from settings import Config, check_keys, load_config, quoted
 from utils import UserError
@@ -31,10 +40,8 @@ class Saved:
     def architecture(self) -> Any:
         """The model's configuration, as transformers has it. Raises UserError where there is no such model."""
         name, own_code = self.config.model.name_or_path, self.config.model.trust_remote_code
-        try:
+        with refusing(f"no model could be read from {name}"):
             return AutoConfig.from_pretrained(local_folder(name, self.config.cache), trust_remote_code=own_code)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"no model could be read from {name}: {str(error).strip().splitlines()[0]}") from error
 
     def open(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Computation]:
         """The model, frozen, its tokenizer, and how its log-probabilities are computed."""
@@ -56,37 +63,40 @@ def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def find_saved(name: str, overrides: list[str]) -> Saved:
     """What `name` means: a run's folder, a checkpoint, a policy.pt, any model folder, .gguf file or hub id.
 
-    Settings are those of the run where that is known, then `overrides` as train.py takes them. Raises UserError where
-    there is no such model.
+    Settings are those of the run if that is known, then `overrides` as train.py takes them. Nothing that a file says
+    is interpolated. Raises UserError if there is no such model.
     """
-    own = ["model=blank_model", f"model.name_or_path={quoted(name)}"]
+    model = ["model=blank_model"]
+    own: dict[str, Any] = {"model.name_or_path": name}
     known: dict[str, Any] = {}
     start = None
     if Path(name).expanduser().exists() and not name.endswith(".gguf"):
         path = find_archive(name)
-        own[1] = f"model.name_or_path={quoted(path)}"
+        own["model.name_or_path"] = str(path)
         if path.is_file():  # the original code's, which does not say what it is
             if not any(re.match(r"model(\.name_or_path)?=", override) for override in overrides):
                 raise UserError(f"{path} does not say which model it is of: add model=<name>, such as model=pythia28")
-            own = [f"model.archive={quoted(path)}"]
+            model, own = [], {"model.archive": str(path)}
         elif (path / STATE_FILE).exists():
             state = read_state(path)
             known, start = state["config"], state.get("start")
-            own.append(f"model.policy_dtype={known['model']['policy_dtype']}")
-    saved = Saved(_configure(own, known, overrides), known, start)
+            own["model.policy_dtype"] = known["model"]["policy_dtype"]
+    saved = Saved(_configure(model, own, known, overrides), known, start)
     saved.architecture()
     return saved
 
 
-def _configure(own: list[str], known: dict[str, Any], overrides: list[str]) -> Config:
+def _configure(model: list[str], values: dict[str, Any], known: dict[str, Any], overrides: list[str]) -> Config:
+    """The configuration of `overrides`; what they do not give is taken from `values`, then from the run's `known`."""
     given = {override.partition("=")[0].lstrip("+") for override in overrides}
-    settings = {"exp_name": "saved", **flat({key: known[key] for key in KEPT if key in known})}
+    settings = flat({key: known[key] for key in KEPT if key in known})
+    chosen = []
     if "loss" not in given:
         loss = known.get("loss", {"name": "dpo", "beta": 1.0})
-        settings |= {f"loss.{key}": value for key, value in loss.items() if value is not None}
-        settings["loss"] = settings.pop("loss.name")
-    taken = [f"{key}={quoted(value)}" for key, value in settings.items() if key not in given]
-    return replace(load_config([*own, *taken, *overrides]), trainer="BasicTrainer")
+        settings |= {f"loss.{key}": value for key, value in loss.items() if key != "name" and value is not None}
+        chosen = [f"loss={loss['name']}"]
+    settings = {key: value for key, value in (settings | values).items() if key not in given}
+    return replace(load_config(["exp_name=saved", *model, *chosen, *overrides], settings), trainer="BasicTrainer")
 
 
 def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Saved:

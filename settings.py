@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from operator import attrgetter
@@ -233,16 +233,34 @@ def _run_name(swept: str) -> str:
 
 
 def quoted(value: Any) -> str:
-    """As the value of an override, whatever signs it has."""
-    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+    """As the value of an override: text stands for itself, whatever signs it has."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(quoted, value))}]"
+    if not isinstance(value, str | Path):
+        return json.dumps(value)
+    escaped = re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + (r"\"" if m[2] else ""), literal(str(value)))
+    return f'"{escaped}"'
 
 
-def load_config(overrides: list[str]) -> Config:
-    """Compose config/ with command-line `overrides`, for scripts and tests. Raises UserError."""
+def literal(value: Any) -> Any:
+    """`value` with its texts as OmegaConf has to be given them to leave each ${...} in them as it stands."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, Mapping):
+        return {key: literal(entry) for key, entry in value.items()}
+    return [literal(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def load_config(overrides: list[str], values: Mapping[str, Any] | None = None) -> Config:
+    """Compose config/ with command-line `overrides`, for scripts and tests, then set `values`: dotted key -> value,
+    which is taken as it stands. Raises UserError."""
     register_resolvers()
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         try:
-            return build_config(hydra.compose("config", overrides))
+            composed = hydra.compose("config", overrides)
+            for key, value in (values or {}).items():
+                OmegaConf.update(composed, key, literal(value))
+            return build_config(composed)
         except (OmegaConfBaseException, hydra.errors.HydraException, ValueError) as error:
             raise UserError(str(error)) from error
 
@@ -272,7 +290,7 @@ def _copy(composed: DictConfig, typed: DictConfig, name: str) -> str | None:
         value = OmegaConf.select(composed, name, throw_on_missing=True)
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True)
-        OmegaConf.update(typed, name, value)
+        OmegaConf.update(typed, name, literal(value))
     except MissingMandatoryValue:
         return f"{name} is missing: pass {name}=<value>"
     except InterpolationToMissingValueError:  # the key that is missing is named itself

@@ -35,7 +35,7 @@ from checkpoint import find_archive, read_state
 from data_checks import check_format, check_overlap
 from models import load_policy, load_tokenizer, local_folder, pick_device, quiet_transformers
 from preference_datasets import PreferenceData, format_funnel, load_data
-from settings import Config, build_config, check_keys, data_settings, register_resolvers
+from settings import Config, build_config, check_keys, data_settings, literal, register_resolvers
 from utils import RunLogger, UserError, be_quiet, log, open_log, redact, run_main
 
 
@@ -158,13 +158,13 @@ def train_in_new_processes(config: Config, resolved: Any, overrides: list[str]) 
 
 def work(resolved: dict[str, Any], overrides: list[str]) -> None:
     """What a process started by `train` does."""
-    run_main(lambda: train(OmegaConf.create(resolved), overrides), parallel.fails_first)
+    run_main(lambda: train(OmegaConf.create(literal(resolved)), overrides), parallel.fails_first)
 
 
 def train_in_process(resolved: Any, overrides: list[str]) -> None:
     """Train from a resolved configuration, the same in every process of the group."""
     stopping.listen()
-    composed = OmegaConf.create(resolved)
+    composed = OmegaConf.create(literal(resolved))
     config = build_config(composed)
     quiet_transformers()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32

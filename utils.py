@@ -50,10 +50,13 @@ def redact(text: str) -> str:
 
 
 def log(message: str) -> None:
-    """Print `message` and, once a run's folder is known (`open_log`), write it to the run's `log.txt` too."""
+    """Print `message` and, once a run's folder is known (`open_log`), write it to the run's `log.txt` too.
+
+    Names of files, states and errors in it may come from anywhere, so control characters are shown as escapes.
+    """
     if _quiet:
         return
-    message = redact(message)
+    message = visible(redact(message))
     with contextlib.suppress(OSError):  # where the output goes to a full disk
         print(message, flush=True)
     if _log_file is not None:
@@ -126,7 +129,7 @@ def run_main(main: Callable[[], Any], speaks: Callable[[], bool] = lambda: True)
         message, code = "interrupted", 130
     except Exception as error:
         message, code = _explain(error)
-        message = redact(message) if speaks() else ""
+        message = visible(redact(message)) if speaks() else ""
     if message:
         sys.stdout.flush()
         print(message, file=sys.stderr, flush=True)
@@ -218,6 +221,7 @@ def progress(iterable: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
     # A bar that would be wiped away leaves a line each time where the output goes to a file.
     options.setdefault("disable", _quiet or (not options.get("leave", True) and not sys.stderr.isatty()))
     options.setdefault("file", _Stderr())
+    options["desc"] = visible(options.get("desc") or "") or None
     return tqdm(iterable, mininterval=interval, maxinterval=max(interval, 10), dynamic_ncols=True, **options)
 
 

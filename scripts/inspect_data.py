@@ -82,9 +82,9 @@ def main() -> None:
     config = load_config(["exp_name=inspect_data", *defaults, *given.values()])
     tokenizer = load_tokenizer(config)
     data = load_data(data_settings(config), tokenizer, split)
-    print(format_funnel(data))
+    print(visible(format_funnel(data)))
     for i in examples(data, int(n)):
-        name = data.names[int(data.source[i])]
+        name = visible(data.names[int(data.source[i])])
         print(f"\n--- {name}, {split} record {i} of {len(data)}")
         print(show_record(data[i], tokenizer, in_colour()))
 

@@ -14,27 +14,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import read_state
 from evaluation import Scorer
 from health import broken_parameters, read_batch
-from models import Computation, load_policy, pick_device, quiet_transformers
+from models import Computation, load_policy, pick_device, quiet_transformers, refusing
 from saved import find_saved
-from settings import LossConfig
-from utils import run_main
+from settings import LossConfig, quoted
+from utils import run_main, visible
 
 
 def replay(folder: Path, overrides: list[str]) -> None:
     """Print one line for each example, and whether any was not finite."""
     loss, examples = read_batch(folder)
-    config = find_saved(str(folder), [f"device={read_state(folder)['config']['device']}", *overrides]).config
+    with refusing(f"{folder}: its loss cannot be computed"):
+        built = LossConfig(**loss).build()
+    config = find_saved(str(folder), [f"device={quoted(read_state(folder)['config']['device'])}", *overrides]).config
     quiet_transformers()
     policy = load_policy(config, pick_device(config)).train()
-    how, built, broken = Computation(config.compute_dtype), LossConfig(**loss).build(), 0
+    how, broken = Computation(config.compute_dtype), 0
     for example in examples:
         scorer = Scorer(built, how, example if example.logps is not None else None)
         policy.zero_grad()
-        losses, _ = scorer(policy, example.batch, "train")
-        losses.sum().backward()
+        with refusing(f"{folder}: {example.name} cannot be computed"):
+            losses, _ = scorer(policy, example.batch, "train")
+            losses.sum().backward()
         value, state = losses.item(), broken_parameters(policy)
         broken += not math.isfinite(value) or "not finite" in state
-        print(f"{example.name}: loss {value:.6g}; {state}")
+        print(visible(f"{example.name}: loss {value:.6g}; {state}"))
     print(f"{broken} of {len(examples)} examples are not finite by themselves")
 
 

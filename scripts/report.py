@@ -176,7 +176,8 @@ def frontier(run: Run) -> list[Point]:
 def read_lines(path: Path, *texts: str) -> list[dict[str, Any]]:
     """The objects of a file with one a line; none where there is no file. A last line that was cut is left out.
 
-    Raises UserError for any other line that is no object with `counters/examples` and `texts`.
+    Raises UserError for any other line that is no object with the count `counters/examples` and `texts`, and for one
+    with other values than numbers where no texts are asked for.
     """
     # Not splitlines: samples may hold U+2028 and its like.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
@@ -184,13 +185,22 @@ def read_lines(path: Path, *texts: str) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             row = json.loads(line)
-            if not isinstance(row[EXAMPLES], int) or not all(isinstance(row[key], str) for key in texts):
+            if type(row[EXAMPLES]) is not int or not all(isinstance(row[key], str) for key in texts):
                 raise TypeError
-            rows.append(row)
-        except (ValueError, TypeError, KeyError) as error:
+            if not 0 <= row[EXAMPLES] < 2**63 or not (
+                texts or all(type(value) in (int, float) for value in row.values())
+            ):
+                raise TypeError
+            rows.append(row if texts else {name: _as_number(value) for name, value in row.items()})
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             what = f"is no JSON object with {' and '.join([EXAMPLES, *texts])}: {line[:50]!r}"
             raise UserError(f"{path}, line {number} {what}; repair or remove that line") from error
     return rows
+
+
+def _as_number(value: float) -> float:
+    float(value)  # OverflowError for whole numbers beyond its range
+    return value
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -391,10 +401,10 @@ def table_html(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> str:
 
 def curves_html(runs: Sequence[Run]) -> str:
     """A chart of the loss for each kind of loss, which cannot be compared, and one of each other metric with data."""
-    kinds: dict[Any, list[Run]] = defaultdict(list)
+    kinds: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        kinds[run.config.get("loss.name")].append(run)
-    charts = [(f"Loss: {shown(kind)}", "loss/{}", some) for kind, some in kinds.items()]
+        kinds[shown(run.config.get("loss.name"))].append(run)
+    charts = [(f"Loss: {kind}", "loss/{}", some) for kind, some in kinds.items()]
     charts += [(title, metric, list(runs)) for title, metric in PANELS.items()]
     figures = ""
     for title, metric, some in charts:
@@ -457,13 +467,22 @@ def page(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]], samples: int, c
     )
 
 
+def csv_cell(value: Any) -> Any:
+    """`value`, but a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    if not isinstance(value, str):
+        return value
+    number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value)
+    text = visible(value)
+    return f"'{text}" if not number and text.lstrip().startswith(("=", "+", "-", "@")) else text
+
+
 def write_report(runs: Sequence[Run], out: Path, samples: int, command: str) -> list[dict[str, Any]]:
     """Write report.csv and report.html, made by `command`, into `out`; returns the table's rows."""
     rows = table_rows(runs)
     table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(table)
+    writer.writerow(map(csv_cell, rows[0]))
+    writer.writerows(map(csv_cell, row.values()) for row in rows)
     for name, text in {"report.csv": table.getvalue(), "report.html": page(runs, rows, samples, command)}.items():
         try:
             (out / name).write_text(redact(text), encoding="utf-8", newline="")

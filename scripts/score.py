@@ -33,7 +33,7 @@ from models import load_tokenizer, quiet_transformers, response_logps
 from preference_datasets import REGISTRY, PreferenceData, Record, find_source, load_data, own_bos, short_names
 from saved import Saved, find_reference, find_saved, take_overrides
 from settings import Config, data_settings, quoted
-from utils import UserError, log, make_dir, progress, run_main, visible
+from utils import UserError, log, make_dir, progress, redact, run_main, visible
 
 PAIRED = {"chosen", "rejected", "responses", "scores"}
 GREENS, REDS = (22, 28, 34, 40, 46), (52, 88, 124, 160, 196)  # of a terminal's 256 colours, small to large
@@ -217,7 +217,7 @@ def write(path: Path, rows: Iterable[dict[str, Any]], n_shown: int) -> tuple[lis
             for number, row in enumerate(rows):
                 print(json.dumps(row, ensure_ascii=False), file=file)
                 if number < n_shown:
-                    log(show(row, in_colour()))
+                    print(redact(show(row, in_colour())), flush=True)  # which has made it visible; colours stay
                 every += [response["reward"] for response in row["responses"]]
                 for a, b in ((row["responses"][a], row["responses"][b]) for a, b in row["pairs"]):
                     longer = len(a["tokens"]) - len(b["tokens"])

@@ -204,6 +204,11 @@ def _is_each(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(check, value.values()))
 
 
+def _are(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Of a list's values."""
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
 # What entries of trainer_state.json have to be; a dot leads into a dictionary.
 STATE_RULES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("examples", "updates", "skipped", "skipped_in_a_row"), _is_count),
@@ -220,12 +225,20 @@ STATE_RULES: dict[str, Callable[[Any], bool]] = {
     "config.model.archive": lambda name: name is None or _is_text(name),
     "config.loss": lambda loss: isinstance(loss, dict),
     "config.loss.name": lambda name: _is_text(name) and name.isidentifier(),
-    "config.datasets": lambda names: isinstance(names, list) and all(map(_is_text, names)),
+    "config.datasets": _are(_is_text),
+}
+
+
+# Entries that older states do not have.
+OPTIONAL_RULES: dict[str, Callable[[Any], bool]] = {
+    "start": _is_text,
+    "formats": _are(_is_text),
+    "sources": _is_each(_are(_is_each(lambda value: _is_text(value) or _are(_is_text)(value)))),
 }
 
 
 def _wrong_entry(state: Any) -> str | None:
-    """What is wrong with the first entry that breaks STATE_RULES."""
+    """What is wrong with the first entry that breaks STATE_RULES or OPTIONAL_RULES."""
     if not isinstance(state, dict):
         return "it holds no object"
     for name, holds in STATE_RULES.items():
@@ -236,8 +249,10 @@ def _wrong_entry(state: Any) -> str | None:
             value = value[key]
         if not holds(value):
             return f"{name} is {json.dumps(value)[:60]}"
-    start = state.get("start")
-    return None if start is None or _is_text(start) else f"start is {json.dumps(start)[:60]}"
+    optional = [
+        name for name, holds in OPTIONAL_RULES.items() if state.get(name) is not None and not holds(state[name])
+    ]
+    return f"{optional[0]} is {json.dumps(state[optional[0]])[:60]}" if optional else None
 
 
 def check(folder: Path, how: str) -> str | None:

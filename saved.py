@@ -1,7 +1,7 @@
 """Open a trained policy, and the reference it was trained against, from what a run left behind."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,32 @@ from models import (
 )
 from runs import flat
 from settings import Config, check_keys, load_config, quoted
-from utils import UserError
+from utils import UserError, log
 
 # What a checkpoint knows of its run that also matters for using its policy.
-KEPT = ["datasets", "dataset_sources", "holdout_fraction", "drop_bad_rows", "chat_format"]
-KEPT += ["max_length", "max_prompt_length", "mixed_precision", "layout"]
+KEPT = ["datasets", "dataset_sources", "holdout_fraction", "drop_bad_rows", "chat_format", "chat_date", "columns"]
+KEPT += [
+    "sft_turns",
+    "max_pairs_per_prompt",
+    "max_row_mb",
+    "max_length",
+    "max_prompt_length",
+    "mixed_precision",
+    "layout",
+]
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A model that can be opened. `trained`: the configuration of the run that made it, {} where that is not known;
-    `start`: the weights_identity of what it was trained from."""
+    """A model that can be opened. `state`: trainer_state.json of the run that made it, {} if that is not known."""
 
     config: Config
-    trained: dict[str, Any]
-    start: str | None = None
+    state: dict[str, Any]
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """The configuration of the run that made it, {} if that is not known."""
+        return self.state.get("config", {})
 
     def architecture(self) -> Any:
         """The model's configuration, as transformers has it. Raises UserError where there is no such model."""
@@ -68,8 +79,7 @@ def find_saved(name: str, overrides: list[str]) -> Saved:
     """
     model = ["model=blank_model"]
     own: dict[str, Any] = {"model.name_or_path": name}
-    known: dict[str, Any] = {}
-    start = None
+    state: dict[str, Any] = {}
     if Path(name).expanduser().exists() and not name.endswith(".gguf"):
         path = find_archive(name)
         own["model.name_or_path"] = str(path)
@@ -79,9 +89,8 @@ def find_saved(name: str, overrides: list[str]) -> Saved:
             model, own = [], {"model.archive": str(path)}
         elif (path / STATE_FILE).exists():
             state = read_state(path)
-            known, start = state["config"], state.get("start")
-            own["model.policy_dtype"] = known["model"]["policy_dtype"]
-    saved = Saved(_configure(model, own, known, overrides), known, start)
+            own["model.policy_dtype"] = state["config"]["model"]["policy_dtype"]
+    saved = Saved(_configure(model, own, state.get("config", {}), overrides), state)
     saved.architecture()
     return saved
 
@@ -117,10 +126,34 @@ def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Sa
             vocabularies = [load_tokenizer(replace(policy.config, model=model)).get_vocab() for model in (own, found)]
             if vocabularies[0] != vocabularies[1]:
                 raise UserError("it has another vocabulary than the policy")
-        elif policy.start not in (None, weights_identity(name)):
+        elif policy.state.get("start") not in (None, weights_identity(name)):
             raise UserError("it is not what the policy was trained against: its weights have changed since")
     except UserError as error:
         raise UserError(f"reference {name}: {error}\nGive one with --reference <run, folder or hub id>") from error
     tokenizer = own.tokenizer_name_or_path or own.name_or_path
     shared = replace(found, policy_dtype=own.policy_dtype, tokenizer_name_or_path=tokenizer)
     return Saved(replace(policy.config, model=shared), {})
+
+
+def trained_formats(folder: Path) -> list[str]:
+    """How the rows were rendered that a checkpoint was trained on; [] if that is not known."""
+    try:
+        return read_state(folder).get("formats") or []
+    except UserError:
+        return []
+
+
+def warn_of_formats(trained: Sequence[str], used: Iterable[str], rows: str, model: str) -> None:
+    """Log a warning if `rows` are rendered as `used`, and the `model` was `trained` on none of that."""
+    others = sorted(set(used) - set(trained))
+    if not trained or not others:
+        return
+
+    def shown(formats: Sequence[str]) -> str:
+        names = {"text": "plain text", "hh": "messages in the style of HH", "template": "chat template"}
+        return ", ".join(
+            " ".join([names.get(kind, kind), tag]).strip() for kind, _, tag in (f.partition(":") for f in formats)
+        )
+
+    advice = "; chat_format=template makes turns of text" if others == ["text"] and "template" in str(trained) else ""
+    log(f"warning: {rows}: rendered as {shown(others)}, but {model} was trained on {shown(trained)}{advice}")

@@ -461,7 +461,7 @@ class BasicTrainer:
             "history": self.logger.history(),
             "wandb_id": self.logger.wandb_id,
             "formats": self.train_data.formats,
-            "sources": {"train": self.train_data.sources, "test": self.eval_data.sources if self.eval_data else []},
+            "sources": {"train": _absolute(self.train_data), "test": _absolute(self.eval_data)},
             **self._identity(),
         }
 
@@ -513,6 +513,12 @@ def _sharding(config: Config, tensor: int) -> Sharding:
             f"{processes} processes nothing is left for it: leave them out, or lower tensor_parallel_size"
         )
     return sharding
+
+
+def _absolute(data: PreferenceData | None) -> list[dict[str, Any]]:
+    """Where the rows of `data` come from, whatever the current folder is."""
+    sources: list[dict[str, Any]] = [dict(source) for source in data.sources] if data is not None else []
+    return [s | {"path": str(Path(s["path"]).resolve())} if Path(s["path"]).exists() else s for s in sources]
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, str]:

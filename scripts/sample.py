@@ -3,8 +3,9 @@
     python scripts/sample.py RUN --prompts prompts.txt --out samples.jsonl
 
 RUN is a run's folder, a checkpoint, a model folder or a hub id; the reference is the one it was trained against, and
-`--reference none` goes without. Prompts: one a line of a .txt file, taken literally, or the column `prompt` of a .jsonl
-file: text, or a list of {role, content}, to be rendered with the chat template. Started again after an interruption
+`--reference none` goes without. Prompts: one a line of a .txt file, or the column `prompt` of a .jsonl file: text, or a
+list of {role, content}, to be rendered with the chat template. Text is taken literally, unless the run was trained with
+chat_format=template (or that is given): then it is a user's turn. Started again after an interruption
 with the same --out it goes on, and the file becomes what it would have become. KEY=VALUE are overrides as train.py
 takes them: device=cpu, model.policy_dtype=bfloat16.
 """
@@ -22,30 +23,31 @@ from typing import Any, BinaryIO, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import weights_identity
-from models import load_tokenizer, pick_device, quiet_transformers
+from models import load_tokenizer, pick_device, positions, quiet_transformers
 from preference_datasets import ParseRows, own_bos
 from rendering import ChatFormat
-from row_forms import BadRow, text_or_messages
+from row_forms import BadRow, Judgement, text_or_messages, to_messages
 from sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample
-from saved import Saved, find_reference, find_saved, take_overrides
+from saved import Saved, find_reference, find_saved, take_overrides, warn_of_formats
 from utils import UserError, file_hash, log, make_dir, progress, run_main, visible
 
 ADVICE = "give another --out, or --overwrite"
 
 
 class Prompt(NamedTuple):
-    """A prompt as the model sees it, and the line it stands in."""
+    """A prompt as the model sees it, the line it stands in, and how that was rendered."""
 
     where: str
     text: str
     ids: list[int]
+    format: str
 
 
 Item = tuple[Prompt, int]
 """A prompt and which of its samples."""
 
 
-def read_prompts(path: Path, tokenizer: Any, chat_format: str) -> list[Prompt]:
+def read_prompts(path: Path, tokenizer: Any, chat: ChatFormat) -> list[Prompt]:
     """The prompts of a .jsonl or .txt file. Raises UserError naming the line that is none."""
     if path.suffix not in (".jsonl", ".txt"):
         raise UserError(f"--prompts {path}: give a .jsonl file with a column 'prompt', or a .txt file, a prompt a line")
@@ -58,43 +60,51 @@ def read_prompts(path: Path, tokenizer: Any, chat_format: str) -> list[Prompt]:
         if not line.strip():
             continue
         try:
-            text = line.removesuffix("\r") if path.suffix == ".txt" else _rendered(line, tokenizer, chat_format)
+            prompt = line.removesuffix("\r") if path.suffix == ".txt" else _prompt_of(line)
+            text, format_ = _rendered(prompt, chat)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not text.strip() or not ids:
                 raise BadRow("empty prompt")
         except BadRow as bad:
             raise UserError(f"{path}:{number}: {bad}; mend or remove the line") from None
-        prompts.append(Prompt(f"{path}:{number}", text, ids if ids[: len(bos)] == bos else bos + ids))
+        prompts.append(Prompt(f"{path}:{number}", text, ids if ids[: len(bos)] == bos else bos + ids, format_))
     if not prompts:
         raise UserError(f"--prompts {path} holds no prompt; give a file with at least one")
     return prompts
 
 
-def _rendered(line: str, tokenizer: Any, chat_format: str) -> str:
-    """The text of a line of JSON. Raises BadRow."""
+def _prompt_of(line: str) -> Any:
+    """The prompt of a line of JSON: text or messages. Raises BadRow."""
     row = ParseRows.decode(line.encode())
     if not isinstance(row, dict):
         raise BadRow("not an object", f"a row is {{...}}, this one is {type(row).__name__}")
-    prompt = text_or_messages(row, "prompt")
-    if not isinstance(prompt, str):  # as in training, which renders a prompt with its response
-        prompt = ChatFormat(tokenizer, chat_format, "2024-07-26").prompt(prompt)
+    return text_or_messages(row, "prompt")
+
+
+def _rendered(prompt: Any, chat: ChatFormat) -> tuple[str, str]:
+    """The text of a prompt, as in training, and how it was rendered. Raises BadRow."""
+    if isinstance(prompt, str) and not prompt.strip():
+        raise BadRow("empty prompt")
+    if chat.wraps_text:
+        prompt = to_messages(Judgement(prompt, [""], [])).prompt
+    text, format_ = (prompt, "text") if isinstance(prompt, str) else (chat.prompt(prompt), chat.name)
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError:
         raise BadRow("broken Unicode", "half of a surrogate pair") from None
-    return prompt
+    return text, format_
 
 
 def check_lengths(prompts: Sequence[Prompt], models: Sequence[Saved], max_new_tokens: int) -> None:
     """Raise UserError where a prompt leaves no room for its response in the positions that the models have."""
-    limits = [getattr(model.architecture().get_text_config(), "max_position_embeddings", None) for model in models]
-    positions = min((limit for limit in limits if limit), default=sys.maxsize)
-    for where, _, ids in prompts:
-        if len(ids) + max_new_tokens > positions:
+    limits = [positions(model.architecture()) for model in models]
+    most, reason = min(((limit, reason) for limit, reason in limits if limit), default=(sys.maxsize, ""))
+    for prompt in prompts:
+        n = len(prompt.ids)
+        if n + max_new_tokens > most:
             raise UserError(
-                f"{where}: {len(ids)} tokens of the prompt + --max-new-tokens {max_new_tokens} = "
-                f"{len(ids) + max_new_tokens} is more than the model's {positions} positions; lower the latter, or "
-                "shorten the prompt"
+                f"{prompt.where}: {n} tokens of the prompt + --max-new-tokens {max_new_tokens} = {n + max_new_tokens} "
+                f"is more than the {most} positions {reason}; lower the latter, or shorten the prompt"
             )
 
 
@@ -235,7 +245,11 @@ def main() -> None:
     quiet_transformers()
     policy = find_saved(given.run, overrides)
     reference = None if given.reference == "none" else find_reference(policy, given.reference, overrides)
-    prompts = read_prompts(given.prompts, load_tokenizer(policy.config), policy.config.chat_format)
+    tokenizer = load_tokenizer(policy.config)
+    chat = ChatFormat(tokenizer, policy.config.chat_format, policy.config.chat_date)
+    prompts = read_prompts(given.prompts, tokenizer, chat)
+    formats = {prompt.format for prompt in prompts}
+    warn_of_formats(policy.state.get("formats") or [], formats, str(given.prompts), "the policy")
     check_lengths(prompts, [policy, reference] if reference else [policy], given.max_new_tokens)
     items = [(prompt, n) for prompt in prompts for n in range(given.n)]
     config = policy.config

@@ -26,12 +26,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from batching import Batch, Cut, Tree
+from batching import Batch, Cut, make_tree
 from data_files import Chunk, numbered_rows
 from inspect_data import DIM, RESET, in_colour, pieces
 from models import load_tokenizer, quiet_transformers, response_logps
-from preference_datasets import REGISTRY, PreferenceData, Record, find_source, load_data, own_bos, short_names
-from saved import Saved, find_reference, find_saved, take_overrides
+from preference_datasets import (
+    REGISTRY,
+    DataSettings,
+    PreferenceData,
+    Record,
+    find_source,
+    load_data,
+    own_bos,
+    short_names,
+)
+from saved import Saved, find_reference, find_saved, take_overrides, warn_of_formats
 from settings import Config, data_settings, quoted
 from utils import UserError, log, make_dir, progress, redact, run_main, visible
 
@@ -55,30 +64,55 @@ class Item:
 # --- Data ---
 
 
-def load_items(config: Config, tokenizer: Any, split: str, own: bool, limit: int | None) -> list[Item]:
-    """The first `limit` records of each of `config.datasets`.
+def load_items(policy: Saved, tokenizer: Any, split: str, own: bool, limit: int | None) -> list[Item]:
+    """The first `limit` records of each of the configuration's data sets.
 
     `split` test is everything of data that has no test split, or of the run's `own` data what training held out. Raises
-    UserError for what cannot be loaded, and where single responses come with pairs.
+    UserError for what cannot be loaded, for `own` data that has changed, and if single responses come with pairs.
     """
     items: list[Item] = []
     kinds: dict[bool, str] = {}
-    for name in config.datasets:
-        sft, here, shown = name in REGISTRY and REGISTRY[name].sft_only, split, f"{split} split"
-        settings = replace(data_settings(config), names=(name,), sft=sft)
-        if split == "test" and find_source(name, settings, split)[1].held_out:
+    for name in policy.config.datasets:
+        source = _source_of(policy, name, split) if own else {}
+        settings = _settings_of(policy.config, name, source.get("path"))
+        [place], sft, here, shown = settings.names, settings.sft, split, f"{split} split"
+        if split == "test" and find_source(place, settings, split)[1].held_out:
             if not own:
                 here, shown, settings = "train", "all rows", replace(settings, holdout_fraction=0.0)
-            elif not config.holdout_fraction:
+            elif settings.holdout_fraction == 0:
                 raise UserError(f"the run held nothing of {name} out: it trained on all rows; say --split train")
-        kinds = ({sft: name} if name in REGISTRY else _kinds(find_source(name, settings, here)[1].chunks())) | kinds
+        kinds = ({sft: name} if name in REGISTRY else _kinds(find_source(place, settings, here)[1].chunks())) | kinds
         if len(kinds) == 2:
             raise UserError(f"{kinds[True]} is a single response, but {kinds[False]} has pairs: score them apart")
         data = load_data(replace(settings, sft=True in kinds), tokenizer, here)
-        lost = [f"{key}: {n}" for key, n in data.funnel[name].items() if n and re.search("dropped|truncated", key)]
+        if source and data.sources[0]["digest"] != source["digest"]:
+            raise UserError(
+                f"{source['path']} has changed since the run read it; give what is to be scored with --data"
+            )
+        warn_of_formats(policy.state.get("formats") or [], data.formats, name, "the policy")
+        lost = [f"{key}: {n}" for key, n in data.funnel[place].items() if n and re.search("dropped|truncated", key)]
         log(", ".join([f"{name}, {shown}: {len(data)} records", *lost]))
         items += [Item(name, data, number) for number in range(len(data))[:limit]]
     return items
+
+
+def _source_of(policy: Saved, name: str, split: str) -> dict[str, Any]:
+    """Where the run read the data set `name`, and a hash of it; {} if that is not known."""
+    sources = policy.state.get("sources") or {}
+    found = [source for source in sources.get(split, []) if {"name", "path", "digest"} <= source.keys()]
+    return next((source for source in found if source["name"] == name), {})
+
+
+def _settings_of(config: Config, name: str, path: str | None) -> DataSettings:
+    """How the data set `name` is read: from `path`, which the run noted, if that is a local one."""
+    known = name in REGISTRY
+    settings = replace(data_settings(config), names=(name,), sft=known and REGISTRY[name].sft_only)
+    if path is None or not Path(path).is_absolute():
+        return settings
+    if not known:
+        return replace(settings, names=(path,))
+    local = settings.sources.get(name) is not None
+    return replace(settings, sources={**settings.sources, name: path}) if local else settings
 
 
 def _kinds(chunks: Iterable[Chunk]) -> dict[bool, str]:
@@ -99,17 +133,20 @@ def _kinds(chunks: Iterable[Chunk]) -> dict[bool, str]:
 
 @torch.no_grad()
 def token_logps(saved: Saved, items: Sequence[Item], who: str) -> list[list[np.ndarray]]:
-    """log p(token | all before it) of each item's responses, float32. The model is in memory only meanwhile."""
+    """log p(token | all before it) of each item's responses, float32; NaN for tokens that do not count, such as a
+    user's between two answers. The model is in memory only meanwhile."""
     model, _, how = saved.open()
     found: list[list[np.ndarray]] = [[] for _ in items]
     sizes = [(len(record.prompt), [*map(len, record.responses)]) for record in (item.record for item in items)]
     with progress(total=len(items), desc=who, unit="prompts") as bar:
         for (part,) in Cut(how.layout, 1, 1, saved.config.microbatch_tokens).deal(sizes):
-            trees = [Tree(record.prompt, record.responses) for record in (items[i].record for i in part)]
-            rows = iter(response_logps(model, Batch(trees, [], None), how).logps.cpu().numpy())
+            trees = [make_tree(record, range(len(record.responses))) for record in (items[i].record for i in part)]
+            tokens = response_logps(model, Batch(trees, [], None), how)
+            rows = iter(torch.where(tokens.mask, tokens.logps, torch.nan).cpu().numpy())
+            finite = iter((tokens.logps.isfinite() | ~tokens.mask).all(1).tolist())
             for i, tree in zip(part, trees):
                 found[i] = [next(rows)[: len(response)].copy() for response in tree.responses]
-                if not np.isfinite(np.concatenate(found[i])).all():
+                if not all(next(finite) for _ in tree.responses):
                     where = f"{items[i].name}, record {items[i].number}"
                     raise UserError(f"{who}: log-probabilities of {where} are not finite")
             bar.update(len(part))
@@ -121,14 +158,16 @@ def token_logps(saved: Saved, items: Sequence[Item], who: str) -> list[list[np.n
 
 def rows_of(items: Sequence[Item], policy: Saved, reference: Saved, beta: float, tokenizer: Any) -> Iterator[dict]:
     """The lines of the result: texts as the models saw them, that is, after truncation; log-probabilities are sums, in
-    nats, and a token's reward is its part in the response's."""
+    nats, and a token's reward is its part in the response's: 0 if the token does not count."""
     average = policy.config.loss.build().average_log_prob
 
     def text(ids: list[int]) -> str:
         return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def scored(ids: list[int], ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-        parts = beta * (ours.astype(np.float64) - theirs) / (len(ids) if average else 1)
+        counted = ~np.isnan(ours)
+        ours, theirs = np.where(counted, ours, 0), np.where(counted, theirs, 0)
+        parts = beta * (ours.astype(np.float64) - theirs) / (counted.sum() if average else 1)
         return {
             "text": text(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids),
             "reward": float(parts.sum()),
@@ -261,7 +300,7 @@ def main() -> None:
     make_dir(arguments.out.parent, "--out")
     tokenizer, loss = load_tokenizer(policy.config), policy.config.loss
     beta = 1.0 if loss.beta is None else loss.beta
-    items = load_items(policy.config, tokenizer, arguments.split, not data, arguments.limit)
+    items = load_items(policy, tokenizer, arguments.split, not data, arguments.limit)
     rows = rows_of(items, policy, reference, beta, tokenizer)
     pairs, every = write(arguments.out, rows, arguments.show)
     why = f" (loss={loss.name} has none)" if loss.beta is None else ""

@@ -1,7 +1,9 @@
 """scripts/sample.py: what is sampled, going on after interruptions, and misuse."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from conftest import ROOT, make_tokenizer, read_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sample as script
+from rendering import ChatFormat
 from sampling import Sampling, sample
 from saved import find_saved
 from utils import UserError
@@ -172,22 +175,55 @@ def test_prompts(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     text, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
     text.write_text("\ufeffone\\n \r\n\n  \n[two\u2028 \n", encoding="utf-8")
-    found = script.read_prompts(text, tokenizer, "auto")
+
+    def read(path: Path, style: str = "auto") -> list[script.Prompt]:
+        return script.read_prompts(path, tokenizer, ChatFormat(tokenizer, style, "2024-07-26"))
+
+    found = read(text)
     assert [prompt.text for prompt in found] == ["one\\n ", "[two\u2028 "] and found[1].where == f"{text}:4"
     assert found[0].ids == tokenizer("one\\n ")["input_ids"]
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     rows.write_text(json.dumps({"prompt": turns}) + "\n\n" + json.dumps({"prompt": "a\nb", "id": 3}))
     as_hh = "Be brief.\n\nHuman: Hi\n\nAssistant:"
-    assert [p.text for p in script.read_prompts(rows, tokenizer, "auto")] == [as_hh, "a\nb"]
+    assert [p.text for p in read(rows)] == [as_hh, "a\nb"]
     tokenizer.chat_template = TEMPLATE
-    assert script.read_prompts(rows, tokenizer, "auto")[0].text == "[system]Be brief.[user]Hi[assistant]"
+    assert [(p.text, p.format[:9]) for p in read(rows)] == [
+        ("[system]Be brief.[user]Hi[assistant]", "template:"), ("a\nb", "text"),
+    ]  # fmt: skip
+    wrapped = [(p.text, p.format[:9]) for path in (rows, text) for p in read(path, "template")]
+    assert wrapped[1:3] == [("[user]a\nb[assistant]", "template:"), ("[user]one\\n[assistant]", "template:")]
+    text.write_text("\n\nHuman: Hi\n\nAssistant:")
+    rows.write_text(json.dumps({"prompt": "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Who?\n\nAssistant:"}))
+    assert read(rows, "template")[0].text == "[user]Hi[assistant]Ho[user]Who?[assistant]"
+    rows.write_text(json.dumps({"prompt": turns}))
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.add_special_tokens({"bos_token": "<|bos|>"})
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", bos)])
     tokenizer.chat_template = "<|bos|>" + TEMPLATE
-    assert [p.ids.count(bos) for p in script.read_prompts(rows, tokenizer, "auto")] == [1, 1]
+    assert [p.ids.count(bos) for p in read(rows)] == [1]
+
+
+def test_text_for_a_policy_trained_on_conversations_is_said(
+    call: Call, run_dir: Path, prompts: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(run_dir, run := tmp_path / "run", symlinks=True)
+    folder = run / os.readlink(run / "LATEST")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    state |= {"formats": ["template:" + hashlib.sha256(TEMPLATE.encode()).hexdigest()[:8]]}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    (folder / "manifest.json").unlink()
+    call(run=run)
+    assert "warning" in (output := capfd.readouterr().out) and "rendered as plain text, but the policy was" in output
+    rows = read_jsonl(call("chat_format=template", run=run, name="turns.jsonl"))
+    assert rows[0]["prompt"] == "[user]Rivers are[assistant]" and "warning" not in capfd.readouterr().out
+    state["config"]["chat_format"] = "template"
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert read_jsonl(call(run=run, name="again.jsonl"))[0]["prompt"] == "[user]Rivers are[assistant]"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_model, make_tokenizer, read_jsonl
+from conftest import ROOT, make_model, make_tokenizer, read_jsonl, tiny_overrides, train_here, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import score
@@ -59,7 +59,9 @@ def slow(folder: Path, prompt: str, response: dict) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).double()
     before = own_bos(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    after = [*tokenizer(response["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    parts = response.get("parts") or [response["text"]]
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+    after = [*(i for part in ids for i in part), tokenizer.eos_token_id]
     logps = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1].log_softmax(-1)
     return logps[torch.arange(len(after)), torch.tensor(after)]
 
@@ -160,6 +162,79 @@ def test_the_runs_own_data_and_its_accuracy(scored: Score, run_dir: Path, capfd:
     assert np.mean(np.array(margins) > 0) == metrics["rewards_eval/accuracies"]
     assert "test split: 8 records" in capfd.readouterr().out
     assert len(scored("--split", "train", "--overwrite")) == 24
+
+
+def copy_with_state(run_dir: Path, target: Path, **changes: object) -> Path:
+    """A copy of a run whose trainer_state.json has other entries."""
+    shutil.copytree(run_dir, target, symlinks=True)
+    file = target / os.readlink(target / "LATEST") / "trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    (file.parent / "manifest.json").unlink()
+    return target
+
+
+def test_the_runs_own_data_is_that_of_the_run(
+    scored: Score, tiny_model_dir: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the file of the same relative name in another folder, and not that file once it has changed."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        write_pairs(folder / "pairs", 8, 4)
+    (there / "pairs" / "test.jsonl").write_text((there / "pairs" / "test.jsonl").read_text().replace(" No", " Never"))
+    monkeypatch.chdir(here)
+    given = ["datasets=[pairs]", "loss=dpo", "loss.beta=0.1", "sample_during_eval=false", "n_eval_examples=4"]
+    train_here(tiny_overrides(tiny_model_dir, Path("pairs"), cache_dir, tmp_path / "run", *given))
+    before = scored(run=tmp_path / "run")
+    monkeypatch.chdir(there)
+    assert scored("--overwrite", run=tmp_path / "run") == before and before[0]["dataset"] == "pairs"
+    other = scored("--overwrite", "--data", "pairs", run=tmp_path / "run")
+    assert [row["prompt"] for row in other] == [row["prompt"] for row in before] and other != before
+    shutil.copy(there / "pairs" / "test.jsonl", here / "pairs" / "test.jsonl")
+    with pytest.raises(UserError, match=r"here/pairs has changed since the run read it; .*--data"):
+        scored("--overwrite", run=tmp_path / "run")
+    assert len(scored("--overwrite", "--split", "train", run=tmp_path / "run")) == 8
+    shutil.rmtree(here / "pairs")
+    with pytest.raises(UserError, match="here/pairs: no such file or folder"):
+        scored("--overwrite", run=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("trained", "said"),
+    [
+        (
+            ["template:0123abcd"],
+            "rendered as plain text, but the policy was trained on chat template 0123abcd; chat_form",
+        ),
+        (["hh"], "rendered as plain text, but the policy was trained on messages in the style of HH\n"),
+        (["template:0123abcd", "text"], ""),
+        (["text"], ""),
+        (None, ""),
+    ],
+)
+def test_another_format_than_the_policys_is_said(
+    trained: list[str] | None, said: str, scored: Score, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    run = copy_with_state(run_dir, tmp_path / "run", formats=trained)
+    scored("--data", write_rows(tmp_path / "ranked.jsonl", RANKED[:1]), run=run)
+    output = capfd.readouterr().out
+    assert said in output and ("warning" in output) == bool(said)
+
+
+def test_a_users_turn_in_a_response_does_not_count(
+    scored: Score, run_dir: Path, tiny_model_dir: Path, tmp_path
+) -> None:
+    said = [" It is.", "\n\nHuman: Why?\n\nAssistant:", " Rivers are wide."]
+    rows = [{"prompt": "\n\nHuman: Is it?\n\nAssistant:", "chosen": "".join(said), "rejected": " No."}]
+    for given, average in (([], False), (["loss=ipo", "loss.beta=0.3", "loss.average_log_prob=true"], True)):
+        [row] = scored("--overwrite", "--data", write_rows(tmp_path / "turns.jsonl", rows), *given)
+        [response] = [r for r in row["responses"] if r["text"] == "".join(said)]
+        ours, theirs = (slow(f, row["prompt"], {"parts": said}) for f in (run_dir / "LATEST", tiny_model_dir))
+        n = [len(make_tokenizer()(part)["input_ids"]) for part in said]
+        counted = torch.tensor([True] * n[0] + [False] * n[1] + [True] * (n[2] + 1))
+        expected = torch.where(counted, 0.3 * (ours - theirs) / (counted.sum() if average else 1), 0)
+        assert response["token_rewards"] == pytest.approx(expected.tolist(), abs=1e-4)
+        assert response["reward"] == pytest.approx(float(expected.sum()), abs=1e-4)
+        assert response["logp_policy"] == pytest.approx(float(ours[counted].sum()), abs=1e-3)
 
 
 def test_the_policy_against_itself_is_right_half_of_the_time(scored: Score, run_dir: Path, capfd) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint import STATE_FILE, find_archive, read_state, weights_identity
+from data_checks import format_warning
 from models import (
     Computation,
     check_fits,
@@ -135,25 +136,7 @@ def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Sa
     return Saved(replace(policy.config, model=shared), {})
 
 
-def trained_formats(folder: Path) -> list[str]:
-    """How the rows were rendered that a checkpoint was trained on; [] if that is not known."""
-    try:
-        return read_state(folder).get("formats") or []
-    except UserError:
-        return []
-
-
-def warn_of_formats(trained: Sequence[str], used: Iterable[str], rows: str, model: str) -> None:
-    """Log a warning if `rows` are rendered as `used`, and the `model` was `trained` on none of that."""
-    others = sorted(set(used) - set(trained))
-    if not trained or not others:
-        return
-
-    def shown(formats: Sequence[str]) -> str:
-        names = {"text": "plain text", "hh": "messages in the style of HH", "template": "chat template"}
-        return ", ".join(
-            " ".join([names.get(kind, kind), tag]).strip() for kind, _, tag in (f.partition(":") for f in formats)
-        )
-
-    advice = "; chat_format=template makes turns of text" if others == ["text"] and "template" in str(trained) else ""
-    log(f"warning: {rows}: rendered as {shown(others)}, but {model} was trained on {shown(trained)}{advice}")
+def warn_of_formats(policy: Saved, formats: Iterable[str], rows: str) -> None:
+    """Log it if `rows` are rendered in another way than those that the policy was trained on."""
+    if warning := format_warning(sorted(formats), policy.state.get("formats") or []):
+        log(f"warning: {rows}: {warning}")

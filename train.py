@@ -35,7 +35,6 @@ from checkpoint import find_archive, read_state
 from data_checks import check_format, check_overlap
 from models import load_policy, load_tokenizer, local_folder, pick_device, quiet_transformers
 from preference_datasets import PreferenceData, format_funnel, load_data
-from saved import trained_formats, warn_of_formats
 from settings import Config, build_config, check_keys, data_settings, literal, register_resolvers
 from utils import RunLogger, UserError, be_quiet, log, open_log, redact, run_main
 
@@ -204,9 +203,6 @@ def build_and_fit(config: Config, sharding: parallel.Sharding | None, begin: Cal
     with parallel.one_per_machine_first():
         tokenizer = load_tokenizer(config)
         train_data, eval_data = load_splits(config, tokenizer)
-        if config.model.archive:
-            archive = find_archive(config.model.archive)
-            warn_of_formats(trained_formats(archive), train_data.formats, "the training data", str(archive))
         if runs.is_finished(config, train_data):
             log(f"{run_dir} is finished, with these settings and data: nothing to do")
             return

@@ -1,5 +1,6 @@
 """Small helpers without a home of their own: user-facing errors, the run's log and metric files, local folders."""
 
+import argparse
 import contextlib
 import errno
 import functools
@@ -114,6 +115,14 @@ def open_log(run_dir: Path) -> None:
     if _log_file is not None:
         _log_file.close()
     _log_file = Lines(run_dir / "log.txt")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a script's docstring, and adds each option's default if it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default not in (None, False, argparse.SUPPRESS, []) and action.option_strings
+        return f"{action.help} (default: %(default)s)" if shown else action.help
 
 
 def run_main(main: Callable[[], Any], speaks: Callable[[], bool] = lambda: True) -> Any:

@@ -45,7 +45,7 @@ sys.path.insert(0, str(ROOT))
 
 import psutil
 
-from utils import UserError, run_main
+from utils import HelpFormatter, UserError, run_main
 
 DPO = ["exp_name=benchmark", "loss=dpo", "loss.beta=0.1", "n_eval_examples=0"]
 PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "tokenizers", "numpy", "trl")
@@ -301,23 +301,23 @@ def time_dpo(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(required=True)
     dpo = commands.add_parser("dpo", help="speed of a DPO step, and of a sweep")
-    dpo.add_argument("--pairs", type=int, default=64)
+    dpo.add_argument("--pairs", type=int, default=64, help="to train on")
     dpo.add_argument("--micro", type=int, default=8, help="pairs of the original's micro-batches")
-    dpo.add_argument("--repeats", type=int, default=3)
+    dpo.add_argument("--repeats", type=int, default=3, help="of each measurement")
     dpo.add_argument("--sweep", action="store_true", help="time four betas as a whole")
     dpo.add_argument("--only", help="comma-separated names of what to time, as in the table; the first is the base")
     dpo.add_argument("--name", help="of the file in benchmarks/")
     dpo.add_argument("--shape", help="LAYERSxWIDTH of a model with random weights, to time instead: 16x2048 is 1B")
     dpo.add_argument("overrides", nargs="*", help="of the configuration: model=..., datasets=[...], device=...")
     data = commands.add_parser("data", help="tokenise and reload a training set")
-    data.add_argument("--rows", type=int, default=160_800)
-    data.add_argument("--repeats", type=int, default=3)
+    data.add_argument("--rows", type=int, default=160_800, help="to read")
+    data.add_argument("--repeats", type=int, default=3, help="of each measurement")
     data.add_argument("--num-proc", type=int, default=0, help="tokenising processes; 0: one per core")
     start = commands.add_parser("start", help="host memory while processes load a model")
-    start.add_argument("--nproc", type=int, default=4)
+    start.add_argument("--nproc", type=int, default=4, help="processes")
     for command, function in ((dpo, benchmark_dpo), (data, benchmark_data), (start, benchmark_start)):
         command.set_defaults(function=function)
     arguments = parser.parse_args()

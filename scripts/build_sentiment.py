@@ -28,7 +28,7 @@ from models import quiet_transformers
 from report import sentiment
 from saved import find_saved
 from settings import load_config
-from utils import UserError, make_dir, run_main
+from utils import HelpFormatter, UserError, make_dir, run_main
 
 DATA = ROOT / "data" / "sentiment"
 N_SAMPLED = 6  # a prompt; more than are kept, because some are unusable
@@ -127,7 +127,7 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", help="run, checkpoint, model folder or hub id (default: the embedded model)")
     parser.add_argument("--openers", type=Path, default=DATA / "openers.txt", help="one prompt a line")
     parser.add_argument("--out", type=Path, default=DATA, help="folder for train.jsonl.gz and test.jsonl.gz")

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from losses import DPOLoss, Loss, SequenceLogps
-from utils import UserError, make_dir, run_main
+from utils import HelpFormatter, UserError, make_dir, run_main
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ def draw(world: World, rows: list[dict[str, float | str]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--betas", default="0.05,0.1,0.2,0.5,1,2,5", help="comma-separated")
     parser.add_argument("--noise", type=float, default=0.1, help="share of flipped labels, and label_smoothing")
     parser.add_argument("--seed", type=int, default=0, help="of the world")
-    parser.add_argument("--out", type=Path, default=Path("closed_form"))
+    parser.add_argument("--out", type=Path, default=Path("closed_form"), help="folder of the results")
     arguments = parser.parse_args()
     try:
         betas = [float(beta) for beta in arguments.betas.split(",")]

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from report import EXAMPLES, Z95, Run, interval, load_runs, sentiment, write_report
 from settings import quoted
-from utils import UserError, log, make_dir, run_main, visible
+from utils import HelpFormatter, UserError, log, make_dir, run_main, visible
 
 COMMON = ["model=smollm2", "datasets=[sentiment]", "max_length=32", "max_prompt_length=16", "optimizer=AdamW"]
 COMMON += ["+optimizer_kwargs.fused=true", "warmup_steps=2", "lr_schedule=linear", "kl_during_eval=true"]
@@ -77,7 +77,7 @@ def show_samples(models: Sampled, n: int = 4) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="runs and results go here")
     folder = make_dir(parser.parse_args().folder.resolve(), "--folder")
     start, sft, dpo = time.time(), folder / "sft", folder / "dpo"

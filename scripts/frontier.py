@@ -33,7 +33,7 @@ from report import draw_points, frontier, interval, load_runs, sentiment
 from sampling import Sampling, prompts_of, sample
 from saved import find_saved
 from settings import data_settings, quoted
-from utils import UserError, log, make_dir, run_main
+from utils import HelpFormatter, UserError, log, make_dir, run_main
 
 SETTINGS = ROOT / "scripts" / "frontier.yaml"
 START, BEST_OF, PREFERRED = "start", "best of N", "preferred"
@@ -200,7 +200,7 @@ def write(folder: Path, points: Sequence[Point]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "frontier", help="runs and results go here")
     parser.add_argument("--settings", default="small", help="of scripts/frontier.yaml")
     parser.add_argument("--start", type=Path, help="the starting policy, a run's folder; default: an SFT of its own")

@@ -1,14 +1,20 @@
 """What the model will see: the funnel from rows to examples, then a few examples as tokens with their loss mask.
 
     python scripts/inspect_data.py datasets=[hh] n=3 split=train
+    python scripts/inspect_data.py --json datasets=[hh] n=3 > examples.jsonl
 
-takes the overrides of train.py and, besides, `n` (examples shown, default 3) and `split` (train or test). Preference
-pairs are shown unless told loss=sft. Tokens are set apart by `|`: prompt dim, response (what the loss sees) green,
-special tokens highlighted. Without a terminal, or with NO_COLOR set, marks stand for the colours: `<<...>>` around what
-the loss sees, `[...]` around special tokens.
+takes the overrides of train.py and, besides, `n` (examples shown) and `split` (train or test). Preference pairs are
+shown unless told loss=sft. Tokens are set apart by `|`: prompt dim, response (what the loss sees) green, special tokens
+highlighted. Without a terminal, or with NO_COLOR set, marks stand for the colours: `<<...>>` around what the loss sees,
+`[...]` around special tokens.
 """
 
+import argparse
+import contextlib
+import itertools
+import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import load_tokenizer
 from preference_datasets import PreferenceData, Record, format_funnel, load_data
-from settings import data_settings, load_config
-from utils import UserError, run_main, visible
+from settings import check_keys, data_settings, load_config
+from utils import HelpFormatter, UserError, run_main, visible
 
 DIM, GREEN, SPECIAL, RESET = "\033[2m", "\033[32m", "\033[1;30;43m", "\033[0m"
 
@@ -53,13 +59,42 @@ def show_tokens(ids: Sequence[int], tokenizer: Any, colour: str) -> str:
     return f"{colour}{'|'.join(shown)}{RESET}" if colour else "|".join(shown)
 
 
+def masks_of(record: Record) -> list[list[bool]]:
+    """Which tokens of each response count in the loss."""
+    return record.masks or [[True] * len(response) for response in record.responses]
+
+
+def as_json(record: Record, tokenizer: Any, name: str, number: int) -> str:
+    """A record as one line of JSON: texts as the model sees them, ids, which response tokens count, and pairs."""
+
+    def side(ids: list[int]) -> dict[str, Any]:
+        return {"text": tokenizer.decode(ids, clean_up_tokenization_spaces=False), "ids": ids}
+
+    responses = [side(ids) | {"loss_mask": mask} for ids, mask in zip(record.responses, masks_of(record), strict=True)]
+    row = {"dataset": name, "record": number, "prompt": side(record.prompt), "responses": responses}
+    return json.dumps(row | {"pairs": record.pairs})
+
+
+def show_response(ids: Sequence[int], mask: Sequence[bool], tokenizer: Any, colours: bool) -> str:
+    """The tokens of a response, those that count in the loss apart from the others."""
+    shown, start = [], 0
+    for counts, run in itertools.groupby(mask):
+        end = start + len(list(run))
+        text = show_tokens(ids[start:end], tokenizer, (GREEN if counts else DIM) if colours else "")
+        shown.append(text if colours or not counts else f"<<{text}>>")
+        start = end
+    return "|".join(shown) if colours else "".join(shown)
+
+
 def show_record(record: Record, tokenizer: Any, colours: bool) -> str:
-    dim, green = (DIM, GREEN) if colours else ("", "")
+    dim = DIM if colours else ""
     lines = [f"prompt, {len(record.prompt)} tokens, no loss:", show_tokens(record.prompt, tokenizer, dim)]
-    for number, response in enumerate(record.responses):
+    for number, (response, mask) in enumerate(zip(record.responses, masks_of(record), strict=True)):
         lost = "" if response[-1] == tokenizer.eos_token_id else ", cut: no EOS"
-        text = show_tokens(response, tokenizer, green)
-        lines += [f"response {number}, {len(response)} tokens{lost}:", text if colours else f"<<{text}>>"]
+        lines += [
+            f"response {number}, {len(response)} tokens{lost}:",
+            show_response(response, mask, tokenizer, colours),
+        ]
     if record.pairs:
         lines.append("pairs, preferred > other: " + ", ".join(f"{a} > {b}" for a, b in record.pairs))
     return "\n".join(lines)
@@ -72,20 +107,38 @@ def examples(data: PreferenceData, n: int) -> list[int]:
     return turns[:n]
 
 
-def main() -> None:
-    given = {argument.partition("=")[0]: argument for argument in sys.argv[1:]}
+def read_arguments() -> tuple[int, str, bool, list[str]]:
+    """`n`, `split`, whether JSON is wanted, and the overrides."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.usage = "%(prog)s [--json] [n=N] [split=SPLIT] [KEY=VALUE ...]"
+    parser.add_argument("--json", action="store_true", help="one JSON object a record, and nothing else, on stdout")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="n (default 3), split (default train), or as train.py"
+    )
+    arguments = parser.parse_intermixed_args()
+    given = {argument.partition("=")[0]: argument for argument in arguments.overrides}
     n = given.pop("n", "n=3").removeprefix("n=")
     split = given.pop("split", "split=train").removeprefix("split=")
-    if not n.isdigit():
+    if not re.fullmatch("[0-9]{1,9}", n):
         raise UserError(f"n={n} must be a whole number of examples, 0 or more")
+    check_keys(list(given.values()))
     defaults = [] if "loss" in given else ["loss=dpo", "loss.beta=0.1"]
-    config = load_config(["exp_name=inspect_data", *defaults, *given.values()])
-    tokenizer = load_tokenizer(config)
-    data = load_data(data_settings(config), tokenizer, split)
-    print(visible(format_funnel(data)))
-    for i in examples(data, int(n)):
-        name = visible(data.names[int(data.source[i])])
-        print(f"\n--- {name}, {split} record {i} of {len(data)}")
+    return int(n), split, arguments.json, [*defaults, *given.values()]
+
+
+def main() -> None:
+    n, split, as_lines, overrides = read_arguments()
+    config = load_config(["exp_name=inspect_data", *overrides])
+    with contextlib.redirect_stdout(sys.stderr) if as_lines else contextlib.nullcontext():
+        tokenizer = load_tokenizer(config)
+        data = load_data(data_settings(config), tokenizer, split)
+        print(visible(format_funnel(data)))
+    for i in examples(data, n):
+        name = data.names[int(data.source[i])]
+        if as_lines:
+            print(as_json(data[i], tokenizer, name, i))
+            continue
+        print(f"\n--- {visible(name)}, {split} record {i} of {len(data)}")
         print(show_record(data[i], tokenizer, in_colour()))
 
 

@@ -17,7 +17,7 @@ from health import broken_parameters, read_batch
 from models import Computation, load_policy, pick_device, quiet_transformers, refusing
 from saved import find_saved
 from settings import LossConfig, quoted
-from utils import run_main, visible
+from utils import HelpFormatter, run_main, visible
 
 
 def replay(folder: Path, overrides: list[str]) -> None:
@@ -42,7 +42,7 @@ def replay(folder: Path, overrides: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("overrides", nargs="*", help="of the configuration, such as mixed_precision=null")
     arguments = parser.parse_args()

@@ -37,7 +37,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from runs import FREE, flat
 from sampling import mean_and_error
-from utils import UserError, log, make_dir, redact, run_main, visible
+from utils import HelpFormatter, UserError, log, make_dir, redact, run_main, visible
 
 EXAMPLES = "counters/examples"
 MOST_POINTS = 400  # of a curve
@@ -367,7 +367,8 @@ def chart(title: str, draw: Callable[..., None], *what: Any) -> str:
     svg = file.getvalue()[file.getvalue().index("<svg") :]
     # matplotlib's <style> would hold for the whole page; namespaces mean nothing in HTML.
     svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{e(title)}">', svg, count=1)
+    label = f'role="img" aria-label="{e(title)}"'
+    svg = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', lambda found: f"<svg {found[1]} {label}>", svg, count=1)
     key = re.sub(r"\W+", "-", title)
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{key}-", svg)
     return re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg).replace(INK, "currentColor")
@@ -492,7 +493,7 @@ def write_report(runs: Sequence[Run], out: Path, samples: int, command: str) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="SWEEP_OR_RUN", help="run folders, or folders of runs")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder for report.csv and report.html")
     parser.add_argument("--samples", type=int, default=8, help="prompts whose samples are shown")

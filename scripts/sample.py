@@ -29,7 +29,7 @@ from rendering import ChatFormat
 from row_forms import BadRow, Judgement, text_or_messages, to_messages
 from sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample
 from saved import Saved, find_reference, find_saved, take_overrides, warn_of_formats
-from utils import UserError, file_hash, log, make_dir, progress, run_main, visible
+from utils import HelpFormatter, UserError, file_hash, log, make_dir, progress, run_main, visible
 
 ADVICE = "give another --out, or --overwrite"
 
@@ -207,17 +207,17 @@ def summary(rows: Sequence[dict[str, Any]], how: Sampling) -> str:
 
 
 def read_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.usage = "%(prog)s RUN --prompts FILE [options] [KEY=VALUE ...]"
     parser.add_argument("run")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help=".jsonl or .txt")
-    parser.add_argument("--out", type=Path, default=Path("samples.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("samples.jsonl"), help="file of the result")
     parser.add_argument("--overwrite", action="store_true", help="start --out anew")
     parser.add_argument("--reference", metavar="NAME", help="run, checkpoint, model folder, hub id, or none")
     parser.add_argument("--n", type=int, default=1, help="samples a prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="of each response")
+    parser.add_argument("--temperature", type=float, default=1.0, help="1: the model's own distribution")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1: the model's own distribution")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time: temperature 0")
     parser.add_argument("--batch-size", type=int, default=16, help="samples at a time")
     parser.add_argument("--seed", type=int, default=0, help="with a batch's number it gives its samples")
@@ -248,8 +248,7 @@ def main() -> None:
     tokenizer = load_tokenizer(policy.config)
     chat = ChatFormat(tokenizer, policy.config.chat_format, policy.config.chat_date)
     prompts = read_prompts(given.prompts, tokenizer, chat)
-    formats = {prompt.format for prompt in prompts}
-    warn_of_formats(policy.state.get("formats") or [], formats, str(given.prompts), "the policy")
+    warn_of_formats(policy, {prompt.format for prompt in prompts}, str(given.prompts))
     check_lengths(prompts, [policy, reference] if reference else [policy], given.max_new_tokens)
     items = [(prompt, n) for prompt in prompts for n in range(given.n)]
     config = policy.config

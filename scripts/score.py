@@ -42,7 +42,7 @@ from preference_datasets import (
 )
 from saved import Saved, find_reference, find_saved, take_overrides, warn_of_formats
 from settings import Config, data_settings, quoted
-from utils import UserError, log, make_dir, progress, redact, run_main, visible
+from utils import HelpFormatter, UserError, log, make_dir, progress, redact, run_main, visible
 
 PAIRED = {"chosen", "rejected", "responses", "scores"}
 GREENS, REDS = (22, 28, 34, 40, 46), (52, 88, 124, 160, 196)  # of a terminal's 256 colours, small to large
@@ -89,7 +89,7 @@ def load_items(policy: Saved, tokenizer: Any, split: str, own: bool, limit: int 
             raise UserError(
                 f"{source['path']} has changed since the run read it; give what is to be scored with --data"
             )
-        warn_of_formats(policy.state.get("formats") or [], data.formats, name, "the policy")
+        warn_of_formats(policy, data.formats, name)
         lost = [f"{key}: {n}" for key, n in data.funnel[place].items() if n and re.search("dropped|truncated", key)]
         log(", ".join([f"{name}, {shown}: {len(data)} records", *lost]))
         items += [Item(name, data, number) for number in range(len(data))[:limit]]
@@ -268,13 +268,13 @@ def write(path: Path, rows: Iterable[dict[str, Any]], n_shown: int) -> tuple[lis
 
 
 def read_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.usage = "%(prog)s RUN [options] [KEY=VALUE ...]"
     parser.add_argument("run")
     parser.add_argument("--reference", metavar="NAME", help="run, checkpoint, model folder or hub id")
     parser.add_argument("--data", nargs="+", metavar="FILE_OR_SET", help="as datasets=[...] takes them")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="test: all rows, if undivided")
-    parser.add_argument("--out", type=Path, default=Path("scores.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("scores.jsonl"), help="file of the result")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="records to show, token by token")
     parser.add_argument("--limit", type=int, metavar="N", help="score the first N records of each data set")

@@ -237,3 +237,51 @@ def test_a_broken_config(sweep: Path) -> None:
     (sweep / "beta=0.5" / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"beta=0\.5/config\.yaml cannot be read"):
         report.load_runs([sweep])
+
+
+def test_cells_are_no_formulas() -> None:
+    for text in ("=1+1", "+cmd", "-x", "@SUM(A1)", " =1", "\t=1", "-1, 2", "--1", "=\x1b"):
+        assert report.csv_cell(text).startswith("'"), text
+    for value in ("-0.5", "+1e-5", "1e-7", "text", "a=b", "–", "", -0.5, None, 3):
+        assert report.csv_cell(value) == value
+    assert "\x1b" not in report.csv_cell("a\x1b")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"counters/examples": 1, "loss/eval": "<b>"}',
+        '{"counters/examples": -1, "loss/eval": 1}',
+        '{"counters/examples": true}',
+        '{"counters/examples": 1, "loss/eval": null}',
+        '{"counters/examples": 1, "loss/eval": [1]}',
+        '{"counters/examples": 1, "loss/eval": 1' + "0" * 400 + "}",
+        '{"counters/examples": ' + "9" * 30 + "}",
+        "[" * 100_000,
+    ],
+)
+def test_metrics_that_are_none_are_refused(line: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1"):
+        report.load_runs([tmp_path])
+
+
+def test_names_of_others_do_nothing_in_a_report(tmp_path: Path) -> None:
+    evil = "=cmd|' /C calc'!A0<script>\x1b[2J"
+    for name in (evil.replace("/", ""), "other"):
+        (folder := tmp_path / name).mkdir()
+        (folder / "config.yaml").write_text(
+            json.dumps({"loss": {"name": [evil]}, "seed": evil if name != "other" else 1})
+        )
+        (folder / "metrics.jsonl").write_text(
+            json.dumps({"counters/examples": 1, f"{evil}eval": 1, "loss/eval": 2}) + "\n"
+        )
+        (folder / "samples.jsonl").write_text(
+            json.dumps({"counters/examples": 1, "prompt": evil, "policy": evil, "reference": evil}) + "\n"
+        )
+    report.write_report(report.load_runs([tmp_path]), tmp_path, 8, "python report.py")
+    rows = list(csv.reader((tmp_path / "report.csv").open(encoding="utf-8", newline="")))
+    assert len(rows) == 3 and not any(cell.startswith(tuple("=+-@")) for row in rows for cell in row)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and "\x1b" not in page and "&lt;script&gt;" in page

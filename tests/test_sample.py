@@ -218,7 +218,7 @@ def test_text_for_a_policy_trained_on_conversations_is_said(
     (folder / "trainer_state.json").write_text(json.dumps(state))
     (folder / "manifest.json").unlink()
     call(run=run)
-    assert "warning" in (output := capfd.readouterr().out) and "rendered as plain text, but the policy was" in output
+    assert "warning" in (output := capfd.readouterr().out) and "these rows are plain text" in output
     rows = read_jsonl(call("chat_format=template", run=run, name="turns.jsonl"))
     assert rows[0]["prompt"] == "[user]Rivers are[assistant]" and "warning" not in capfd.readouterr().out
     state["config"]["chat_format"] = "template"

@@ -203,9 +203,9 @@ def test_the_runs_own_data_is_that_of_the_run(
     [
         (
             ["template:0123abcd"],
-            "rendered as plain text, but the policy was trained on chat template 0123abcd; chat_form",
+            "these rows are plain text, and the model was trained on a chat template (0123abcd)",
         ),
-        (["hh"], "rendered as plain text, but the policy was trained on messages in the style of HH\n"),
+        (["hh"], "these rows are plain text, and the model was trained on the style of HH"),
         (["template:0123abcd", "text"], ""),
         (["text"], ""),
         (None, ""),

@@ -216,6 +216,7 @@ def positions(config: PreTrainedConfig) -> tuple[int | None, str]:
     """
     text = config.get_text_config()
     most, reason = getattr(text, "max_position_embeddings", None), "of the model"
+    most = None if most is not None and most < 0 else most  # XLNet's way to say that there is no limit
     rope = getattr(text, "rope_parameters", None) or {}
     for kind in (rope, *(kind for kind in rope.values() if isinstance(kind, dict))):
         limit = kind.get("original_max_position_embeddings")
@@ -447,32 +448,42 @@ def pick_computation(model: PreTrainedModel, config: Config) -> Computation:
     cuda = input_device(model).type == "cuda"
     exact = dtype == torch.float32 and not (cuda and config.allow_tf32)
     padded = Computation(dtype, tolerance=1e-4 if exact else 0.1)
+    _check_supported(model, padded, config)
+    return _pick_layout(model, config, padded)
+
+
+def _check_supported(model: PreTrainedModel, padded: Computation, config: Config) -> None:
+    """Raise UserError unless rows are computed causally, each for itself, and to what the model's own logits say."""
+    who, per_token = f"{type(model).__name__} is not supported", "nats per token"
     try:
-        with refusing(f"{type(model).__name__} is not supported: its forward pass failed"):
-            found = head_difference(model, dtype)
+        with refusing(f"{who}: its forward pass failed"):
+            head = head_difference(model, padded.dtype)
+            company, ahead = company_differences(model, padded, config.max_length)
     except UserError as error:
         if isinstance(error.__cause__, TorchDynamoException):
             reason = _first_line(error.__cause__)
             raise UserError(f"compile=true: the blocks cannot be compiled here: {reason}") from error
         raise
-    if not math.isfinite(found):
+    if not math.isfinite(head):
         raise UserError(
             f"the log-probabilities of {type(model).__name__} are not finite: its weights hold NaN or infinity, or "
-            f"{dtype} is too small for them; look at the weights, or compute in float32 (mixed_precision=null)"
+            f"{padded.dtype} is too small for them; look at the weights, or compute in float32 (mixed_precision=null)"
         )
-    if found > padded.tolerance:
+    if not company <= padded.tolerance:
         raise UserError(
-            f"{type(model).__name__} is not supported: its log-probabilities, computed a part at a time, differ by "
-            f"{found:.2g} nats per token from those of its own logits"
+            f"{who}: log-probabilities of short rows differ by {company:.2g} {per_token} if a row of "
+            f"max_length={config.max_length} tokens is computed with them; lower max_length"
         )
-    with refusing(f"{type(model).__name__} is not supported: its forward pass failed"):
-        found = company_difference(model, padded, config.max_length)
-    if not found <= padded.tolerance:
+    if not ahead <= padded.tolerance:
         raise UserError(
-            f"{type(model).__name__} is not supported: log-probabilities of short rows differ by {found:.2g} nats per "
-            f"token if a row of max_length={config.max_length} tokens is computed with them; lower max_length"
+            f"{who}: it is not causal; log-probabilities of a row's first tokens differ by {ahead:.2g} {per_token} if "
+            "others follow (set is_decoder to true in its config.json if it has that key)"
         )
-    return _pick_layout(model, config, padded)
+    if head > padded.tolerance:
+        raise UserError(
+            f"{who}: its log-probabilities, computed a part at a time, differ by {head:.2g} {per_token} from those of "
+            "its own logits"
+        )
 
 
 def _pick_layout(model: PreTrainedModel, config: Config, padded: Computation) -> Computation:
@@ -518,15 +529,19 @@ def layout_difference(model: PreTrainedModel, how: Computation, prompt_length: i
 
 
 @torch.no_grad()
-def company_difference(model: PreTrainedModel, how: Computation, length: int) -> float:
-    """By how much log-probabilities of short rows change, at most, as the mean over a row's tokens in nats, if a row
-    of `length` tokens is computed with them. Some models choose what they compute by the longest row."""
+def company_differences(model: PreTrainedModel, how: Computation, length: int) -> tuple[float, float]:
+    """By how much log-probabilities change, at most, as the mean over a row's tokens in nats: of short rows if one of
+    `length` tokens is computed with them, as some models choose what they compute by the longest row; and of the same
+    tokens if others follow in the row, as in models that are not causal."""
     ids = _random_ids(model, length + 1)
-    long, *short = (Tree(ids[:1], [ids[1 : 1 + n]]) for n in (length, length // 4 + 1, 8))
-    together = response_logps(model, Batch([long, *short], [], None), how).logps[1:]
-    alone = [response_logps(model, Batch([tree], [], None), how).logps[0] for tree in short]
-    changes = [(one[: len(two)] - two).abs().mean() for one, two in zip(together, alone, strict=True)]
-    return float(torch.stack(changes).max())
+    trees = [Tree(ids[:1], [ids[1 : 1 + n]]) for n in (length, length // 4 + 1, 8)]
+    long, *together = response_logps(model, Batch(trees, [], None), how).logps
+    company, ahead = [], []
+    for tree, beside in zip(trees[1:], together, strict=True):
+        alone = response_logps(model, Batch([tree], [], None), how).logps[0]
+        company.append((beside[: len(alone)] - alone).abs().mean())
+        ahead.append((long[: len(alone)] - beside[: len(alone)]).abs().mean())
+    return float(torch.stack(company).max()), float(torch.stack(ahead).max())
 
 
 @torch.no_grad()

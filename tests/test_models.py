@@ -21,7 +21,7 @@ from models import (
     Computation,
     add_token_logps,
     check_noise,
-    company_difference,
+    company_differences,
     disable_dropout,
     load_policy,
     load_tokenizer,
@@ -320,7 +320,7 @@ def longrope(**more: Any) -> PreTrainedModel:
 def test_rows_of_longrope_are_computed_alike_or_refused(overrides: Overrides, tmp_path: Path) -> None:
     model = longrope()
     how = Computation(torch.float32)
-    assert company_difference(model, how, 24) < 1e-5 < 1e-2 < company_difference(model, how, 25)
+    assert company_differences(model, how, 24)[0] < 1e-5 < 1e-2 < company_differences(model, how, 25)[0]
     assert models.positions(model.config)[0] == 24
     assert models.positions(longrope(long_factor=[1.0] * 4).config)[0] == 96
     model.save_pretrained(tmp_path / "phi3")
@@ -383,3 +383,69 @@ def test_a_run_from_an_archive_trains_on_its_tokens(overrides: Overrides, tmp_pa
     train_here(overrides(f"model.archive={tmp_path / 'sft'}", "n_examples=4", "n_eval_examples=0"))
     saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "LATEST")
     assert saved.eos_token == "The" and saved.chat_template == other_tokenizer().chat_template
+
+
+# --- Odd models ---
+
+BERT = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(("kind", "arguments", "message"), [
+    ("bert", {**BERT, "is_decoder": False}, "is not causal; .*is_decoder to true"),
+    ("prophetnet", {"vocab_size": 320, "hidden_size": 32, "num_decoder_layers": 2, "num_decoder_attention_heads": 4,
+                    "decoder_ffn_dim": 64}, "is not supported: its forward pass failed"),
+    ("cpmant", {"vocab_size": 320, "hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 64,
+                "num_hidden_layers": 2}, "is not supported"),
+])  # fmt: skip
+def test_models_that_cannot_be_trained_are_refused_in_one_line(
+    kind: str, arguments: dict[str, Any], message: str, overrides: Overrides, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    strong(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **arguments))).save_pretrained(tmp_path / kind)
+    make_tokenizer().save_pretrained(tmp_path / kind)
+    with pytest.raises(UserError, match=message) as refused:
+        train_here(
+            overrides(f"model.name_or_path={tmp_path / kind}", "model.tokenizer_name_or_path=" + str(tmp_path / kind))
+        )
+    assert "\n" not in str(refused.value)
+
+
+def test_a_decoder_of_an_encoders_kind_is_trained() -> None:
+    model = model_of("bert", **BERT, is_decoder=True)
+    assert (
+        pick_computation(model, load_config(["exp_name=x", "max_length=24", "max_prompt_length=12"])).layout == "tree"
+    )
+
+
+CONFIGS = {
+    "no object": "[]", "heads": {"num_attention_heads": 0}, "text": {"hidden_size": "wide"},
+    "negative": {"vocab_size": -1}, "layers": {"num_hidden_layers": None}, "unknown": {"model_type": "\x1b[2J"},
+    "rope": {"rope_parameters": {"rope_type": 3}}, "act": {"hidden_act": "none"}, "list": {"num_hidden_layers": [2]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("way", ["name_or_path", "archive"])
+def test_broken_configurations_are_refused_in_one_line(
+    name: str, way: str, overrides: Overrides, tmp_path: Path
+) -> None:
+    make_model().save_pretrained(folder := tmp_path / "model")
+    make_tokenizer().save_pretrained(folder)
+    change, config = CONFIGS[name], json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(change if isinstance(change, str) else json.dumps(config | change))
+    with pytest.raises(UserError) as refused:
+        train_here(overrides(f"model.{way}={folder}"))
+    assert str(folder) in str(refused.value) and "\x1b" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("loss", [["loss=sft"], ["loss=dpo", "loss.beta=0.1"]])
+def test_weights_that_are_not_finite_are_refused(
+    value: float, loss: list[str], overrides: Overrides, tmp_path: Path
+) -> None:
+    model = make_model()
+    model.model.norm.weight.data[3] = value
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="not finite: its weights hold NaN"):
+        train_here(overrides(f"model.name_or_path={tmp_path / 'model'}", *loss))

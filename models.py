@@ -561,7 +561,9 @@ def check_noise(model: PreTrainedModel, how: Computation) -> None:
         evaluated, first = logps(0, train=False), logps(0)
         exact = torch.equal(first, logps(0))
         noise = float(torch.stack([(logps(seed) - first).abs().mean() for seed in _SEEDS]).max())
-        jitter = [(module, name, value) for module, name, value in vars(model)["switched_off"] if _JITTER.search(name)]
+        jitter = [
+            (module, name, value) for module, name, value in vars(model).get("switched_off", []) if _JITTER.search(name)
+        ]
         for module, name, value in jitter:
             setattr(module, name, value)
         needs_jitter = jitter and not torch.equal(evaluated, logps(0, train=False))

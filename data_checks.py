@@ -1,15 +1,15 @@
 """What a run compares its data with: training rows with test rows, and both with what model.archive was trained on."""
 
+import contextlib
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoint import STATE_FILE
+from checkpoint import STATE_FILE, read_state
 from preference_datasets import PreferenceData, overlap
-from utils import log
+from utils import UserError, log
 
 TRAINED_ON = "trained_on"
 """Folder of a checkpoint with hashes of the prompts and pairs that its weights have seen."""
@@ -30,7 +30,13 @@ def _hashes(archive: Path | None, kind: str) -> np.ndarray:
     path = archive / TRAINED_ON / f"{kind}.npy" if archive is not None else None
     if path is None or not path.is_file():
         return np.empty(0, dtype=np.uint64)
-    return np.load(path, allow_pickle=False)
+    try:
+        found = np.load(path, allow_pickle=False)
+        if found.dtype != np.uint64 or found.ndim != 1:
+            raise ValueError(f"{found.dtype} {found.shape}")
+    except (ValueError, OSError, EOFError, MemoryError) as error:
+        raise UserError(f"{path} holds no hashes of prompts ({error}); take another checkpoint") from error
+    return found
 
 
 def check_overlap(
@@ -66,11 +72,11 @@ def check_format(data: PreferenceData, archive: Path | None, tokenizer: Any) -> 
 
 
 def _formats(archive: Path | None) -> list[str]:
-    try:
-        state = json.loads((archive / STATE_FILE).read_text(encoding="utf-8")) if archive is not None else {}
-        return [str(name) for name in state.get("formats", [])]
-    except (OSError, ValueError, AttributeError, TypeError):
-        return []
+    """How the rows were rendered that made `archive`; [] if that is not known."""
+    if archive is not None and (archive / STATE_FILE).is_file():
+        with contextlib.suppress(UserError):  # weights may be used without it
+            return read_state(archive).get("formats") or []
+    return []
 
 
 def format_warning(formats: list[str], trained: list[str]) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import time
 import warnings
@@ -157,15 +158,22 @@ def find_checkpoint(name: str, how: str = "fast") -> Path:
 
 
 def _newest(path: Path) -> Path:
-    """The LATEST checkpoint of a run's folder; any other path itself."""
-    link = path / LATEST
-    return (link if link.is_dir() else next(iter(checkpoints(path)), path)).resolve()
+    """The newest checkpoint of a run's folder; any other path itself. LATEST counts if it names one of the folder's own
+    checkpoints, or if there are none. A copy may have lost it, or have it as a folder or as a link to another run."""
+    if path.name == LATEST and not path.exists():
+        path = path.parent
+    path = Path(os.path.realpath(path))
+    own, latest = checkpoints(path), Path(os.path.realpath(path / LATEST))
+    if latest in own or (not own and latest.is_dir()):
+        return latest
+    return own[0] if own else path
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """A run's checkpoints, those of the most examples first."""
-    found = [path for path in run_dir.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted((path.resolve() for path in found), key=examples_of, reverse=True)
+    """A run's checkpoints, those of the most examples first. Links are left out: they may lead to another run's."""
+    folder = Path(os.path.realpath(run_dir))
+    found = [path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
+    return sorted((p for p in found if p.is_dir() and not p.is_symlink()), key=examples_of, reverse=True)
 
 
 def examples_of(path: Path) -> int:
@@ -313,6 +321,7 @@ class CheckpointWriter:
 
     Of those in the run's folder, the newest `keep_last` are kept (None: all), and those that LATEST and BEST name.
     `files` are names and contents of what else each has.
+    `check` raises TakenOver if the folder is another process's by now; nothing in it is then changed.
     """
 
     def __init__(
@@ -321,8 +330,9 @@ class CheckpointWriter:
         background: bool = False,
         keep_last: int | None = None,
         files: Mapping[str, bytes] | None = None,
+        check: Callable[[], None] = lambda: None,
     ):
-        self.run_dir, self.background, self.keep_last = run_dir, background, keep_last
+        self.run_dir, self.background, self.keep_last, self.check = run_dir, background, keep_last, check
         self.files = files or {}
         self._group = parallel.side_group() if background else None
         self._thread = ThreadPoolExecutor(1)
@@ -401,6 +411,7 @@ class CheckpointWriter:
             return {name: [os.path.getsize(folder / name), file_hash(folder / name, SHORT_HASH)] for name in names}
 
         def finish() -> None:
+            self.check()
             (folder / MANIFEST).write_text(_manifest(files))
             for file in [*folder.rglob("*"), folder]:
                 _sync(file)
@@ -421,7 +432,8 @@ class CheckpointWriter:
             kept = f"the last complete checkpoint is {previous}" if previous else "there is no earlier checkpoint"
             raise UserError(f"the checkpoint {target} could not be written: {error}; {kept}") from error
         finally:
-            if parallel.is_main():
+            if parallel.is_main() and folder.exists():
+                self.check()
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _together(self, action: Callable[[], T], here: bool = True) -> list[T | None]:
@@ -443,7 +455,7 @@ class CheckpointWriter:
     def _forget(self) -> None:
         if self.keep_last is None:
             return
-        named = {(self.run_dir / link).resolve() for link in (LATEST, BEST)}
+        named = {Path(os.path.realpath(self.run_dir / link)) for link in (LATEST, BEST)}
         for path in checkpoints(self.run_dir)[self.keep_last :]:
             if path not in named:
                 gone = path.with_name(f".{path.name}-gone")
@@ -454,6 +466,8 @@ class CheckpointWriter:
 def _put_in_place(temporary: Path, target: Path) -> None:
     """Rename; a checkpoint of that name from before, of steps that were made again, makes way."""
     old = target.with_name(f".{target.name}-old")
+    if target.is_symlink() or target.is_file():
+        set_aside(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
@@ -623,7 +637,20 @@ def _space_problem(run_dir: Path, model: PreTrainedModel, optimizer: torch.optim
     return f"it needs {needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free" if free < needed else None
 
 
+def set_aside(path: Path) -> Path:
+    """Rename to abandoned-<name>, over an earlier one. Of a link the link itself: it may lead to another run."""
+    aside = path.with_name(f"abandoned-{path.name}")
+    if aside.is_symlink() or aside.is_file():
+        aside.unlink()
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return aside
+
+
 def point(run_dir: Path, link: str, name: str) -> None:
+    """Make `link` a link to `name`. A folder or file of that name, as in a copy without links, is set aside."""
+    if (run_dir / link).exists() and not (run_dir / link).is_symlink():
+        log(f"{run_dir / link} is no link: it is called {set_aside(run_dir / link).name} from here on")
     temporary = run_dir / f".{link}-{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)

@@ -109,7 +109,9 @@ def launch(worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port
     except torch.multiprocessing.ProcessExitedException as error:
         if error.signal_name is None:
             raise SystemExit(error.exit_code) from None
-        if error.signal_name in ("SIGINT", "SIGTERM"):  # before training, where there is nothing to save
+        if error.signal_name == "SIGTERM":  # before training, when there is nothing to save
+            raise stopping.Stopped from None
+        if error.signal_name == "SIGINT":
             raise KeyboardInterrupt from None
         raise UserError(
             f"process {error.error_index} of {n} was killed by {error.signal_name} (by the system, if memory ran out), "

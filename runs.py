@@ -3,26 +3,43 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
+import mmap
 import os
 import re
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 import checkpoint
 from preference_datasets import PreferenceData
 from settings import Config
-from utils import HISTORY, UserError, get_local_dir, get_local_run_dir, log, make_dir, open_log, redact
+from utils import (
+    HISTORY,
+    TakenOver,
+    UserError,
+    default_cache,
+    get_local_dir,
+    get_local_run_dir,
+    log,
+    make_dir,
+    open_log,
+    redact,
+)
 
 HEARTBEAT = 15.0
 STALE = 90.0  # seconds without a heartbeat after which a run on another machine counts as dead
+SETTLE = 2.0  # seconds that another process may take to write its name into a lock, on a file system without locks
+FUNNEL, LOG = "data_funnel.json", "log.txt"
+WRITTEN = (*HISTORY, LOG, FUNNEL, "config.yaml", ".hydra/overrides.yaml")  # besides folders
 # Keys that may differ where a run goes on: they say where and how fast it is computed, what is kept and shown.
 # trainer and its sizes, micro-batches and layout change sums by rounding only.
 FREE = set(
@@ -40,47 +57,83 @@ FREE = set(
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the folder's lock, a file that says who does. Raises UserError where another process holds it.
+def locked(run_dir: Path) -> Iterator[Callable[[], None]]:
+    """Hold the folder's lock, a file that says who does. Raises UserError if another process holds it.
 
     The system frees the lock of a process that died on this machine. One on another machine, or on a file system
     without locks, may not be seen in this way, so it also touches the file now and then, and counts as dead when it no
-    longer does.
+    longer does. It may only have stood still: gives a function to call before each write, which raises TakenOver if the
+    lock is another's by now.
     """
-    path = make_dir(run_dir, "local_run_dir") / "lock"
+    path, token = make_dir(run_dir, "local_run_dir") / "lock", uuid.uuid4().hex
+    check = functools.partial(_must_be_ours, path, token)
     with open(path, "a+", encoding="utf-8") as file:
-        taken, locks = False, True
-        holder: dict[str, Any] = {}
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            taken = True
-        except OSError:
-            locks = False
-        with contextlib.suppress(OSError, ValueError):  # nobody, or nothing that can be read
-            holder = json.loads(path.read_text())
-        host, pid = holder.get("host"), holder.get("pid")
-        freed = locks and host == socket.gethostname()
-        if taken or (holder and not freed and _beats(path)):
-            raise UserError(
-                f"local_run_dir={run_dir} is in use by process {pid} on {host}; two runs in one folder could not be "
-                "told apart: wait for it, end it, or give another folder"
-            )
+        locks = _take(file, path)
         file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": token}))
         file.flush()
+        if not locks:  # two may have taken it at once: the last to write has it
+            time.sleep(SETTLE)
+            if not _is_ours(path, token):
+                raise _in_use(path)
         ended = threading.Event()
-        threading.Thread(target=_beat, args=(path, ended), daemon=True).start()
+        threading.Thread(target=_beat, args=(path, token, ended), daemon=True).start()
         try:
-            yield
+            yield check
         finally:
             ended.set()
-            with contextlib.suppress(OSError):
-                file.truncate(0)
+            if _is_ours(path, token):
+                with contextlib.suppress(OSError):
+                    file.truncate(0)
 
 
-def _beat(path: Path, ended: threading.Event) -> None:
-    while not ended.wait(HEARTBEAT):
+def _take(file: IO[str], path: Path) -> bool:
+    """Lock the file at `path`; whether the file system has locks. Raises UserError if it is another process's."""
+    locks = True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _in_use(path) from error
+    except OSError:
+        locks = False
+    holder = _holder(path)
+    freed = locks and holder.get("host") == socket.gethostname()
+    if holder and not freed and _beats(path):
+        raise _in_use(path)
+    return locks
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):  # nobody, or nothing that can be read
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return holder if isinstance(holder, dict) else {}
+    return {}
+
+
+def _in_use(path: Path) -> UserError:
+    holder = _holder(path)
+    return UserError(
+        f"local_run_dir={path.parent} is in use by process {holder.get('pid')} on {holder.get('host')}; two runs in "
+        "one folder could not be told apart: wait for it, end it, or give another folder"
+    )
+
+
+def _is_ours(path: Path, token: str) -> bool:
+    """Whether the lock still holds `token`. Empty, it was another's that has ended; a file that is gone or cannot be
+    read now shows no other."""
+    try:
+        return token in path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
+
+
+def _must_be_ours(path: Path, token: str) -> None:
+    if not _is_ours(path, token):
+        raise TakenOver(path.parent)
+
+
+def _beat(path: Path, token: str, ended: threading.Event) -> None:
+    while not ended.wait(HEARTBEAT) and _is_ours(path, token):
         with contextlib.suppress(OSError):
             os.utime(path)
 
@@ -107,14 +160,16 @@ def open_run(config: Config, composed: DictConfig, overrides: list[str]) -> None
             f"local_run_dir={run_dir} already holds a run, and two runs in one folder could not be told apart; give "
             "another folder, remove that one, or go on with it: resume=auto"
         )
-    clear(run_dir)
-    metrics.touch()
+    for name in WRITTEN:
+        _own(run_dir / name)
     open_log(run_dir)
     log(f"run folder: {run_dir}")
     if config.resume == "auto":
         where = f"{run_dir} has" if _is_given(config) else f"the runs of {config.exp_name} in {run_dir.parent} have"
         log(f"resume=auto: {where} no checkpoint yet; starting anew")
     if not inside:
+        clear(run_dir)
+        metrics.touch()
         for name in HISTORY:
             _cut(run_dir / name, 0)
         _describe(config, composed, overrides)
@@ -122,17 +177,20 @@ def open_run(config: Config, composed: DictConfig, overrides: list[str]) -> None
 
 def goes_on_inside(config: Config) -> bool:
     """Whether the run goes on in the folder that holds the checkpoint it goes on from."""
-    return config.checkpoint is not None and config.checkpoint.parent == Path(config.local_run_dir).resolve()
+    run_dir = Path(os.path.realpath(config.local_run_dir))
+    return config.checkpoint is not None and config.checkpoint.parent == run_dir
 
 
-def begin(config: Config, composed: DictConfig, overrides: list[str]) -> None:
+def begin(config: Config, composed: DictConfig, overrides: list[str], funnel: dict[str, Any]) -> None:
     """Make a folder that a run goes on in what it was at the checkpoint, once nothing can be refused any more."""
     if config.checkpoint and goes_on_inside(config):
+        clear(Path(config.local_run_dir))
         state = checkpoint.read_state(config.checkpoint)
         for name in HISTORY:
             _cut(Path(config.local_run_dir) / name, state["history"].get(name, 0))
         _abandon_later_ones(config.checkpoint, state["examples"])
         _describe(config, composed, overrides)
+    Path(config.local_run_dir, FUNNEL).write_text(json.dumps(funnel, indent=2), encoding="utf-8")
 
 
 def _describe(config: Config, composed: DictConfig, overrides: list[str]) -> None:
@@ -143,11 +201,25 @@ def _describe(config: Config, composed: DictConfig, overrides: list[str]) -> Non
 
 
 def _cut(path: Path, size: int) -> None:
-    """Leave the first `size` bytes: what was written after the checkpoint is written again."""
-    if path.exists():
-        if path.stat().st_size < size:
-            log(f"{path} has lost its end: it was {size} bytes long at the checkpoint")
-        os.truncate(path, min(size, path.stat().st_size))
+    """Leave the first `size` bytes, up to the end of a line: what was written after the checkpoint is written again."""
+    if not path.exists():
+        return
+    if path.stat().st_size < size:
+        log(f"{path} has lost its end: it was {size} bytes long at the checkpoint")
+    size = min(size, path.stat().st_size)
+    if size:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            size = content.rfind(b"\n", 0, size) + 1
+    os.truncate(path, size)
+
+
+def _own(path: Path) -> None:
+    """Part a file from another run's that it shares its content with, as copies made with links do."""
+    if path.is_symlink() or (path.exists() and path.stat().st_nlink > 1):
+        content = path.read_bytes() if path.exists() else b""
+        copied = path.with_name(f".{path.name}-{os.getpid()}")
+        copied.write_bytes(content)
+        os.replace(copied, path)
 
 
 def _abandon_later_ones(start: Path, examples: int) -> None:
@@ -155,15 +227,15 @@ def _abandon_later_ones(start: Path, examples: int) -> None:
     for path in checkpoint.checkpoints(start.parent):
         if checkpoint.examples_of(path) <= examples:
             break
-        aside = path.with_name(f"abandoned-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        log(f"going on from {start.name}: {path.name} is called {aside.name} from here on")
+        log(f"going on from {start.name}: {path.name} is called {checkpoint.set_aside(path).name} from here on")
+    latest = start.parent / checkpoint.LATEST
+    if start == latest:  # of a copy without links, the one checkpoint
+        start.rename(start.with_name(f"step-{examples}"))
     left = checkpoint.checkpoints(start.parent)
     if left:
         checkpoint.point(start.parent, checkpoint.LATEST, left[0].name)
-    else:
-        (start.parent / checkpoint.LATEST).unlink(missing_ok=True)
+    elif latest.is_symlink():
+        latest.unlink()
 
 
 def clear(run_dir: Path) -> None:
@@ -175,12 +247,15 @@ def clear(run_dir: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def leave(run_dir: Path) -> None:
-    """Clear away what a run that failed left half done; where nothing was trained, let its folder be used again."""
+def leave(run_dir: Path, remove: bool = False) -> None:
+    """Clear away what a run that failed left half done; if nothing was trained, let its folder be used again, or
+    `remove` it."""
     clear(run_dir)
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists() and not metrics.stat().st_size:
         metrics.unlink()
+    if remove:
+        shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def find_resume(config: Config) -> tuple[str | None, str]:
@@ -200,6 +275,9 @@ def find_resume(config: Config) -> tuple[str | None, str]:
         return str(checkpoint.find_checkpoint(config.resume, config.checkpoint_check)), config.local_run_dir
     for run_dir in [Path(config.local_run_dir)] if _is_given(config) else _runs_of(config):
         found = checkpoint.checkpoints(run_dir)
+        latest = Path(os.path.realpath(run_dir)) / checkpoint.LATEST
+        if not found and latest.is_dir() and not latest.is_symlink():  # of a copy without links, the one checkpoint
+            found = [latest]
         for path in found:
             problem = checkpoint.check(path, config.checkpoint_check)
             if problem is None:
@@ -217,9 +295,13 @@ def _is_given(config: Config) -> bool:
 
 
 def _runs_of(config: Config) -> list[Path]:
-    pattern = re.compile(re.escape(config.exp_name) + r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?")
-    folder = get_local_dir(list(config.local_dirs))
-    return sorted((p for p in folder.iterdir() if p.is_dir() and pattern.fullmatch(p.name)), reverse=True)
+    """Folders of earlier runs of this exp_name, which may have several parts (team/run1), the newest first. Earlier
+    versions kept runs in what is now the default folder of caches."""
+    *above, name = Path(config.exp_name).parts
+    pattern = re.compile(re.escape(name) + r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?", re.ASCII)
+    places = {Path(folder, *above) for folder in (get_local_dir(list(config.local_dirs)), default_cache())}
+    found = [path for place in places if place.is_dir() for path in place.iterdir() if pattern.fullmatch(path.name)]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: path.name, reverse=True)
 
 
 def _changes(config: Config, state: dict[str, Any], free: set[str]) -> tuple[dict[str, str], list[str]]:

@@ -23,7 +23,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 from losses import LOSSES, Loss
 from preference_datasets import REGISTRY, DataSettings
 from row_forms import COLUMNS
-from utils import UserError, get_local_dir, get_local_run_dir
+from utils import ROOT, UserError, default_cache, get_local_dir, get_local_run_dir
 
 CHOICES = {
     "trainer": ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"),
@@ -43,7 +43,7 @@ CHOICES = {
     ),
 }
 LONGEST_NAME = 120
-CONFIG_DIR = Path(__file__).parent / "config"
+CONFIG_DIR = ROOT / "config"
 
 
 @dataclass
@@ -195,7 +195,8 @@ class Config:
 
     @property
     def cache(self) -> Path:
-        return Path(self.cache_dir) if self.cache_dir else get_local_dir(self.local_dirs)
+        """The folder of tokenised data, stored reference log-probabilities and converted models."""
+        return Path(self.cache_dir) if self.cache_dir else default_cache()
 
 
 GROUPS = {"model": ModelConfig, "loss": LossConfig, "wandb": WandbConfig, "reference": ReferenceConfig}
@@ -204,9 +205,10 @@ KEYS = [f.name for f in fields(Config)] + [f"{group}.{f.name}" for group, kind i
 
 def register_resolvers() -> None:
     """Make the functions that config/*.yaml interpolates known to OmegaConf."""
-    OmegaConf.register_new_resolver(
-        "get_local_run_dir", lambda name, dirs: get_local_run_dir(name, tuple(dirs)), replace=True
+    OmegaConf.register_new_resolver(  # a name may look like a number
+        "get_local_run_dir", lambda name, dirs: get_local_run_dir(str(name), tuple(dirs)), replace=True
     )
+    OmegaConf.register_new_resolver("project", lambda name: str(ROOT / name), replace=True)
     OmegaConf.register_new_resolver("last_local_dir", lambda dirs: str(get_local_dir(list(dirs))), replace=True)
     OmegaConf.register_new_resolver("package_file", _package_file, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
@@ -318,6 +320,7 @@ def validate(c: Config) -> list[str]:
             for key, value in values.items()
             if value is not None and value not in CHOICES[key]
         ),
+        *filter(None, [name_problem(c.exp_name)]),
         *_loss_problems(c.loss),
         *_length_problems(c),
         *_data_problems(c),
@@ -378,6 +381,13 @@ def _length_problems(c: Config) -> Iterator[str]:
         yield "kl_during_eval=true: it needs sample_during_eval=true, n_eval_model_samples and n_eval_examples"
     if c.activation_checkpointing_every != 1 and not c.activation_checkpointing:
         yield f"activation_checkpointing_every={c.activation_checkpointing_every} needs activation_checkpointing=true"
+
+
+def name_problem(name: str) -> str | None:
+    """What is wrong with an exp_name; None: nothing. It is part of a path, and stays inside local_dirs."""
+    if name.isprintable() and all(part not in ("", ".", "..") for part in name.split("/")):
+        return None
+    return f"exp_name={name!r} must be a name, or several with / between (team/run1), and no part may be . or .."
 
 
 def _data_problems(c: Config) -> Iterator[str]:

@@ -16,49 +16,92 @@ WARNING = signal.SIGUSR1  # what schedulers can be asked to send some time befor
 ENDS = (signal.SIGINT, signal.SIGTERM)
 # Shells and schedulers may send one request to a whole group of processes, which then pass it on to each other.
 SAME_REQUEST = 2.0
+Handler = Callable[[int, FrameType | None], None]
 _asked: str | None = None
-_asked_at = 0.0
+_end_asked_at: float | None = None
 _asked_twice = False
+# When this process started, by the monotonic clock: the other one may be set while the process runs.
+_started = time.monotonic() - max(time.time() - psutil.Process().create_time(), 0.0)
+
+
+def _forked() -> None:
+    global _started
+    _started = time.monotonic()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 class Stopped(SystemExit):
-    """Training ended early, with a checkpoint of where it was; the process exits with EXIT_CODE."""
+    """Training ended early, with a checkpoint of where it was, if it had begun; the process exits with EXIT_CODE."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_CODE)
 
 
 def listen() -> None:
-    """From here on take a WARNING, one that waits because it was blocked included, as a request to stop."""
-    global _asked, _asked_twice
-    _asked, _asked_twice = None, False
+    """From here on take a WARNING, one that waits because it was blocked included, as a request to stop.
+
+    Until `gracefully` SIGTERM ends the run at once: nothing is trained that could be saved.
+    """
+    global _asked, _end_asked_at, _asked_twice
+    _asked, _end_asked_at, _asked_twice = None, None, False
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # as it is in a group, where the parent does the same
+        signal.signal(signal.SIGTERM, _end)
     signal.signal(WARNING, _ask)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})
 
 
+def _end(number: int, frame: FrameType | None) -> None:
+    raise Stopped
+
+
 @contextlib.contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]) -> Iterator[None]:
+def final() -> Iterator[None]:
+    """Leaving it with EXIT_CODE is the last word. A signal that came while the interpreter shuts down would end the
+    process with a code of its own."""
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code == EXIT_CODE:
+            for number in (*ENDS, WARNING):
+                signal.signal(number, signal.SIG_IGN)
+        raise
+
+
+@contextlib.contextmanager
+def _handled(handler: Handler, numbers: Sequence[signal.Signals], was_asked: Callable[[], bool]) -> Iterator[None]:
+    """The handler stays if a stop was asked for: the same request may come once more while the process ends."""
     before = {number: signal.signal(number, handler) for number in numbers}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     try:
         yield
     finally:
         for number, earlier in before.items():
-            signal.signal(number, earlier)
+            if not was_asked():
+                signal.signal(number, earlier)
+
+
+def asked() -> bool:
+    """Whether a signal asked this process to stop."""
+    return _asked is not None
 
 
 def gracefully() -> contextlib.AbstractContextManager[None]:
     """While inside, SIGINT and SIGTERM are requests to stop, too; a second one stops at once."""
-    return _handled(_ask, ENDS)
+    return _handled(_ask, ENDS, asked)
 
 
 def _ask(number: int, frame: FrameType | None) -> None:
-    global _asked, _asked_at, _asked_twice
+    global _asked, _end_asked_at, _asked_twice
     now = time.monotonic()
     if _asked is None:
-        _asked, _asked_at = signal.Signals(number).name, now
+        _asked = signal.Signals(number).name
         notice(f"{_asked}: this step is finished and saved, then training stops; a second signal stops it at once")
-    elif number in ENDS and now - _asked_at > SAME_REQUEST:
+    if number not in ENDS:
+        return
+    _end_asked_at = _end_asked_at or now
+    if now - _end_asked_at > SAME_REQUEST:
         _asked_twice = True
         raise KeyboardInterrupt
 
@@ -71,18 +114,20 @@ def at_once() -> None:
 
 def passing_on(pids: Sequence[int]) -> contextlib.AbstractContextManager[None]:
     """While inside, a first request to stop goes to the processes `pids`; a second ends this one."""
-    asked_at = None
+    end_asked_at, was_asked = None, False
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal asked_at
-        if asked_at is not None and number in ENDS and time.monotonic() - asked_at > SAME_REQUEST:
-            raise KeyboardInterrupt
-        asked_at = asked_at or time.monotonic()
+        nonlocal end_asked_at, was_asked
+        was_asked = True
+        if number in ENDS:
+            end_asked_at = end_asked_at or time.monotonic()
+            if time.monotonic() - end_asked_at > SAME_REQUEST:
+                raise KeyboardInterrupt
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    return _handled(pass_on, (*ENDS, WARNING))
+    return _handled(pass_on, (*ENDS, WARNING), lambda: was_asked)
 
 
 class Deadline:
@@ -92,16 +137,16 @@ class Deadline:
     """
 
     def __init__(self, hours: float | None):
-        self.at = None if hours is None else psutil.Process().create_time() + 3600 * hours
-        self.last, self.longest = time.time(), 0.0
+        self.at = None if hours is None else _started + 3600 * hours
+        self.last, self.longest = time.monotonic(), 0.0
 
     def start(self) -> None:
         """What took time until now will not be repeated."""
-        self.last = time.time()
+        self.last = time.monotonic()
 
     def passed(self, save_seconds: float) -> bool:
         """Whether to stop now, with `save_seconds` for the checkpoint."""
-        now = time.time()
+        now = time.monotonic()
         self.longest, self.last = max(self.longest, now - self.last), now
         return self.at is not None and now + self.longest + save_seconds > self.at
 

@@ -17,6 +17,7 @@ from hydra.errors import CompactHydraException, HydraException
 from omegaconf import DictConfig
 
 import parallel
+import stopping
 from checkpoint import checkpoints, read_state
 from utils import UserError, log, make_dir, open_log
 
@@ -95,8 +96,8 @@ def run_in_sweep(composed: DictConfig, run: Callable[[], Any]) -> float | None:
             f"error: {run_dir.name} failed: for the reason see {run_dir / 'log.txt'}. Every run was tried; the same "
             "command runs those again that are not finished"
         )
-    if code:
-        sys.exit(code)  # it was asked to stop, and so is the sweep
+    if code or stopping.asked():
+        sys.exit(code or stopping.EXIT_CODE)  # it was asked to stop, and so is the sweep
     newest = next(iter(checkpoints(run_dir)), None)
     metrics = read_state(newest)["metrics"] if newest is not None else {}
     value = metrics.get(composed.keep_best or "loss/eval")

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ from settings import Config, build_config, check_keys, data_settings, literal, r
 from utils import RunLogger, UserError, be_quiet, log, open_log, redact, run_main
 
 
-def load_splits(config: Config, tokenizer: Any) -> tuple[PreferenceData, PreferenceData | None]:
-    """Training and evaluation data; prints and saves what became of every row."""
+def load_splits(config: Config, tokenizer: Any) -> tuple[PreferenceData, PreferenceData | None, dict[str, Any]]:
+    """Training and evaluation data, and what data_funnel.json says; prints what became of every row."""
     settings = data_settings(config)
     train = load_data(settings, tokenizer, "train")
     test = load_data(settings, tokenizer, "test") if config.n_eval_examples else None
@@ -64,38 +65,36 @@ def load_splits(config: Config, tokenizer: Any) -> tuple[PreferenceData, Prefere
     funnel |= {"updates": steps, "overlap": check_overlap(train, test, archive)}
     funnel |= {"notes": {name: split.notes for name, split in splits.items()}}
     funnel |= {"sources": {name: split.sources for name, split in splits.items()}}
-    if parallel.is_main():
-        path = Path(config.local_run_dir, "data_funnel.json")
-        path.write_text(json.dumps(funnel, indent=2), encoding="utf-8")
-    return train, test
+    return train, test, funnel
 
 
-def open_logger(config: Config) -> RunLogger:
-    """Metric files, and W&B and TensorBoard where they are on; the main process writes them."""
-    run_dir, tensorboard = Path(config.local_run_dir), None
+def open_logger(logger: RunLogger, config: Config, begin: Callable[[], None]) -> None:
+    """Open W&B and TensorBoard, if they are on, and the metric files, in the main process. Calls `begin` when nothing
+    is left that could be refused, and before anything is written to a folder that a run goes on in."""
     if not parallel.is_main():
-        return RunLogger(run_dir)
+        return
+    if config.wandb.enabled and not config.debug:
+        logger.wandb_run = open_wandb(config, logger.run_dir)
+    examples = read_state(config.checkpoint)["examples"] if config.checkpoint else None
+    begin()
     if config.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("tensorboard=true needs the package: pip install tensorboard") from error
-        examples = read_state(config.checkpoint)["examples"] if config.checkpoint else None
-        tensorboard = SummaryWriter(str(run_dir), purge_step=examples and examples + 1)
-    run = open_wandb(config, run_dir) if config.wandb.enabled and not config.debug else None
-    return RunLogger(run_dir, run, tensorboard, config.minimum_log_interval_secs)
+        from torch.utils.tensorboard import SummaryWriter
+
+        logger.tensorboard = SummaryWriter(str(logger.run_dir), purge_step=examples and examples + 1)
+    logger.open()
 
 
 def open_wandb(config: Config, run_dir: Path) -> Any:
     """A W&B run: online when logged in, else offline with a line that says so. WANDB_MODE, where set, decides."""
     import wandb
 
+    name = Path(config.exp_name).name
     known = read_state(config.checkpoint)["wandb_id"] if config.checkpoint and runs.goes_on_inside(config) else None
     start = functools.partial(
         wandb.init,
         entity=config.wandb.entity,
         project=config.wandb.project,
-        name=config.exp_name if run_dir.name.startswith(config.exp_name) else f"{config.exp_name} {run_dir.name}",
+        name=config.exp_name if run_dir.name.startswith(name) else f"{config.exp_name} {run_dir.name}",
         dir=str(run_dir),
         config=json.loads(redact(json.dumps(dataclasses.asdict(config)))),
         id=known,
@@ -122,11 +121,14 @@ def open_wandb(config: Config, run_dir: Path) -> Any:
     return run
 
 
+@stopping.final()
 def train(composed: DictConfig, overrides: list[str]) -> None:
     """Validate; then train in this process, or in new ones where the trainer works in a group of them."""
     config = build_config(composed)
     if config.model.archive:
         find_archive(config.model.archive)  # a wrong path should not wait for the data
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("tensorboard=true needs the package: pip install tensorboard")
     resolved: Any = OmegaConf.to_container(composed, resolve=True)
     if parallel.is_main():
         resolved["resume"], resolved["local_run_dir"] = runs.find_resume(config)
@@ -176,16 +178,24 @@ def train_in_process(resolved: Any, overrides: list[str]) -> None:
     if config.checkpoint:
         runs.check_changes(config, read_state(config.checkpoint))
     sys.argv = ["train.py", *overrides]  # which a checkpoint records: of a sweep, this job's own
-    if not parallel.is_main():
-        build_and_fit(config, sharding, lambda: None)
-        return
     run_dir = Path(config.local_run_dir)
-    with runs.locked(run_dir):
+    if not parallel.is_main():
+        build_and_fit(config, sharding, RunLogger(run_dir), lambda funnel: None)
+        return
+    fresh, accepted = not run_dir.exists(), False
+
+    def begin(funnel: dict[str, Any]) -> None:
+        nonlocal accepted
+        runs.begin(config, composed, overrides, funnel)
+        accepted = True
+
+    with runs.locked(run_dir) as check:
         try:
             runs.open_run(config, composed, overrides)
-            build_and_fit(config, sharding, lambda: runs.begin(config, composed, overrides))
-        except BaseException:
-            runs.leave(run_dir)
+            build_and_fit(config, sharding, RunLogger(run_dir, check, config.minimum_log_interval_secs), begin)
+        except BaseException as error:
+            check()
+            runs.leave(run_dir, fresh and not accepted and isinstance(error, UserError))
             raise
 
 
@@ -197,20 +207,23 @@ def with_found_archive(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, archive=parallel.from_main(archive)))
 
 
-def build_and_fit(config: Config, sharding: parallel.Sharding | None, begin: Callable[[], None]) -> None:
-    """Load tokenizer, data and model, and train. `begin` is called when all that could be refused has been accepted."""
+def build_and_fit(
+    config: Config, sharding: parallel.Sharding | None, logger: RunLogger, begin: Callable[[dict[str, Any]], None]
+) -> None:
+    """Load tokenizer, data and model, and train. `begin` is called, with the data's funnel, when all that could be
+    refused has been accepted."""
     device, run_dir = pick_device(config), Path(config.local_run_dir)
     with parallel.one_per_machine_first():
         tokenizer = load_tokenizer(config)
-        train_data, eval_data = load_splits(config, tokenizer)
+        train_data, eval_data, funnel = load_splits(config, tokenizer)
         if runs.is_finished(config, train_data):
             log(f"{run_dir} is finished, with these settings and data: nothing to do")
             return
         local_folder(config.model.name_or_path, config.cache)  # converts a .gguf file
     parallel.build_mesh(sharding, device)
-    if not parallel.is_main():
+    if not parallel.is_main() and run_dir.exists():
         open_log(run_dir)  # for an error of this process
-    logger, trainer = open_logger(config), None
+    trainer = None
     try:
         trainer_class = getattr(trainers, config.trainer)
         load = functools.partial(load_policy, config, device, sharding)
@@ -222,7 +235,7 @@ def build_and_fit(config: Config, sharding: parallel.Sharding | None, begin: Cal
             f"policy: {n_parameters / 1e6:.1f}M parameters on {device} ({parallel.describe()}), "
             f"a {config.model.name_or_path}, layout {trainer.scorer.how.layout}"
         )
-        begin()
+        open_logger(logger, config, lambda: begin(funnel))
         trainer.fit()
     finally:
         if trainer is not None:

@@ -109,7 +109,8 @@ class BasicTrainer:
         self.best: float | None = None
         archive = Path(config.model.archive) if config.model.archive else None
         files = trained_on(train_data, archive)
-        self.writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, config.keep_last_n, files)
+        keep = config.keep_last_n
+        self.writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, keep, files, logger.check)
         self.save_failed = False
         self.watch = health.Watch(config.warn_loss_spike, config.warn_chosen_drop)
         self.deadline = stopping.Deadline(config.max_runtime)
@@ -207,9 +208,10 @@ class BasicTrainer:
     def fit(self) -> None:
         """Train to the end of the plan, evaluating and saving on the way. Raises Stopped where asked to end early."""
         if not self.examples:
-            self.check_reference()
-            if self.config.do_first_eval:
-                self.evaluate()
+            with stopping.gracefully():
+                self.check_reference()
+                if self.config.do_first_eval:
+                    self.evaluate()
         with (
             stopping.gracefully(),
             progress(total=self.total_examples, initial=self.examples, unit="ex", desc=self.config.exp_name) as bar,

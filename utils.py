@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import secrets
 import signal
 import sys
 import time
@@ -23,6 +24,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent
+"""The project's folder, in which runs and caches lie by default, whatever folder a command is given in."""
 LESS_MEMORY = (
     "Any of these needs less: a larger gradient_accumulation_steps, a smaller eval_batch_size or max_length, "
     "activation_checkpointing=true, mixed_precision=bfloat16"
@@ -36,6 +39,15 @@ _quiet = False
 
 class UserError(Exception):
     """Something the user can put right. Shown as one message without a traceback; the process exits with code 1."""
+
+
+class TakenOver(SystemExit):
+    """Another process has taken the run's folder over while this one stood still. No exception that a failed write
+    would be taken for: this process must not write there any more."""
+
+    def __init__(self, run_dir: Path):
+        print(f"error: {run_dir} was taken over by another process while this one stood still", file=sys.stderr)
+        super().__init__(1)
 
 
 def be_quiet() -> None:
@@ -176,26 +188,35 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 
 def get_local_dir(prefixes: list[str]) -> Path:
-    """The user's folder under the first of `prefixes` that exists and can be written, else under the last, created.
-
-    Raises UserError if none can be used.
+    """The user's folder under the first of `prefixes` that exists and can be written, else under the last. Does not
+    create it. Raises UserError if there are none.
     """
     if not prefixes:
-        raise UserError("local_dirs is empty; name at least one folder, such as local_dirs=[.cache]")
+        raise UserError("local_dirs is empty; name at least one folder, such as local_dirs=[/data/runs]")
     usable = (prefix for prefix in prefixes if os.path.isdir(prefix) and os.access(prefix, os.W_OK))
+    return Path(next(usable, prefixes[-1]), _user())
+
+
+def default_cache() -> Path:
+    """The user's folder of caches in the project."""
+    return ROOT / ".cache" / _user()
+
+
+def _user() -> str:
     try:
-        user = getpass.getuser()
+        return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
-        user = str(os.getuid())
-    return make_dir(Path(next(usable, prefixes[-1]), user), "local_dirs")
+        return str(os.getuid())
 
 
 @functools.cache
 def get_local_run_dir(exp_name: str, prefixes: tuple[str, ...]) -> str:
-    """A fresh run folder's name, `<local dir>/<exp_name>_<time>`; the same within one process. Does not create it."""
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folder = get_local_dir(list(prefixes)) / f"{exp_name}_{stamp}"
-    return str(folder if not folder.exists() else f"{folder}_{os.getpid()}")
+    """A fresh run folder's name, `<local dir>/<exp_name>_<time>`; the same within one process. Does not create it.
+
+    The time ends with microseconds and three random digits: runs that start together have names of their own.
+    """
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
+    return str(get_local_dir(list(prefixes)) / f"{exp_name}_{stamp}{secrets.randbelow(1000):03d}")
 
 
 def make_dir(path: Path, key: str) -> Path:
@@ -237,18 +258,26 @@ def progress(iterable: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
 class RunLogger:
     """Writes a run's numbers: every event to `metrics.jsonl` and TensorBoard, W&B at most once in `wandb_interval` s.
 
-    `wandb_run` and `tensorboard` are open writers or None. In processes that are quiet it does nothing.
+    `wandb_run` and `tensorboard` are open writers or None. No file is written before `open`. `check` raises TakenOver
+    if the folder is another process's by now. In processes that are quiet it does nothing.
     """
 
-    def __init__(self, run_dir: Path, wandb_run: Any = None, tensorboard: Any = None, wandb_interval: float = 1.0):
-        self.run_dir, self.wandb_run, self.tensorboard = run_dir, wandb_run, tensorboard
-        self.wandb_interval, self._last_wandb = wandb_interval, 0.0
-        self._files = {} if _quiet else {name: Lines(run_dir / name) for name in HISTORY}
+    def __init__(self, run_dir: Path, check: Callable[[], None] = lambda: None, wandb_interval: float = 1.0):
+        self.run_dir, self.check, self.wandb_interval = run_dir, check, wandb_interval
+        self.wandb_run: Any = None
+        self.tensorboard: Any = None
+        self._files: dict[str, Lines] = {}
+        self._last_wandb = -math.inf
+
+    def open(self) -> None:
+        """Open the metric files."""
+        self._files = {} if _quiet else {name: Lines(self.run_dir / name) for name in HISTORY}
 
     def log(self, metrics: Mapping[str, float], step: int, always: bool = False) -> None:
         """Record one event at `step` (examples seen). `always` ignores W&B's interval, as evaluations do."""
         if not self._files:
             return
+        self.check()
         # JSON has no infinity, which a gradient norm under loss scaling may be; nothing else gets here non-finite.
         metrics = {name: value for name, value in metrics.items() if name != "grad_norm" or math.isfinite(value)}
         record = {"counters/examples": step, **metrics, "time": round(time.time(), 3)}
@@ -258,14 +287,15 @@ class RunLogger:
             with contextlib.suppress(OSError):
                 for name, value in metrics.items():
                     self.tensorboard.add_scalar(name, value, step)
-        if self.wandb_run is not None and (always or time.time() - self._last_wandb >= self.wandb_interval):
+        if self.wandb_run is not None and (always or time.monotonic() - self._last_wandb >= self.wandb_interval):
             self.wandb_run.log({"counters/examples": step, **metrics}, step=step)
-            self._last_wandb = time.time()
+            self._last_wandb = time.monotonic()
 
     def samples(self, rows: list[dict[str, Any]], step: int) -> None:
         """Append sampled responses to `samples.jsonl` and to W&B tables, one for each sampled model."""
         if not self._files or not rows:
             return
+        self.check()
         for row in rows:
             self._files["samples.jsonl"].add(json.dumps({"counters/examples": step, **row}, ensure_ascii=False))
         if self.wandb_run is None:
@@ -281,6 +311,7 @@ class RunLogger:
     def history(self) -> dict[str, int]:
         """Bytes that each file has so far, once they are on disk: what a run that goes on from here starts with. Raises
         OSError where they cannot get there."""
+        self.check()
         return {name: file.size() for name, file in self._files.items()}
 
     @property

@@ -1,8 +1,8 @@
 """The configuration's types, and the one place that checks it. Nothing here edits a value the user gave."""
 
-import difflib
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -17,9 +17,11 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
+from hints import meant, parsed
 from losses import LOSSES, Loss
 from preference_datasets import REGISTRY, DataSettings
 from row_forms import COLUMNS
@@ -42,7 +44,12 @@ CHOICES = {
         name for name in dir(torch.optim) if name[0].isupper() and name not in ("Optimizer", "LBFGS", "SparseAdam")
     ),
 }
+# What evaluations measure, which keep_best can name.
+MEASURED = ["loss/eval", "logps_eval/chosen"]
+MEASURED_OF_PAIRS = [f"rewards_eval/{name}" for name in ("accuracies", "margins", "chosen", "rejected")]
+MEASURED_OF_PAIRS += ["logps_eval/rejected", "logratios_per_token_eval/chosen", "logratios_per_token_eval/rejected"]
 LONGEST_NAME = 120
+LONGEST_WARMUP = 150  # updates, the original's; of one that is not given
 CONFIG_DIR = ROOT / "config"
 
 
@@ -135,7 +142,7 @@ class Config:
     lr: float = 0.0
     lr_schedule: str = ""
     lr_min_ratio: float = 0.0
-    warmup_steps: int = 0
+    warmup_steps: int | None = None
     gradient_accumulation_steps: int = 1
     microbatch_tokens: int | None = None
     layout: str = ""
@@ -187,6 +194,16 @@ class Config:
     def checkpoint(self) -> Path | None:
         """The checkpoint that the run goes on from."""
         return Path(self.resume) if self.resume not in (None, "auto") else None
+
+    def warmup(self, updates: int) -> int:
+        """Updates of warm-up of a run of so many."""
+        return min(LONGEST_WARMUP, updates // 10) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """What the optimizer's class is called with."""
+        decay = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
+        return {"lr": self.lr, **self.optimizer_kwargs, **decay}
 
     @property
     def needs_group(self) -> bool:
@@ -286,7 +303,7 @@ def build_config(composed: DictConfig) -> Config:
 def _copy(composed: DictConfig, typed: DictConfig, name: str) -> str | None:
     """Set the key `name` of `typed` from `composed`. Returns what is wrong with it, if anything."""
     if name not in KEYS:
-        return f"{name}: no such key{_meant(name)}"
+        return f"{name}: no such key{meant(name, KEYS)}"
     value = None
     try:
         value = OmegaConf.select(composed, name, throw_on_missing=True)
@@ -305,11 +322,6 @@ def _copy(composed: DictConfig, typed: DictConfig, name: str) -> str | None:
     return None
 
 
-def _meant(key: str) -> str:
-    close = difflib.get_close_matches(key, KEYS, 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def validate(c: Config) -> list[str]:
     """Every contradiction or impossible value in the configuration, one message each; empty where it is sound."""
     values = {key: attrgetter(key)(c) for key in CHOICES}
@@ -323,6 +335,7 @@ def validate(c: Config) -> list[str]:
         *filter(None, [name_problem(c.exp_name)]),
         *_loss_problems(c.loss),
         *_length_problems(c),
+        *_optimizer_problems(c),
         *_data_problems(c),
         *_device_problems(c),
         *_group_problems(c),
@@ -377,6 +390,10 @@ def _length_problems(c: Config) -> Iterator[str]:
         yield f"max_prompt_length={c.max_prompt_length} must be less than max_length={c.max_length}"
     if c.keep_best is not None and not c.n_eval_examples:
         yield f"keep_best={c.keep_best} needs evaluations: set n_eval_examples"
+    pairs = c.loss.name in LOSSES and getattr(LOSSES[c.loss.name], "needs_pairs", True)
+    measured = MEASURED + MEASURED_OF_PAIRS * pairs
+    if c.keep_best is not None and c.keep_best not in measured:
+        yield f"keep_best={c.keep_best} is not measured; choose from: {', '.join(measured)}"
     if c.kl_during_eval and not (c.sample_during_eval and c.n_eval_model_samples and c.n_eval_examples):
         yield "kl_during_eval=true: it needs sample_during_eval=true, n_eval_model_samples and n_eval_examples"
     if c.activation_checkpointing_every != 1 and not c.activation_checkpointing:
@@ -388,6 +405,19 @@ def name_problem(name: str) -> str | None:
     if name.isprintable() and all(part not in ("", ".", "..") for part in name.split("/")):
         return None
     return f"exp_name={name!r} must be a name, or several with / between (team/run1), and no part may be . or .."
+
+
+def _optimizer_problems(c: Config) -> Iterator[str]:
+    """What the optimizer's class says of its arguments."""
+    if c.optimizer not in CHOICES["optimizer"]:
+        return
+    arguments = {**c.optimizer_arguments, "lr": max(c.lr, 0.0)}  # which is checked above
+    try:
+        getattr(torch.optim, c.optimizer)([torch.nn.Parameter(torch.zeros(1, 1))], **arguments)
+    except (TypeError, ValueError) as error:
+        yield f"optimizer={c.optimizer} refuses its arguments {arguments}: {error}"
+    except RuntimeError:  # of a device
+        return
 
 
 def _data_problems(c: Config) -> Iterator[str]:
@@ -481,7 +511,39 @@ def check_keys(overrides: list[str]) -> None:
         free = key.partition(".")[0] in ("hydra", "optimizer_kwargs", "dataset_sources", "columns")
         if equals and key[:1].isalpha() and "/" not in key and not free and key not in KEYS:
             where = "config/config.yaml, config/model/blank_model.yaml and config/loss"
-            raise UserError(f"there is no key {key!r}{_meant(key)} (every key stands in {where})")
+            raise UserError(f"there is no key {key!r}{meant(key, KEYS)} (every key stands in {where})")
+
+
+def check_command(overrides: list[str]) -> list[Override]:
+    """train.py's settings, as Hydra understands them.
+
+    Raises UserError, which says what to write, for those that Hydra does not understand, for a key or a model that is
+    not known, and for a key of a loss that was not chosen.
+    """
+    check_keys(overrides)
+    found = [parsed(override) for override in overrides]
+    given = {override.key_or_group: _values(override) for override in found if not override.is_delete()}
+    for name in given.get("model", []):
+        if name not in (options := sorted(path.stem for path in CONFIG_DIR.glob("model/*.yaml"))):
+            raise UserError(
+                f"model={name} is none of {', '.join(options)} (config/model). Any other model: model=blank_model "
+                f"model.name_or_path={name}"
+            )
+    losses = given.get("loss", ["sft"])
+    for key in (key for key in given if key.startswith("loss.")):
+        name = key.removeprefix("loss.")
+        have = [loss for loss, kind in LOSSES.items() if name in inspect.signature(kind).parameters]
+        if have and all(loss in LOSSES and loss not in have for loss in losses):
+            chosen = f"loss={','.join(losses)}" + ("" if "loss" in given else ", the default")
+            theirs = " or ".join(f"loss={loss}" for loss in have)
+            raise UserError(f"{key} is for {theirs}, and this run has {chosen}: add loss={have[0]}")
+    return found
+
+
+def _values(override: Override) -> list[str]:
+    """The value, or those that are swept."""
+    value = override.value()
+    return [str(v) for v in value.list] if isinstance(value, ChoiceSweep) else [str(value)]
 
 
 def command_line() -> str:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -35,9 +36,22 @@ import trainers
 from checkpoint import find_archive, read_state
 from data_checks import check_format, check_overlap
 from models import load_policy, load_tokenizer, local_folder, pick_device, quiet_transformers
-from preference_datasets import PreferenceData, format_funnel, load_data
-from settings import Config, build_config, check_keys, data_settings, literal, register_resolvers
+from preference_datasets import REGISTRY, PreferenceData, find_source, format_funnel, load_data
+from settings import Config, build_config, data_settings, literal, register_resolvers
 from utils import RunLogger, UserError, be_quiet, log, open_log, redact, run_main
+
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name, or a relative path
+
+
+def check_sources(config: Config) -> None:
+    """Raise UserError for the name of a data set that is not known, or a path that is not there. What the hub has shows
+    when it is loaded."""
+    settings = data_settings(config)
+    for name in config.datasets:
+        on_hub = name in REGISTRY or HUB_ID.fullmatch(name)
+        if settings.sources.get(name) or not on_hub:
+            find_source(name, settings, "train")
 
 
 def load_splits(config: Config, tokenizer: Any) -> tuple[PreferenceData, PreferenceData | None, dict[str, Any]]:
@@ -55,9 +69,10 @@ def load_splits(config: Config, tokenizer: Any) -> tuple[PreferenceData, Prefere
     if not examples:
         raise UserError(f"dataset_weights={config.dataset_weights} of these data sets leave no example; raise them")
     log(f"this run: {examples} examples in {steps} updates of up to {config.batch_size}")
-    if steps <= config.warmup_steps:
-        reached = config.lr * steps / (config.warmup_steps + 1)
-        log(f"note: warmup_steps={config.warmup_steps} outlasts the run: lr reaches {reached:.2g} of {config.lr:.2g}")
+    warmup = config.warmup(steps)
+    if steps <= warmup:
+        reached = config.lr * steps / (warmup + 1)
+        log(f"note: warmup_steps={warmup} outlasts the run: lr reaches {reached:.2g} of {config.lr:.2g}")
     archive = Path(config.model.archive) if config.model.archive else None
     check_format(train, archive, tokenizer)
     splits = {"train": train, **({"test": test} if test is not None else {})}
@@ -127,6 +142,8 @@ def train(composed: DictConfig, overrides: list[str]) -> None:
     config = build_config(composed)
     if config.model.archive:
         find_archive(config.model.archive)  # a wrong path should not wait for the data
+    if parallel.is_main():
+        check_sources(config)
     if config.tensorboard and find_spec("tensorboard") is None:
         raise UserError("tensorboard=true needs the package: pip install tensorboard")
     resolved: Any = OmegaConf.to_container(composed, resolve=True)
@@ -264,6 +281,5 @@ if __name__ == "__main__":
     # Hydra's launchers start jobs in processes of their own, which have to find these modules.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.path[0], os.environ.get("PYTHONPATH"))))
     register_resolvers()
-    run_main(lambda: check_keys(sys.argv[1:]), parallel.fails_first)
-    sys.argv += sweeps.naming(sys.argv[1:])
+    sys.argv[1:] = run_main(lambda: sweeps.arranged(sys.argv[1:]), parallel.fails_first)
     main()

@@ -58,9 +58,7 @@ def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict[str, A
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     """The torch.optim class that `optimizer` names. Raises UserError for arguments that it refuses."""
     chosen = getattr(torch.optim, config.optimizer)
-    arguments = {"lr": config.lr, **config.optimizer_kwargs}
-    if config.weight_decay is not None:
-        arguments["weight_decay"] = config.weight_decay
+    arguments = config.optimizer_arguments
     on_cuda = all(p.device.type == "cuda" for p in model.parameters())
     if on_cuda and "fused" in inspect.signature(chosen).parameters and "foreach" not in arguments:
         arguments.setdefault("fused", True)
@@ -72,9 +70,10 @@ def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optim
 
 def lr_factor(step: int, total: int, config: Config) -> float:
     """What the learning rate is multiplied by at optimizer step `step` (from 0) of `total`."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    done = min((step - config.warmup_steps) / max(total - config.warmup_steps, 1), 1.0)
+    warmup = config.warmup(total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.lr_schedule]
     return config.lr_min_ratio + (1 - config.lr_min_ratio) * shape
 

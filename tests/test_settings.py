@@ -79,7 +79,7 @@ def test_defaults_of_the_original() -> None:
         "n_eval_examples": 256,
         "trainer": "BasicTrainer",
         "optimizer": "RMSprop",
-        "warmup_steps": 150,
+        "warmup_steps": None,  # the original's 150, of 1,500 updates or more
         "eval_every": 20_000,
         "n_eval_model_samples": 16,
         "do_first_eval": True,

@@ -1,0 +1,102 @@
+"""What a command line that cannot be understood was meant to say: keys of other trainers, values in need of quotes."""
+
+import difflib
+import json
+import shlex
+from collections.abc import Collection
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from utils import UserError
+
+# Names of the same thing in transformers, TRL and their like, with what is written here.
+ELSEWHERE = {
+    "learning_rate": "lr=<value>",
+    "per_device_train_batch_size train_batch_size micro_batch_size": "batch_size=<examples in one update, over all "
+    "devices>, and gradient_accumulation_steps or microbatch_tokens to cut it",
+    "per_device_eval_batch_size": "eval_batch_size=<value>",
+    "max_steps total_steps num_steps": "n_examples=<steps x batch_size>",
+    "num_train_epochs num_epochs epochs max_epochs": "n_epochs=<value>",
+    "max_train_samples num_samples": "n_examples=<value>",
+    "max_eval_samples": "n_eval_examples=<value>",
+    "eval_steps evaluation_strategy eval_strategy eval_interval": "eval_every=<examples between evaluations>",
+    "save_steps save_strategy save_interval": "save_every=<examples between checkpoints>",
+    "save_total_limit": "keep_last_n=<value>",
+    "metric_for_best_model load_best_model_at_end": "keep_best=<metric, such as loss/eval>",
+    "logging_steps logging_strategy": "nothing: metrics.jsonl has every update",
+    "report_to": "wandb.enabled=true or false, tensorboard=true or false",
+    "output_dir logging_dir save_dir out_dir": "local_run_dir=<folder>, or local_dirs=[<folder>] for a fresh one in it",
+    "run_name": "exp_name=<value>",
+    "project": "wandb.project=<value>",
+    "bf16 bfloat16": "mixed_precision=bfloat16",
+    "fp16 float16 half": "mixed_precision=float16",
+    "tf32": "allow_tf32=<value>",
+    "dtype torch_dtype": "model.policy_dtype=<float32 or bfloat16>",
+    "model_name_or_path model_name name_or_path model_id": "model=blank_model model.name_or_path=<value>",
+    "tokenizer_name tokenizer_name_or_path": "model.tokenizer_name_or_path=<value>",
+    "trust_remote_code": "model.trust_remote_code=<value>",
+    "ref_model ref_model_name_or_path": "model.archive=<checkpoint>, where training starts, which is the reference",
+    "dataset dataset_name train_file data data_path": "datasets=[<name or path>]",
+    "dataset_num_proc preprocessing_num_workers": "num_proc=<value>",
+    "beta": "loss=dpo loss.beta=<value>",
+    "loss_type": "loss=<sft, dpo, ipo or unlikelihood>",
+    "label_smoothing label_smoothing_factor": "loss.label_smoothing=<value>",
+    "reference_free": "loss.reference_free=<value>",
+    "precompute_ref_log_probs": "reference.mode=<stored or live>",
+    "max_seq_length max_seq_len seq_length model_max_length": "max_length=<tokens of prompt and response>",
+    "max_completion_length max_target_length": "max_length=<tokens of prompt and response>, max_prompt_length=<tokens>",
+    "warmup_ratio": "warmup_steps=<updates>; by default a tenth of the run's, at most 150",
+    "num_warmup_steps": "warmup_steps=<updates>",
+    "lr_scheduler_type lr_scheduler scheduler": "lr_schedule=<constant, linear or cosine>",
+    "optim": "optimizer=<class of torch.optim>",
+    "adam_beta1 adam_beta2 betas": "+optimizer_kwargs.betas=[<beta1>,<beta2>]",
+    "adam_epsilon eps": "+optimizer_kwargs.eps=<value>",
+    "gradient_clipping max_norm clip_grad_norm": "max_grad_norm=<value>",
+    "gradient_accumulation accumulate_grad_batches": "gradient_accumulation_steps=<value>",
+    "gradient_checkpointing": "activation_checkpointing=<value>",
+    "resume_from_checkpoint": "resume=<auto, or a folder>",
+    "torch_compile": "compile=<value>",
+    "fsdp deepspeed": "trainer=FSDPTrainer",
+    "num_gpus n_gpus num_processes world_size": "trainer=FSDPTrainer nproc=<value>",
+    "do_train do_eval": "nothing: it always trains; n_eval_examples=0 turns evaluations off",
+}
+HERE = {name: meaning for names, meaning in ELSEWHERE.items() for name in names.split()}
+
+
+def meant(key: str, keys: Collection[str]) -> str:
+    """What to write instead of `key`, as the end of a message; empty if that is not known."""
+    name = key.replace("-", "_").lower()
+    if name in HERE:
+        return f"; here that is {HERE[name]}"
+    if name in keys:
+        return f"; did you mean {name!r}?"
+    close = difflib.get_close_matches(key, keys, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def parsed(argument: str) -> Override:
+    """The override as Hydra understands it. Raises UserError that says how to write it, if Hydra does not."""
+    key, equals, value = argument.partition("=")
+    if not equals and not key.startswith("~"):
+        raise UserError(f"{argument!r} is no setting; settings are written key=value")
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        quoted = f"{key}={_quote(value)}"
+        try:
+            OverridesParser.create().parse_override(quoted)
+        except HydraException:
+            raise UserError(f"{argument!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(
+            f"{argument!r} cannot be read: a value with =, spaces, brackets or letters beyond English ones stands in "
+            f"quotes, inside those for the shell: {shlex.quote(quoted)}"
+        ) from error
+
+
+def _quote(value: str) -> str:
+    """The value, or each of a list's, in double quotes; a part that has quotes already keeps them."""
+    if value.startswith("[") and value.endswith("]"):
+        return f"[{','.join(_quote(part.strip()) for part in value[1:-1].split(','))}]"
+    return value if value[:1] in ("'", '"') else json.dumps(value, ensure_ascii=False)

@@ -40,7 +40,6 @@ from preference_datasets import REGISTRY, PreferenceData, find_source, format_fu
 from settings import Config, build_config, data_settings, literal, register_resolvers
 from utils import RunLogger, UserError, be_quiet, log, open_log, redact, run_main
 
-
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name, or a relative path
 
 

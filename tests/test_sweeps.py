@@ -59,7 +59,8 @@ def test_a_sweep_finishes_what_it_can_and_the_second_call_trains_nothing(
     assert all(path.read_bytes() == content for path, content in files.items())
 
     other = sweep("loss.beta=0.1,0.3", "lr=1e-3")
-    assert other.returncode == 1 and other.stdout.count("=== tuned") == 2
+    assert other.returncode == 1 and other.stdout.count("=== tuned: ") == 2
+    assert "curves and samples: python scripts/report.py" in other.stdout and "loss.beta-0.3" in other.stdout
     assert other.stderr.count("lr=0.001 (was 5e-07)") == 2 and "another exp_name" in other.stderr
 
 
@@ -154,30 +155,41 @@ def test_changed_data_is_not_finished(overrides: Overrides, tmp_path: Path, pair
 def test_runs_are_named_by_what_is_swept() -> None:
     arguments = ["-m", "exp_name=x", "loss=dpo", "loss.beta=0.1,0.3", "+optimizer_kwargs.betas=[0.9,0.95],[0.8,0.9]"]
     arguments += ["lr=choice(1e-6,1e-5)", "hydra.sweep.dir=/a", "dataset_sources.hh=/b"]
-    (naming,) = sweeps.naming(arguments)
-    assert naming.partition("=")[2] == '["dataset_sources.hh", "exp_name", "loss"]'
-    assert sweeps.naming(arguments[1:]) == [] == sweeps.naming(["-m", "a=[1"])
+    for given in (arguments, [*arguments[1:], "-m"], [*arguments[1:3], "--multirun", *arguments[3:]]):
+        naming = [word for word in sweeps.arranged(given) if "exclude_keys" in word]
+        assert naming == ['hydra.job.config.override_dirname.exclude_keys=["dataset_sources.hh", "exp_name", "loss"]']
+    one = ["exp_name=x", "loss=dpo", "loss.beta=0.1"]
+    assert sweeps.arranged(one) == one
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["loss.beta=0.1,0.3"], "exp_name is missing"),
-        (["exp_name=x", "loss.beta=0.1"], "no key has several values"),
-        (["exp_name=x", "loss.beta=0.1,0.3", "local_run_dir=/a"], "set hydra.sweep.dir instead"),
-        (["exp_name=x", "loss.beta=interval(0.1,1)"], "loss.beta is an interval"),
+        (["seed=0,1"], "exp_name is missing"),
+        (["exp_name=x", "seed=0"], "no key has several values"),
+        (["exp_name=x", "seed=0,1", "local_run_dir=/a"], "set hydra.sweep.dir instead"),
+        (["exp_name=x", "loss=dpo", "loss.beta=interval(0.1,1)"], "loss.beta is an interval"),
         (["exp_name=x", "seed=0,1", "hydra/launcher=joblib"], "pip install -r requirements-sweeps.txt"),
         (["exp_name=x", "seed=0,1", "hydra/launcher=submitit_local"], "pip install -r requirements-sweeps.txt"),
         (["exp_name=x", "seed=0,1", "hydra/sweeper=optuna"], "pip install -r requirements-sweeps.txt"),
+        (["exp_name=x", "seed=0,1", "hydra/launcher=slurm"], "is not known; choose from: basic, joblib"),
+        (["exp_name=x", "seed=0,1", "--cfg", "job"], "leave -m out"),
+        (["exp_name=x,y"], "exp_name is the sweep's name"),
+        (["exp_name=../x", "seed=0,1"], r"exp_name='\.\./x' must be a name"),
+        (["exp_name=x", "seed=0,1", "--learning_rate=3"], "here that is lr="),
+        (["exp_name=x", "seed=[1"], "cannot be read"),
     ],
 )
 def test_sweeps_that_cannot_be(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=message):
-        sweeps.naming(["-m", *arguments])
+        sweeps.arranged(["-m", *arguments])
+    with pytest.raises(UserError, match=message):
+        sweeps.arranged([*arguments, "-m"])
     monkeypatch.setattr(sweeps, "find_spec", lambda name: name)
-    assert sweeps.naming(["-m", "exp_name=x", "loss.beta=choice(0.1)"])
-    assert sweeps.naming(["-m", "exp_name=x", "loss.beta=interval(0.1,1)", "hydra/sweeper=optuna"])
+    sweep = ["-m", "exp_name=x", "loss=dpo"]
+    assert len(sweeps.arranged([*sweep, "loss.beta=choice(0.1)"])) == 5
+    assert len(sweeps.arranged([*sweep, "loss.beta=interval(0.1,1)", "hydra/sweeper=optuna"])) == 6
 
 
 def test_names_of_runs_suit_folders() -> None:

@@ -1,0 +1,257 @@
+"""A run's folder: who writes to it, what a refused or copied run leaves in it, and what its command may be."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, read_jsonl, train_here
+from restarts import start
+
+import checkpoint
+import runs
+from hints import HERE, meant
+from settings import KEYS, check_keys
+from stopping import EXIT_CODE
+from utils import TakenOver, UserError, get_local_run_dir
+
+Overrides = Callable[..., list[str]]
+SHORT = ["n_examples=8", "batch_size=4", "n_eval_examples=0", "save_every=4"]
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file below a folder, by its hash; links by where they lead."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path)
+        if path.is_symlink()
+        else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
+
+
+# Names
+
+
+def test_runs_that_start_together_have_names_of_their_own(tmp_path: Path) -> None:
+    names = set()
+    for _ in range(50):
+        get_local_run_dir.cache_clear()
+        names.add(get_local_run_dir("x", (str(tmp_path),)))
+    assert len(names) == 50
+
+
+@pytest.mark.parametrize("name", ["../../x", "/abs", "a/../b", ".", "a//b", "..", "x/"])
+def test_names_stay_inside(overrides: Overrides, name: str) -> None:
+    with pytest.raises(UserError, match="exp_name="):
+        train_here(overrides(f"exp_name={name}", "local_run_dir=", "n_eval_examples=0"))
+
+
+@pytest.mark.parametrize("name", ["plain", "team/run1", "a.b-c_d", "ü", "run_2024-01-02_03-04-05"])
+def test_a_run_of_any_name_is_gone_on_with(overrides: Overrides, tmp_path: Path, name: str) -> None:
+    given = [f"exp_name='{name}'", "local_run_dir=", f"local_dirs=[{tmp_path / 'out'}]", *SHORT, "resume=auto"]
+    for expected in (8, 12):
+        get_local_run_dir.cache_clear()
+        train_here(overrides(*given, f"n_examples={expected}"))
+    (folder,) = {path.parent for path in (tmp_path / "out").rglob("metrics.jsonl")}
+    assert read_jsonl(folder / "metrics.jsonl")[-1]["counters/examples"] == 12
+    assert folder.relative_to(tmp_path / "out").parts[1:-1] == Path(name).parts[:-1]
+
+
+# Locks
+
+
+def test_a_lock_that_is_anothers_by_now_stops_all_writing(tmp_path: Path) -> None:
+    with runs.locked(tmp_path) as check:
+        check()
+        (tmp_path / "lock").write_text(json.dumps({"host": "other", "pid": 1, "token": "theirs"}))
+        with pytest.raises(TakenOver):
+            check()
+    assert "theirs" in (tmp_path / "lock").read_text()  # it is not wiped out either
+
+
+def test_two_on_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(runs.fcntl, "flock", refuse)
+    monkeypatch.setattr(runs, "SETTLE", 0.0)
+    monkeypatch.setattr(runs, "STALE", 1.5)
+    # The first stands still: its heart beats too slowly to be seen.
+    with runs.locked(tmp_path) as check, runs.locked(tmp_path) as other:
+        other()
+        with pytest.raises(TakenOver):
+            check()
+
+
+def test_a_taken_lock_is_met_before_anything_is_written(overrides: Overrides, tmp_path: Path) -> None:
+    train_here(overrides(*SHORT))
+    before = content(tmp_path / "run")
+    with runs.locked(tmp_path / "run"), pytest.raises(UserError, match="is in use by process"):
+        train_here(overrides(*SHORT, "n_examples=12", "resume=auto"))
+    after = content(tmp_path / "run")
+    same = {"lock": "", "log.txt": ""}  # the lock is held; this process still has the log of the first run open
+    assert before | same == after | same
+
+
+# What a refused, cut or copied run leaves
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["lr=1"], r"lr=1\.0 \(was"),
+        (["datasets=[/nowhere/at/all]"], "no such file or folder"),
+        (["model.archive=/nowhere"], "there is no such file"),
+        (["+optimizer_kwargs.nonsense=1"], "nonsense"),
+        (["max_length=100000"], "max_length=100000"),
+    ],
+)
+def test_a_refused_resume_changes_nothing(overrides: Overrides, tmp_path: Path, given: list[str], message: str) -> None:
+    train_here(overrides(*SHORT, "tensorboard=true"))
+    before = content(tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        train_here(overrides(*SHORT, "n_examples=16", "tensorboard=true", "resume=auto", *given))
+    after = content(tmp_path / "run")
+    for changed in ("log.txt", "lock"):  # the refusal stands in the log
+        before.pop(changed, None), after.pop(changed, None)
+    assert after == before
+
+
+def test_a_line_that_was_cut_is_cut_off(overrides: Overrides, tmp_path: Path) -> None:
+    train_here(overrides(*SHORT))
+    metrics = tmp_path / "run/metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    os.truncate(metrics, len(b"".join(lines)) - 7)
+    train_here(overrides(*SHORT, "n_examples=16", "resume=auto"))
+    found = read_jsonl(metrics)  # which reads every line as JSON
+    assert found[-1]["counters/examples"] == 16 and len(found) == len(lines) + 1
+
+
+def test_only_the_runs_own_checkpoints_are_removed(overrides: Overrides, tmp_path: Path) -> None:
+    other = tmp_path / "other/step-8"
+    other.mkdir(parents=True)
+    (other / "model.safetensors").write_text("theirs")
+    run = tmp_path / "run"
+    train_here(overrides(*SHORT))
+    shutil.rmtree(run / "step-4")
+    (run / "step-4").symlink_to(other, target_is_directory=True)
+    train_here(overrides(*SHORT, "n_examples=16", "resume=auto", "keep_last_n=1"))
+    assert (other / "model.safetensors").read_text() == "theirs"
+    assert sorted(p.name for p in run.glob("step-*") if not p.is_symlink()) == ["step-16"]
+
+
+@pytest.mark.parametrize("target", ["gone", "LATEST", "step-8/../LATEST"])
+def test_a_link_that_leads_nowhere_is_made_anew(overrides: Overrides, tmp_path: Path, target: str) -> None:
+    run = tmp_path / "run"
+    train_here(overrides(*SHORT))
+    (run / "LATEST").unlink()
+    (run / "LATEST").symlink_to(target)
+    train_here(overrides(*SHORT, "n_examples=16", "resume=auto"))
+    assert (run / "LATEST").resolve().name == "step-16"
+    assert checkpoint.find_checkpoint(str(run)).name == "step-16"
+
+
+def test_a_copy_without_links_is_gone_on_with(overrides: Overrides, tmp_path: Path) -> None:
+    train_here(overrides(*SHORT))
+    copied = tmp_path / "copied"
+    shutil.copytree(tmp_path / "run", copied, symlinks=False)
+    for path in copied.glob("step-*"):
+        shutil.rmtree(path)
+    assert (copied / "LATEST").is_dir() and not (copied / "LATEST").is_symlink()
+    train_here(overrides(*SHORT, "n_examples=16", "resume=auto", f"local_run_dir={copied}"))
+    assert (copied / "LATEST").resolve().name == "step-16" and (copied / "step-8").is_dir()
+
+
+# Signals
+
+
+@pytest.mark.parametrize("signals", [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGTERM"), ("SIGINT", "SIGTERM")])
+def test_a_request_that_comes_twice_is_one(overrides: Overrides, tmp_path: Path, signals: tuple[str, ...]) -> None:
+    log, run = tmp_path / "log", tmp_path / "run"
+    process = start(overrides("n_epochs=200", "batch_size=4", "n_eval_examples=4", "eval_every=8"), log)
+    until = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or "loss/train" not in (run / "metrics.jsonl").read_text():
+        assert process.is_alive() and time.monotonic() < until, log.read_text()[-2000:]
+        time.sleep(0.01)
+    for name in signals:
+        os.kill(process.pid or 0, getattr(signal, name))
+        time.sleep(0.3)
+        if not process.is_alive():
+            break
+    process.join(60)
+    assert process.exitcode == EXIT_CODE, log.read_text()[-2000:]
+    assert (run / "LATEST").exists()
+
+
+# Commands
+
+
+def command(folder: Path, *given: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "train.py"), *given]
+    return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "said"),
+    [
+        (["exp_name=x", "learning_rate=1e-6"], 1, "lr="),
+        (["exp_name=x", "seed=1", "-m"], 1, "no key has several values"),
+        (["-m", "seed=0,1"], 1, "exp_name is missing"),
+        (["exp_name=x", "seed=0,1", "hydra/launcher=joblib", "-m"], 1, "pip install -r requirements-sweeps.txt"),
+        (["exp_name=x", "datasets=[a=b.jsonl]"], 1, "quotes"),
+        (["exp_name=x", "model=gpt2"], 1, "blank_model"),
+        (["exp_name=x", "loss.beta=0.1"], 1, "add loss=dpo"),
+        (["exp_name=x", "--nonsense"], 1, "--nonsense is no option"),
+        (["exp_name=x", "--cfg", "job"], 0, "batch_size: 4"),
+    ],
+)
+def test_commands_that_are_answered_at_once(tmp_path: Path, given: list[str], code: int, said: str) -> None:
+    if "hydra/launcher=joblib" in given and find_spec("hydra_plugins"):
+        pytest.skip("a launcher is installed")
+    ended = command(tmp_path, *given, f"local_dirs=[{tmp_path / 'out'}]")
+    assert ended.returncode == code, ended.stderr
+    text = ended.stdout + ended.stderr
+    assert said in text and "Traceback" not in text and "converting" not in text
+    assert not (tmp_path / "out").exists()  # no folder is left behind
+
+
+def test_hints_name_keys_that_exist() -> None:
+    for name in HERE:
+        if name in KEYS:
+            continue
+        with pytest.raises(UserError, match="here that is"):
+            check_keys([f"{name}=1"])
+    assert meant("Batch-Size", KEYS) == "; did you mean 'batch_size'?" and meant("zzzz", KEYS) == ""
+
+
+# make clean
+
+
+def test_make_clean_keeps_runs_and_caches(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    kept = [tmp_path / "runs/me/x/LATEST/model.safetensors", tmp_path / ".cache/me/tokens/x"]
+    for path in kept:
+        path.parent.mkdir(parents=True)
+        path.write_text("trained")
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    assert all(path.read_text() == "trained" for path in kept)
+    assert "runs" in (ROOT / ".gitignore").read_text()
+
+
+def test_runs_and_caches_lie_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from settings import load_config
+
+    monkeypatch.chdir(tmp_path)
+    config = load_config(["exp_name=x", "local_dirs=[/nowhere,${oc.select:nothing,/none}]", "n_eval_examples=0"])
+    assert config.cache.is_relative_to(ROOT / ".cache")
+    defaults = load_config(["exp_name=x"])
+    assert Path(defaults.local_dirs[-1]) == ROOT / "runs"

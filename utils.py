@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import functools
 import getpass
@@ -295,6 +296,18 @@ class RunLogger:
             self.tensorboard.close()
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=exit_code)
+
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the system kill this process if its parent, process `parent`, dies, and end if it died before this. macOS
+    has only the latter."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def n_cores() -> int:

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import unicodedata
@@ -31,6 +32,7 @@ LESS_MEMORY = (
 SECRETS = re.compile(r"hf_[A-Za-z0-9]{20,}|wandb_v1_\w{20,}")  # what keys of the hub and of W&B look like
 SECRET_NAMES = re.compile("(KEY|TOKEN|SECRET|PASSWORD)$")
 HISTORY = ("metrics.jsonl", "samples.jsonl")  # files of a run that only grow
+tqdm.set_lock(threading.RLock())  # its own is also for other processes, which draw no bars here, and is left behind
 _log_file: "Lines | None" = None
 _quiet = False
 

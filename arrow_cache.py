@@ -173,7 +173,7 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
-MANIFEST = "manifest.json"
+MANIFEST = "cache_manifest.json"  # checkpoints have a manifest.json of another form
 LOCK = ".lock"
 
 

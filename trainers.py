@@ -142,7 +142,8 @@ class BasicTrainer:
             planned = (example for batch in self.plan.batches(self.train_data) for example in batch)
             wanted = wanted_by(self.train_data, planned)
             wanted += wanted_by(self.eval_data, self.eval_examples) if self.eval_data is not None else []
-            cut = self.cut(len(wanted), len(wanted) if config.microbatch_tokens else config.eval_batch_size)
+            n_responses = sum(len(responses) for *_, responses in wanted)
+            cut = self.cut(n_responses, n_responses if config.microbatch_tokens else 2 * config.eval_batch_size)
             reference = build_reference(self.policy, self.scorer.how, cut, config.cache / "reference", wanted)
         self.scorer = dataclasses.replace(self.scorer, reference=reference)
         self.reference_seconds = time.perf_counter() - start

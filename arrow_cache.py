@@ -278,7 +278,7 @@ def _remove_leftovers(cache_dir: Path) -> None:
     """Remove unfinished folders of processes that have died: nobody holds their locks."""
     with contextlib.suppress(OSError), _locked(cache_dir):
         for folder in cache_dir.glob(".*.part"):
-            with contextlib.suppress(OSError), open(folder / LOCK, "a") as lock:
+            with contextlib.suppress(OSError), open(folder / LOCK, "a", encoding="utf-8") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
 

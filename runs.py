@@ -58,7 +58,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         except OSError:
             locks = False
         with contextlib.suppress(OSError, ValueError):  # nobody, or nothing that can be read
-            holder = json.loads(path.read_text())
+            holder = json.loads(path.read_text(encoding="utf-8"))
         host, pid = holder.get("host"), holder.get("pid")
         freed = locks and host == socket.gethostname()
         if taken or (holder and not freed and _beats(path)):
@@ -87,7 +87,7 @@ def _beat(path: Path, ended: threading.Event) -> None:
 
 def _beats(path: Path) -> bool:
     """Watch another process's lock: whether it is touched within STALE seconds."""
-    log(f"{path} names another process, {path.read_text()}: seeing if it lives")
+    log(f"{path} names another process, {path.read_text(encoding='utf-8')}: seeing if it lives")
     seen, until = path.stat().st_mtime, time.monotonic() + STALE
     while time.monotonic() < until:
         time.sleep(1)

@@ -7,6 +7,7 @@ import errno
 import functools
 import getpass
 import hashlib
+import io
 import json
 import math
 import os
@@ -128,11 +129,24 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: %(default)s)" if shown else action.help
 
 
+def _use_utf8() -> None:
+    """Start this program again in Python's UTF-8 mode under a locale of another encoding: Arrow, tokenizers and
+    safetensors take names of files as UTF-8 whatever the locale. What a terminal cannot show it gets as escapes."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1" and sys.executable:
+        os.environ["PYTHONUTF8"] = "1"
+        os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_main(main: Callable[[], Any], speaks: Callable[[], bool] = lambda: True) -> Any:
     """Call `main` as a command does: a `UserError` becomes one message and exit code 1, Ctrl-C exit code 130.
 
     In a group of processes that fail together only one `speaks`.
     """
+    _use_utf8()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:

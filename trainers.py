@@ -301,10 +301,10 @@ class BasicTrainer:
         self.policy.train()
         total: Metrics = {}
         mine: list[Example] = []
-        cost = Cost()
+        cost, scorer = Cost(), dataclasses.replace(self.scorer, untrained=not self.updates)
         for share in shares(self.train_data, examples, self.cut(len(examples))):
             cost += cost_of(share.batch, self.scorer.how.layout) if share.counts else Cost()
-            losses, metrics = self.scorer(self.policy, share.batch, "train")
+            losses, metrics = scorer(self.policy, share.batch, "train")
             self.scaler.scale(losses.sum() * share.counts / len(examples)).backward()
             extend_metrics(total, metrics, share.counts)
             mine += share.examples
@@ -384,7 +384,8 @@ class BasicTrainer:
             return {}
         self.policy.eval()
         cut = self.cut(len(self.eval_examples), self.config.eval_batch_size)
-        metrics = dict(evaluate_loss(self.scorer, self.policy, self.eval_data, self.eval_examples, cut))
+        scorer = dataclasses.replace(self.scorer, untrained=not self.updates)
+        metrics = dict(evaluate_loss(scorer, self.policy, self.eval_data, self.eval_examples, cut))
         broken = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             raise UserError(f"evaluation after {self.examples} examples gave {', '.join(broken)}: {DIVERGED}")

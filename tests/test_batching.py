@@ -10,11 +10,11 @@ from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching import Cut, Plan, chunks, deal, epoch_order, eval_examples, make_batch
+from batching import Batch, Cut, Plan, chunks, deal, epoch_order, eval_examples, make_batch
 from evaluation import Scorer
 from layouts import PADDING, lay_out
-from losses import DPOLoss, SFTLoss, reduce_tokens
-from models import Computation, add_token_logps, disable_dropout, response_logps
+from losses import DPOLoss, IPOLoss, Loss, SFTLoss, reduce_tokens
+from models import Computation, TokenLogps, add_token_logps, disable_dropout, response_logps
 from preference_datasets import Record
 from reference import LiveReference
 
@@ -261,3 +261,48 @@ def test_gradients_and_metrics_of_a_crowded_prompt_do_not_depend_on_the_limit(la
         assert n > 3 and (gradients - whole).norm() <= 1e-5 * whole.norm()
         for example in examples:
             assert metrics[example] == pytest.approx(wanted[example], rel=1e-5, abs=2e-6)
+
+
+class Off:
+    """A reference that is off from the policy by up to `most` nats a token: at random, as rounding would have it, or all
+    in favour of the chosen responses.
+    """
+
+    def __init__(self, model: torch.nn.Module, how: Computation, most: float, biased: bool):
+        self.model, self.how, self.most, self.biased = model, how, most, biased
+
+    def response_logps(self, batch: Batch) -> TokenLogps:
+        with torch.no_grad():
+            found = response_logps(self.model, batch, self.how)
+        noise = torch.rand(found.logps.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        if self.biased:
+            noise = torch.ones_like(noise)
+            noise[batch.chosen] = -1.0
+        return TokenLogps(found.logps + self.most * noise, found.mask)
+
+
+@pytest.mark.parametrize("loss", [DPOLoss(0.1), IPOLoss(0.1, average_log_prob=True)])
+@pytest.mark.parametrize(("untrained", "tolerance", "off", "biased", "accuracy"), [
+    (True, 1e-4, 0.9e-4, False, 0),  # up to what is taken for rounding before the first update
+    (True, 0.1, 0.09, False, 0),  # of bfloat16
+    (True, 0.1, 0.09, True, 0),
+    (True, 1e-4, 1e-3, True, 1),
+    (False, 1e-4, 1e-6, True, 0),  # later: rounding of float32
+    (False, 0.1, 1e-6, True, 0),
+    (False, 1e-4, 1e-4, True, 1),  # what has been learnt counts, whatever the type
+    (False, 0.1, 1e-4, True, 1),
+])  # fmt: skip
+@pytest.mark.parametrize("confident", [False, True])
+def test_differences_up_to_rounding_are_ties(
+    confident: bool, untrained: bool, tolerance: float, off: float, biased: bool, accuracy: int, loss: Loss
+) -> None:
+    model, data = add_token_logps(make_model()).eval(), make_data()
+    if confident:  # log-probabilities near 0, whose rounding is that of the logits all the same
+        with torch.no_grad():
+            model.lm_head.weight *= 1000
+        ids = model.generate(torch.tensor([[3]]), max_new_tokens=9, do_sample=False, eos_token_id=None)[0].tolist()
+        data.records = [Record(ids[:1], [ids[1:10], ids[1:5]], [(0, 1)])]
+    how = Computation(torch.float32, "tree", tolerance=tolerance)
+    batch = make_batch(data, [(0, 0)] if confident else [(2, 0), (5, 0), (7, 0)])
+    scorer = Scorer(loss, how, Off(model, how, off, biased), untrained)
+    assert set(scorer(model, batch, "eval")[1]["rewards_eval/accuracies"]) == {accuracy}

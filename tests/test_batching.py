@@ -264,9 +264,7 @@ def test_gradients_and_metrics_of_a_crowded_prompt_do_not_depend_on_the_limit(la
 
 
 class Off:
-    """A reference that is off from the policy by up to `most` nats a token: at random, as rounding would have it, or all
-    in favour of the chosen responses.
-    """
+    """A reference that is off from the policy by up to `most` nats a token, at random or for the chosen responses."""
 
     def __init__(self, model: torch.nn.Module, how: Computation, most: float, biased: bool):
         self.model, self.how, self.most, self.biased = model, how, most, biased

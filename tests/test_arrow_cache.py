@@ -141,7 +141,7 @@ def load(tmp_path: Path) -> Callable[[], PreferenceData]:
     return lambda: load_data(settings, tokenizer, "train")
 
 
-@pytest.mark.parametrize("file", ["records.arrow", "funnel.json", "rows.arrow", "dropped.json"])
+@pytest.mark.parametrize("file", ["records.arrow", "funnel.json", "rows.arrow", "tally.json"])
 @pytest.mark.parametrize("how", ["flip every byte", "cut", "remove"])
 def test_damaged_data_is_read_by_nobody(
     file: str, how: str, load: Callable[[], PreferenceData], tmp_path: Path, capsys: pytest.CaptureFixture[str]

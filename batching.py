@@ -188,6 +188,31 @@ class Cut:
     passes: int
     tokens: int | None
 
+    def groups(self, prompt: int, responses: Sequence[int], items: Sequence[Sequence[int]], n: int) -> Iterator[range]:
+        """Cut `items` of a prompt, each some of its responses, into runs whose trees are fit for a micro-batch.
+
+        A run's tree has up to `tokens` tokens, and its items are at most a micro-batch's share of the `n` there are in
+        all. Lengths are in tokens; an item that alone has more is left whole.
+        """
+        most = -(-n // (self.passes * self.ranks))
+        limit = sys.maxsize if self.tokens is None else self.tokens
+        start, used = 0, set[int]()
+        for stop, item in enumerate(items):
+            grown = used | set(item)
+            if stop > start and (stop - start == most or self._tree_tokens(prompt, responses, grown) > limit):
+                yield range(start, stop)
+                start, grown = stop, set(item)
+            used = grown
+        if items:
+            yield range(start, len(items))
+
+    def _tree_tokens(self, prompt: int, responses: Sequence[int], used: Iterable[int]) -> int:
+        """Tokens with padding of a micro-batch of one tree."""
+        lengths = [responses[i] for i in used]
+        if self.layout == "padded":
+            return len(lengths) * n_tokens(prompt, [max(lengths)])
+        return n_tokens(prompt, lengths)
+
     def deal(self, sizes: Sequence[tuple[int, list[int]]]) -> list[list[list[int]]]:
         """[pass][rank] -> indices of `sizes`, each the length of a prompt and those of its responses.
 
@@ -212,15 +237,16 @@ class Cut:
 
 def deal(data: PreferenceData, examples: Sequence[Example], cut: Cut) -> list[list[list[Example]]]:
     """Cut a global batch into micro-batches: [pass][rank] -> examples. A prompt's pairs stay together if they fit."""
-    most = -(-len(examples) // (cut.passes * cut.ranks))
     groups: list[Sequence[Example]] = []
     sizes: list[tuple[int, list[int]]] = []
     for index, run in itertools.groupby(examples, key=lambda example: example[0]):
-        record = data[index]
-        for some in chunks(list(run), most):
-            used = {response for _, pair in some for response in (record.pairs[pair] if record.pairs else (0,))}
-            groups.append(some)
-            sizes.append((len(record.prompt), [len(record.responses[r]) for r in used]))
+        record, some = data[index], list(run)
+        prompt, responses = len(record.prompt), [*map(len, record.responses)]
+        sides = [record.pairs[pair] if record.pairs else (0,) for _, pair in some]
+        for group in cut.groups(prompt, responses, sides, len(examples)):
+            used = {response for i in group for response in sides[i]}
+            groups.append(some[group.start : group.stop])
+            sizes.append((prompt, [responses[r] for r in used]))
     return [[[e for i in part for e in groups[i]] for part in dealt] for dealt in cut.deal(sizes)]
 
 

@@ -270,7 +270,7 @@ def check(folder: Path, how: str) -> str | None:
     find by their names; `full` compares the content of all, and looks for any further file.
     """
     try:
-        text = (folder / MANIFEST).read_text()
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(text)["files"].items()}
         if text != _manifest(files):
             raise ValueError
@@ -377,7 +377,7 @@ class CheckpointWriter:
                 (folder / file).parent.mkdir(exist_ok=True)
                 (folder / file).write_bytes(content)
             if batch is not None:
-                (folder / BATCH_FILE).write_text(batch)
+                (folder / BATCH_FILE).write_text(batch, encoding="utf-8")
 
         work = (target, links, begin, _tensor_writer(model, optimizer, self.background, self._group))
         if self.background:
@@ -412,7 +412,7 @@ class CheckpointWriter:
 
         def finish() -> None:
             self.check()
-            (folder / MANIFEST).write_text(_manifest(files))
+            (folder / MANIFEST).write_text(_manifest(files), encoding="utf-8")
             for file in [*folder.rglob("*"), folder]:
                 _sync(file)
             _put_in_place(folder, target)
@@ -505,7 +505,7 @@ def _tensor_writer(
 
     def write(folder: Path) -> None:
         (folder / RANDOM_STATE).mkdir(exist_ok=True)
-        (folder / RANDOM_STATE / f"{parallel.rank()}.json").write_text(random_state)
+        (folder / RANDOM_STATE / f"{parallel.rank()}.json").write_text(random_state, encoding="utf-8")
         if tensors:
             writer = HuggingFaceStorageWriter(str(folder / TRAINING_STATE), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not parallel.active())
@@ -535,7 +535,7 @@ def load_random_state(folder: Path) -> None:
     if not path.exists():
         return
     try:
-        state = json.loads(path.read_text())
+        state = json.loads(path.read_text(encoding="utf-8"))
         version, numbers, gauss = state["python"]
         random.setstate((version, tuple(numbers), gauss))
         np.random.set_state(state["numpy"])
@@ -571,7 +571,7 @@ def _write_weights(files: Iterable[WeightFile], folder: Path) -> None:
     for file, content in files:
         try:
             if isinstance(content, str):
-                (folder / file).write_text(content)
+                (folder / file).write_text(content, encoding="utf-8")
             else:
                 save_file(content, folder / file, {"format": "pt"})
         except Exception as error:  # the other processes still need this one for their files

@@ -130,7 +130,7 @@ def read_batch(folder: Path) -> tuple[dict[str, Any], list[Recorded]]:
     """The loss's configuration and the examples of `batch_text`. Raises UserError."""
     path = folder / BATCH_FILE
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         examples = []
         for row in content["examples"]:
             batch = Batch([Tree(row["prompt"], row["responses"], row.get("masks"))], row["chosen"], row["rejected"])

@@ -11,7 +11,10 @@ import math
 import os
 import re
 import signal
+import sys
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,13 +35,16 @@ from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import ColwiseParallel, TensorParallelLayer, apply_tensor_parallelism
 
 import stopping
-from utils import UserError, n_cores
+from utils import UserError, end_with_parent, n_cores
 
 T = TypeVar("T")
-# A dead process closes its connections, which the others see at once; this only bounds how long a slow one (which
-# tokenises a large data set, say) is waited for.
-TIMEOUT = timedelta(hours=4)
-SECONDS_TO_SPEAK = 30.0
+# A dead process closes its connections, which the others see at once; this bounds the wait for one on a machine that is
+# gone, and for what one process does alone between two collectives, such as a checkpoint's way to a slow disk.
+TIMEOUT = timedelta(minutes=30)
+TO_JOIN = timedelta(minutes=10)  # from the first process of a group to the last: how far apart they may start
+SECONDS_TO_SPEAK = 10.0
+SECONDS_TO_END = 5.0  # for processes whose group has failed, before each signal
+HEARTBEAT, DEAD_AFTER = 2.0, 60.0  # seconds between signs of life, and without any
 MESH = ("replicate", "shard", "tensor")
 # Styles of transformers' tensor-parallel plans that the tests hold to one process. Others (experts) are refused.
 TESTED_STYLES = set(
@@ -100,11 +106,11 @@ def launch(worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port
         raise UserError(f"fsdp_port={port} cannot be used: {str(error).splitlines()[0]}; leave it null") from error
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     context: Any = torch.multiprocessing.start_processes(
-        _start, (worker, arguments, n, store.port), nprocs=n, join=False, start_method="spawn"
+        _start, (os.getpid(), worker, arguments, n, store.port), nprocs=n, join=False, start_method="spawn"
     )
     try:
         with stopping.passing_on(context.pids()):
-            while not context.join():
+            while not context.join(grace_period=SECONDS_TO_END):
                 pass
     except torch.multiprocessing.ProcessExitedException as error:
         if error.signal_name is None:
@@ -123,11 +129,18 @@ def launch(worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port
             process.join()
 
 
-def _start(index: int, worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port: int) -> None:
+def _start(index: int, parent: int, worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port: int) -> None:
+    end_with_parent(parent)
     values: dict[str, Any] = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
     values |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ.update({name: str(value) for name, value in values.items()})
-    worker(*arguments)
+    try:
+        worker(*arguments)
+    except SystemExit as end:  # it has said why. Threads that wait for other processes would hold up the job's end
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 @contextlib.contextmanager
@@ -138,7 +151,7 @@ def group(device: torch.device) -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield
         dist.barrier()
@@ -149,6 +162,19 @@ def group(device: torch.device) -> Iterator[None]:
         global _mesh
         _mesh = None
     dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Find the other processes, and connect to them. Raises UserError if some do not come."""
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=TO_JOIN))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the processes of this job did not find each other within {TO_JOIN} ({reason}): look whether all of them "
+            "were started, and can reach MASTER_ADDR and MASTER_PORT"
+        ) from error
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
 def active() -> bool:
@@ -188,7 +214,7 @@ def fails_first() -> bool:
             time.sleep(SECONDS_TO_SPEAK)
         return True
     try:
-        return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+        return _store().add("failures", 1) == 1
     except RuntimeError:  # the store is gone, and with it whoever held it
         return True
 
@@ -217,12 +243,62 @@ def side_group() -> Any:
 
 @contextlib.contextmanager
 def one_per_machine_first() -> Iterator[None]:
-    """The first process of each machine runs the block (which fills a cache), then the others."""
-    if active() and local_rank() != 0:
-        dist.barrier()
-    yield
-    if active() and local_rank() == 0:
-        dist.barrier()
+    """The first process of each machine runs the block (which fills a cache), then the others.
+
+    That may take hours. So nobody waits for it in a collective, which ends in time: the first processes give signs of
+    life, and the others look for them. Raises UserError if they end before the block does.
+    """
+    if not active():
+        yield
+        return
+    first = local_rank() == 0
+    key = f"{from_main(uuid.uuid4().hex)}/{rank()}"
+    keys = gather(key if first else "")
+    if first:
+        with _signs_of_life(key):
+            yield
+        _store().set(f"{key}/done", "")
+    for other, its_key in enumerate(keys):
+        if its_key:
+            _wait_for(other, its_key)
+    if not first:
+        yield
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+@contextlib.contextmanager
+def _signs_of_life(key: str) -> Iterator[None]:
+    """While inside, count up `key` in the store every few seconds."""
+    store, left = _store(), threading.Event()
+
+    def beat() -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever looks
+            while not left.wait(HEARTBEAT):
+                store.add(key, 1)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
+
+
+def _wait_for(process: int, key: str) -> None:
+    """Until `process` is done with what `key` stands for. Raises UserError once it gives no signs of life."""
+    store = _store()
+    seen, since = -1, time.monotonic()
+    while not store.check([f"{key}/done"]):
+        signs = store.add(key, 0)
+        if signs != seen:
+            seen, since = signs, time.monotonic()
+        elif time.monotonic() - since > DEAD_AFTER:
+            raise UserError(f"process {process} prepares the data, and gave no sign of life for {DEAD_AFTER:.0f} s")
+        time.sleep(HEARTBEAT / 10)
 
 
 # The mesh -------------------------------------------------------------------------------------------------------------

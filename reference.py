@@ -7,10 +7,12 @@ truncation. Another beta, loss, learning rate, seed or layout reads the same ent
 
 import hashlib
 import json
+import math
 import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -189,10 +191,12 @@ def build_reference(
     reference.read()
     there = parallel.from_main(set(reference.entries))
     reference.read()  # what other jobs may have added before the main process looked
-    present, missing, sizes = _split(wanted, there)
-    if present:
-        _check(model, how, reference, _tree(*present[len(present) // 2]))
+    present, missing = _split(wanted, there)
     n_missing, n_present = (sum(len(responses) for *_, responses in some) for some in (missing, present))
+    if present:
+        _check(model, how, reference, _tree(*_fitting(present[len(present) // 2 :][:1], cut)[0][0]))
+    cut = replace(cut, passes=math.ceil(cut.passes * n_missing / max(n_missing + n_present, 1)) or 1)
+    missing, sizes = _fitting(missing, cut)
     log(f"reference log-probabilities: {n_missing} to compute, {n_present} found in {folder}")
     with progress(total=n_missing, desc="reference", unit="responses") as bar:
         for tree, logps in _computed(model, how, missing, cut.deal(sizes) if sizes else []):
@@ -209,23 +213,32 @@ def _tree(data: PreferenceData, record: int, responses: list[int]) -> Tree:
     return make_tree(data[record], responses)
 
 
-def _split(
-    wanted: Sequence[Wanted], there: set[bytes]
-) -> tuple[list[Wanted], list[Wanted], list[tuple[int, list[int]]]]:
-    """What of `wanted` is there, what is not, and the latter's lengths as `Cut.deal` takes them."""
+def _split(wanted: Sequence[Wanted], there: set[bytes]) -> tuple[list[Wanted], list[Wanted]]:
+    """What of `wanted` is there, and what is not."""
     present: list[Wanted] = []
     missing: list[Wanted] = []
-    sizes: list[tuple[int, list[int]]] = []
     for data, record, responses in wanted:
         tree = _tree(data, record, responses)
         found = [entry_key(tree.prompt, response) in there for response in tree.responses]
         for some, value in ((present, True), (missing, False)):
             if value in found:
                 some.append((data, record, [r for r, f in zip(responses, found) if f is value]))
-        lengths = [len(response) for response, f in zip(tree.responses, found) if not f]
-        if lengths:
-            sizes.append((len(tree.prompt), lengths))
-    return present, missing, sizes
+    return present, missing
+
+
+def _fitting(wanted: Sequence[Wanted], cut: Cut) -> tuple[list[Wanted], list[tuple[int, list[int]]]]:
+    """`wanted`, with each prompt's responses on as many trees as fit into micro-batches, and the trees' lengths as
+    `Cut.deal` takes them."""
+    fitting: list[Wanted] = []
+    sizes: list[tuple[int, list[int]]] = []
+    n = sum(len(responses) for *_, responses in wanted)
+    for data, record, responses in wanted:
+        tree = _tree(data, record, responses)
+        prompt, lengths = len(tree.prompt), [*map(len, tree.responses)]
+        for group in cut.groups(prompt, lengths, [(i,) for i in range(len(lengths))], n):
+            fitting.append((data, record, [responses[i] for i in group]))
+            sizes.append((prompt, [lengths[i] for i in group]))
+    return fitting, sizes
 
 
 @torch.no_grad()

@@ -140,7 +140,7 @@ def _beat(path: Path, token: str, ended: threading.Event) -> None:
 
 def _beats(path: Path) -> bool:
     """Watch another process's lock: whether it is touched within STALE seconds."""
-    log(f"{path} names another process, {path.read_text()}: seeing if it lives")
+    log(f"{path} names another process, {path.read_text(encoding='utf-8')}: seeing if it lives")
     seen, until = path.stat().st_mtime, time.monotonic() + STALE
     while time.monotonic() < until:
         time.sleep(1)

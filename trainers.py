@@ -142,7 +142,8 @@ class BasicTrainer:
             planned = (example for batch in self.plan.batches(self.train_data) for example in batch)
             wanted = wanted_by(self.train_data, planned)
             wanted += wanted_by(self.eval_data, self.eval_examples) if self.eval_data is not None else []
-            cut = self.cut(len(wanted), len(wanted) if config.microbatch_tokens else config.eval_batch_size)
+            n_responses = sum(len(responses) for *_, responses in wanted)
+            cut = self.cut(n_responses, n_responses if config.microbatch_tokens else 2 * config.eval_batch_size)
             reference = build_reference(self.policy, self.scorer.how, cut, config.cache / "reference", wanted)
         self.scorer = dataclasses.replace(self.scorer, reference=reference)
         self.reference_seconds = time.perf_counter() - start
@@ -301,10 +302,10 @@ class BasicTrainer:
         self.policy.train()
         total: Metrics = {}
         mine: list[Example] = []
-        cost = Cost()
+        cost, scorer = Cost(), dataclasses.replace(self.scorer, untrained=not self.updates)
         for share in shares(self.train_data, examples, self.cut(len(examples))):
             cost += cost_of(share.batch, self.scorer.how.layout) if share.counts else Cost()
-            losses, metrics = self.scorer(self.policy, share.batch, "train")
+            losses, metrics = scorer(self.policy, share.batch, "train")
             self.scaler.scale(losses.sum() * share.counts / len(examples)).backward()
             extend_metrics(total, metrics, share.counts)
             mine += share.examples
@@ -384,7 +385,8 @@ class BasicTrainer:
             return {}
         self.policy.eval()
         cut = self.cut(len(self.eval_examples), self.config.eval_batch_size)
-        metrics = dict(evaluate_loss(self.scorer, self.policy, self.eval_data, self.eval_examples, cut))
+        scorer = dataclasses.replace(self.scorer, untrained=not self.updates)
+        metrics = dict(evaluate_loss(scorer, self.policy, self.eval_data, self.eval_examples, cut))
         broken = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             raise UserError(f"evaluation after {self.examples} examples gave {', '.join(broken)}: {DIVERGED}")

@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import functools
 import getpass
 import hashlib
+import io
 import json
 import math
 import os
@@ -13,6 +15,7 @@ import re
 import secrets
 import signal
 import sys
+import threading
 import time
 import traceback
 import unicodedata
@@ -33,6 +36,7 @@ LESS_MEMORY = (
 SECRETS = re.compile(r"hf_[A-Za-z0-9]{20,}|wandb_v1_\w{20,}")  # what keys of the hub and of W&B look like
 SECRET_NAMES = re.compile("(KEY|TOKEN|SECRET|PASSWORD)$")
 HISTORY = ("metrics.jsonl", "samples.jsonl")  # files of a run that only grow
+tqdm.set_lock(threading.RLock())  # its own is also for other processes, which draw no bars here, and is left behind
 _log_file: "Lines | None" = None
 _quiet = False
 
@@ -137,11 +141,24 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: %(default)s)" if shown else action.help
 
 
+def _use_utf8() -> None:
+    """Start this program again in Python's UTF-8 mode under a locale of another encoding: Arrow, tokenizers and
+    safetensors take names of files as UTF-8 whatever the locale. What a terminal cannot show it gets as escapes."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1" and sys.executable:
+        os.environ["PYTHONUTF8"] = "1"
+        os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_main(main: Callable[[], Any], speaks: Callable[[], bool] = lambda: True) -> Any:
     """Call `main` as a command does: a `UserError` becomes one message and exit code 1, Ctrl-C exit code 130.
 
     In a group of processes that fail together only one `speaks`.
     """
+    _use_utf8()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -326,6 +343,18 @@ class RunLogger:
             self.tensorboard.close()
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=exit_code)
+
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the system kill this process if its parent, process `parent`, dies, and end if it died before this. macOS
+    has only the latter."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def n_cores() -> int:

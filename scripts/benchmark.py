@@ -60,7 +60,7 @@ WORDS = """
 def machine() -> dict[str, str]:
     """What a measurement depends on besides the code."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else []
     describe = ["git", "describe", "--always", "--exclude=*", "--dirty= with changes"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
@@ -108,7 +108,7 @@ def memory_of(processes: Sequence[psutil.Process]) -> tuple[float, float]:
             if sys.platform != "linux":
                 anonymous += process.memory_info().rss / 2**20
                 continue
-            found = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            found = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="utf-8")
             kinds = {kind: int(kib) / 1024 for kind, kib in re.findall(r"Pss_(\w+): +(\d+)", found)}
             anonymous += kinds.get("Anon", 0) + kinds.get("Shmem", 0)
             files += kinds.get("File", 0)
@@ -238,7 +238,7 @@ def write_table(name: str, title: str, method: str, facts: dict[str, str], rows:
     lines += [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
     target = ROOT / "benchmarks" / f"{name}.md"
     target.parent.mkdir(exist_ok=True)
-    target.write_text("\n".join(lines) + "\n")
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines), f"\nwritten to {target}")
 
 

@@ -144,7 +144,7 @@ def main() -> None:
     world = random_world(arguments.seed)
     rows = compare(world, betas, arguments.noise)
     out = make_dir(arguments.out, "--out")
-    with open(out / "closed_form.csv", "w", newline="") as file:
+    with open(out / "closed_form.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -87,7 +87,7 @@ def main() -> None:
     write_report(runs, folder, 8, "make demo")
     models = sampled(*runs)
     result = table(models, *(run.evaluations[-1] for run in runs))
-    (folder / "table.txt").write_text(result + "\n")
+    (folder / "table.txt").write_text(result + "\n", encoding="utf-8")
     log(show_samples(models))
     n = len(dict(models["DPO"]))
     log(f"\n{result}\n\nTwo samples for each of {n} held-out prompts; sentiment: VADER's score, -1 to 1; KL: on")

@@ -60,7 +60,7 @@ def fine_tune(folder: Path, data: Path, settings: dict[str, Any]) -> Path:
         rows = [json.loads(line) for line in file]
     responses = folder / "responses.jsonl"
     pairs = ({"prompt": row["prompt"], "completion": response} for row in rows for response in row["responses"])
-    responses.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    responses.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     only = ["holdout_fraction=0", "n_eval_examples=0", "loss=sft", "n_epochs=null", f"datasets=[{quoted(responses)}]"]
     where = f"local_run_dir={quoted(folder / START)}"
     train("frontier_sft", [where, *settings["common"], *settings["sft"], *only, *settings["given"]])
@@ -178,7 +178,7 @@ def write(folder: Path, points: Sequence[Point]) -> str:
     """frontier.csv and frontier.png, and the table as Markdown, which is returned."""
     if len({p.prompts for p in points}) > 1:
         raise UserError(f"{folder} holds runs measured on other numbers of prompts; give another --folder")
-    with open(folder / "frontier.csv", "w", newline="") as file:
+    with open(folder / "frontier.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([Point._fields, *points])
     draw(points, folder / "frontier.png")
     lines = [
@@ -195,7 +195,7 @@ def write(folder: Path, points: Sequence[Point]) -> str:
         kl = f"≤ {p.kl:.2f}" if p.method == BEST_OF else f"{p.kl:.2f} ± {p.kl_error:.2f}"
         lines.append(f"| {p.method} | {p.setting} | {p.examples} | {kl} | {p.reward:+.3f} ± {p.half_width:.3f} |")
     text = "\n".join([*lines, "", *(f"- {line}" for line in verdicts(points))])
-    (folder / "frontier.md").write_text(f"# Reward against KL\n\n{text}\n")
+    (folder / "frontier.md").write_text(f"# Reward against KL\n\n{text}\n", encoding="utf-8")
     return text
 
 
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of train and test rows with prompt, responses, scores")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run, as train.py takes them")
     arguments = parser.parse_args()
-    known = yaml.safe_load(SETTINGS.read_text())
+    known = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
     if arguments.settings not in known:
         raise UserError(f"--settings {arguments.settings} is not in {SETTINGS}; choose from: {', '.join(known)}")
     settings = known[arguments.settings] | {"given": arguments.overrides}

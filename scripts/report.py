@@ -243,7 +243,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _finished(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> bool:
     try:
-        state = json.loads((folder / "LATEST" / "trainer_state.json").read_text())
+        state = json.loads((folder / "LATEST" / "trainer_state.json").read_text(encoding="utf-8"))
         # A finished run may have been taken up again, for more epochs.
         return state["examples"] == state["total_examples"] >= metrics[-1][EXAMPLES]
     except (OSError, ValueError, LookupError, TypeError):

@@ -134,7 +134,7 @@ def open_out(path: Path, settings: dict[str, Any], items: Sequence[Item], overwr
         _check_settings(path, beside, settings)
     else:
         file.truncate(0)
-        beside.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        beside.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     file.seek(0)
     lines = file.read().split(b"\n")[:-1]  # what follows the last line's end is a line that was cut
     try:
@@ -150,7 +150,7 @@ def open_out(path: Path, settings: dict[str, Any], items: Sequence[Item], overwr
 
 def _check_settings(path: Path, beside: Path, settings: dict[str, Any]) -> None:
     try:
-        before = json.loads(beside.read_text())
+        before = json.loads(beside.read_text(encoding="utf-8"))
         changes = [f"{k} was {before.get(k)} and is {v}" for k, v in settings.items() if before.get(k) != v]
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--out {path} exists, and {beside.name} does not say what made it; {ADVICE}") from error

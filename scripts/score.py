@@ -136,24 +136,40 @@ def token_logps(saved: Saved, items: Sequence[Item], who: str) -> list[list[np.n
     """log p(token | all before it) of each item's responses, float32; NaN for tokens that do not count, such as a
     user's between two answers. The model is in memory only meanwhile."""
     model, _, how = saved.open()
-    found: list[list[np.ndarray]] = [[] for _ in items]
-    sizes = [(len(record.prompt), [*map(len, record.responses)]) for record in (item.record for item in items)]
+    places, dealt = _dealt(items, how.layout, saved.config)
+    found: list[dict[int, np.ndarray]] = [{} for _ in items]
     with progress(total=len(items), desc=who, unit="prompts") as bar:
-        for (part,) in Cut(how.layout, 1, 1, saved.config.microbatch_tokens).deal(sizes):
-            trees = [make_tree(record, range(len(record.responses))) for record in (items[i].record for i in part)]
+        for (part,) in dealt:
+            trees = [make_tree(items[places[i][0]].record, places[i][1]) for i in part]
             tokens = response_logps(model, Batch(trees, [], None), how)
             rows = iter(torch.where(tokens.mask, tokens.logps, torch.nan).cpu().numpy())
             finite = iter((tokens.logps.isfinite() | ~tokens.mask).all(1).tolist())
-            for i, tree in zip(part, trees):
-                found[i] = [next(rows)[: len(response)].copy() for response in tree.responses]
-                if not all(next(finite) for _ in tree.responses):
-                    where = f"{items[i].name}, record {items[i].number}"
-                    raise UserError(f"{who}: log-probabilities of {where} are not finite")
-            bar.update(len(part))
+            for (number, group), tree in zip((places[i] for i in part), trees):
+                for k, response in zip(group, tree.responses):
+                    found[number][k] = next(rows)[: len(response)].copy()
+                    if not next(finite):
+                        where = f"{items[number].name}, record {items[number].number}"
+                        raise UserError(f"{who}: log-probabilities of {where} are not finite")
+                bar.update(group.start == 0)
     del model
     gc.collect()
     torch.cuda.empty_cache()
-    return found
+    return [[logps[k] for k in sorted(logps)] for logps in found]
+
+
+def _dealt(items: Sequence[Item], layout: str, config: Config) -> tuple[list[tuple[int, range]], list[list[list[int]]]]:
+    """Trees that fit into micro-batches, each some responses of an item, and how `Cut.deal` deals them."""
+    n = sum(len(item.record.responses) for item in items)
+    passes = 1 if config.microbatch_tokens else -(-n // (2 * config.eval_batch_size))
+    cut = Cut(layout, 1, passes, config.microbatch_tokens)
+    places: list[tuple[int, range]] = []
+    sizes: list[tuple[int, list[int]]] = []
+    for number, record in enumerate(item.record for item in items):
+        prompt, lengths = len(record.prompt), [*map(len, record.responses)]
+        for group in cut.groups(prompt, lengths, [(i,) for i in range(len(lengths))], n):
+            places.append((number, group))
+            sizes.append((prompt, lengths[group.start : group.stop]))
+    return places, cut.deal(sizes)
 
 
 def rows_of(items: Sequence[Item], policy: Saved, reference: Saved, beta: float, tokenizer: Any) -> Iterator[dict]:

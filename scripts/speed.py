@@ -314,7 +314,7 @@ def step_memory(work: Work, name: str) -> float:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     if stored is None:
         original_step(work, None)
     else:

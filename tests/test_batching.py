@@ -10,11 +10,11 @@ from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching import Cut, Plan, chunks, deal, epoch_order, eval_examples, make_batch
+from batching import Batch, Cut, Plan, chunks, deal, epoch_order, eval_examples, make_batch
 from evaluation import Scorer
 from layouts import PADDING, lay_out
-from losses import DPOLoss, SFTLoss, reduce_tokens
-from models import Computation, add_token_logps, disable_dropout, response_logps
+from losses import DPOLoss, IPOLoss, Loss, SFTLoss, reduce_tokens
+from models import Computation, TokenLogps, add_token_logps, disable_dropout, response_logps
 from preference_datasets import Record
 from reference import LiveReference
 
@@ -193,3 +193,114 @@ def test_dealing_balances_tokens_not_examples() -> None:
     data = Data([Record([1], [[2] * n], []) for n in lengths], np.zeros(len(lengths), dtype=int))
     ((long, short),) = deal(data, [(i, 0) for i in range(len(lengths))], Cut("padded", 2, 1, None))
     assert long == [(0, 0)] and len(short) == 10
+
+
+def crowded(n_responses: int, prompt: int = 20) -> Data:
+    """One prompt with many pairs among many responses, and a few others."""
+    rng = np.random.default_rng(1)
+    many = [rng.integers(1, 320, 3 + i % 17).tolist() for i in range(n_responses)]
+    pairs = [(i, (7 * i + 1) % n_responses) for i in range(n_responses)]
+    data = make_data(4)
+    data.records[1] = Record(rng.integers(1, 320, prompt).tolist(), many, pairs)
+    return data
+
+
+@pytest.mark.parametrize("layout", ["packed", "tree", "padded"])
+@pytest.mark.parametrize("tokens", [1, 60, 100, 1000])
+@pytest.mark.parametrize(("ranks", "passes"), [(1, 1), (3, 2)])
+def test_the_trees_of_a_crowded_prompt_are_cut_by_the_limit(layout: str, tokens: int, ranks: int, passes: int) -> None:
+    data = crowded(300)
+    examples = eval_examples(data, 10**6)
+    dealt = deal(data, examples, Cut(layout, ranks, passes, tokens))
+    parts = [part for shares in dealt for part in shares if part]
+    assert sorted(example for part in parts for example in part) == sorted(examples)
+    for part in parts:
+        batch = make_batch(data, part)
+        rows = lay_out(batch, layout)
+        used = (rows.branch != PADDING).sum() if layout == "packed" else rows.input_ids.numel()
+        assert used <= tokens or len(part) == 1
+
+
+def test_responses_of_a_crowded_prompt_are_cut_without_a_limit_too() -> None:
+    lengths = [10] * 1000
+    items = [(i,) for i in range(1000)]
+    groups = list(Cut("tree", 2, 25, None).groups(20, lengths, items, 1000))
+    assert [i for group in groups for i in group] == list(range(1000))
+    assert max(map(len, groups)) == 20
+    assert list(Cut("tree", 1, 1, 5).groups(20, [10], [(0,)], 1)) == [range(1)]  # left whole
+    assert list(Cut("tree", 1, 1, 5).groups(20, [], [], 1)) == []
+
+
+@pytest.mark.parametrize("layout", ["packed", "tree", "padded"])
+def test_gradients_and_metrics_of_a_crowded_prompt_do_not_depend_on_the_limit(layout: str) -> None:
+    data, policy = crowded(24, 9), add_token_logps(make_model())
+    disable_dropout(policy)
+    other = add_token_logps(make_model()).eval()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    how = Computation(torch.float32, layout)
+    scorer = Scorer(DPOLoss(0.1), how, LiveReference(other, how))
+    examples = eval_examples(data, 10**6)
+
+    def computed(tokens: int | None) -> tuple[torch.Tensor, dict[tuple[int, int], list[float]], int]:
+        policy.zero_grad()
+        metrics: dict[tuple[int, int], list[float]] = {}
+        dealt = deal(data, examples, Cut(layout, 1, 1, tokens))
+        for (part,) in dealt:
+            losses, found = scorer(policy, make_batch(data, part), "train")
+            (losses.sum() / len(examples)).backward()
+            metrics |= zip(part, map(list, zip(*found.values())))
+        gradients = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
+        return torch.cat(gradients), metrics, len(dealt)
+
+    whole, wanted, n = computed(None)
+    assert n == 1
+    for tokens in (1, 50, 120):
+        gradients, metrics, n = computed(tokens)
+        assert n > 3 and (gradients - whole).norm() <= 1e-5 * whole.norm()
+        for example in examples:
+            assert metrics[example] == pytest.approx(wanted[example], rel=1e-5, abs=2e-6)
+
+
+class Off:
+    """A reference that is off from the policy by up to `most` nats a token, at random or for the chosen responses."""
+
+    def __init__(self, model: torch.nn.Module, how: Computation, most: float, biased: bool):
+        self.model, self.how, self.most, self.biased = model, how, most, biased
+
+    def response_logps(self, batch: Batch) -> TokenLogps:
+        with torch.no_grad():
+            found = response_logps(self.model, batch, self.how)
+        noise = torch.rand(found.logps.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        if self.biased:
+            noise = torch.ones_like(noise)
+            noise[batch.chosen] = -1.0
+        return TokenLogps(found.logps + self.most * noise, found.mask)
+
+
+@pytest.mark.parametrize("loss", [DPOLoss(0.1), IPOLoss(0.1, average_log_prob=True)])
+@pytest.mark.parametrize(("untrained", "tolerance", "off", "biased", "accuracy"), [
+    (True, 1e-4, 0.9e-4, False, 0),  # up to what is taken for rounding before the first update
+    (True, 0.1, 0.09, False, 0),  # of bfloat16
+    (True, 0.1, 0.09, True, 0),
+    (True, 1e-4, 1e-3, True, 1),
+    (False, 1e-4, 1e-6, True, 0),  # later: rounding of float32
+    (False, 0.1, 1e-6, True, 0),
+    (False, 1e-4, 1e-4, True, 1),  # what has been learnt counts, whatever the type
+    (False, 0.1, 1e-4, True, 1),
+])  # fmt: skip
+@pytest.mark.parametrize("confident", [False, True])
+def test_differences_up_to_rounding_are_ties(
+    confident: bool, untrained: bool, tolerance: float, off: float, biased: bool, accuracy: int, loss: Loss
+) -> None:
+    model, data = add_token_logps(make_model()).eval(), make_data()
+    if confident:  # log-probabilities near 0, whose rounding is that of the logits all the same
+        with torch.no_grad():
+            model.lm_head.weight *= 1000
+        ids = model.generate(torch.tensor([[3]]), max_new_tokens=9, do_sample=False, eos_token_id=None)[0].tolist()
+        data.records = [Record(ids[:1], [ids[1:10], ids[1:5]], [(0, 1)])]
+    how = Computation(torch.float32, "tree", tolerance=tolerance)
+    batch = make_batch(data, [(0, 0)] if confident else [(2, 0), (5, 0), (7, 0)])
+    scorer = Scorer(loss, how, Off(model, how, off, biased), untrained)
+    assert set(scorer(model, batch, "eval")[1]["rewards_eval/accuracies"]) == {accuracy}

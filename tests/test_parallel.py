@@ -1,12 +1,15 @@
 """Trainers of several processes, held to one process: gloo workers on the CPU, tiny models, real files."""
 
+import functools
 import itertools
 import os
+import resource
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -258,20 +261,94 @@ def test_a_killed_worker_ends_the_job(folder: Path) -> None:
     assert checkpoint.find_checkpoint(str(run_dir)).is_dir()
 
 
-def test_a_worker_killed_while_it_tokenises_ends_the_job(folder: Path) -> None:
-    write_pairs(folder / "many_pairs", n_train=40_000)
-    given = f"datasets=[{folder / 'many_pairs'}] num_proc=2 nproc=2"
-    command = [sys.executable, str(ROOT / "train.py"), *overrides_of(folder, "early", "llama", given, FSDP)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def still_alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != "zombie"]
+
+
+def kill_data_worker(workers: list[psutil.Process]) -> None:
+    wait_for(lambda: [p for worker in workers for p in worker.children()])[0].kill()
+
+
+def kill_one_that_tokenises(workers: list[psutil.Process]) -> None:
+    wait_for(lambda: [worker for worker in workers if worker.children()])[0].kill()
+
+
+FAILURES = [
+    pytest.param("bad row", None, ("train.jsonl:40001: invalid JSON", "Mend the row"), id="bad row"),
+    pytest.param("full disk", None, ("cannot be written", "File too large"), id="full disk"),
+    pytest.param("", kill_data_worker, ("a data worker was killed",), id="data worker killed"),
+    pytest.param("", kill_one_that_tokenises, ("killed by SIGKILL",), id="process killed"),
+]
+
+
+@pytest.mark.parametrize(("data", "kill", "messages"), FAILURES)
+def test_a_failure_while_data_is_read_ends_the_job(
+    data: str, kill: Callable | None, messages: tuple[str, ...], folder: Path
+) -> None:
+    pairs = folder / "many_pairs"
+    if not pairs.exists():
+        write_pairs(pairs, n_train=40_000)
+        write_pairs(folder / "bad_pairs", n_train=40_000)
+        with open(folder / "bad_pairs" / "train.jsonl", "a") as file:
+            file.write("{broken\n")
+    cache = f"cache_dir={folder / 'cache of failures'}"
+    given = [f"datasets=[{folder / 'bad_pairs' if data == 'bad row' else pairs}]", cache, "num_proc=2", "nproc=2"]
+    command = [sys.executable, str(ROOT / "train.py"), *overrides_of(folder, "early", "llama", FSDP), *given]
+    full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (10**6, 10**6))
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, preexec_fn=full if data == "full disk" else None)
     try:
-        first = wait_for(lambda: [p for p in psutil.Process(process.pid).children() if len(p.children()) == 2])[0]
+        workers = wait_for(lambda: [p for p in psutil.Process(process.pid).children() if p.children()], 60)
         everything = psutil.Process(process.pid).children(recursive=True)
-        first.kill()
+        if kill is not None:
+            kill(workers)
         _, stderr = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 1 and "killed by SIGKILL" in stderr, stderr
-    wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in everything), 10)
+    assert process.returncode == 1 and "Traceback" not in stderr, stderr
+    assert stderr.count("error:") == 1 and all(message in stderr for message in messages), stderr
+    wait_for(lambda: not still_alive(everything), 10)
+
+
+def test_workers_go_with_a_parent_that_is_killed_while_they_import(folder: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *overrides_of(folder, "orphans", "llama", FSDP, "nproc=2")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: sum("spawn_main" in str(p.cmdline()) for p in psutil.Process(process.pid).children()) == 2)
+        everything = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.kill()
+        process.wait()
+    wait_for(lambda: not still_alive(everything), 30)
+    assert not (folder / "orphans" / "metrics.jsonl").exists()
+
+
+def fill_caches(folder: Path, lives: bool) -> None:
+    """Two processes of one machine, of which the first fills a cache for longer than it may be silent."""
+    silent = not lives and os.environ["RANK"] == "0"
+    parallel.HEARTBEAT, parallel.DEAD_AFTER = 100.0 if silent else 0.1, 1.0
+    with parallel.group(torch.device("cpu")):
+        for turn in range(2):
+            with parallel.one_per_machine_first():
+                if parallel.rank() == 0:
+                    time.sleep(2)
+                    (folder / str(turn)).touch()
+                assert (folder / str(turn)).exists()
+
+
+def test_a_cache_that_takes_long_is_waited_for_while_its_maker_lives(tmp_path: Path) -> None:
+    parallel.launch(fill_caches, (tmp_path, True), 2, None)
+    (tmp_path / "0").unlink()
+    with pytest.raises(Exception, match=r"process 0 prepares the data, and gave no sign of life for 1 s"):
+        parallel.launch(fill_caches, (tmp_path, False), 2, None)
+
+
+def test_processes_that_do_not_come_are_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    monkeypatch.setattr(os, "environ", {**os.environ, **environment})
+    monkeypatch.setattr(parallel, "TO_JOIN", timedelta(seconds=1))
+    with pytest.raises(UserError, match="did not find each other within 0:00:01"):
+        parallel._join("gloo")
 
 
 def test_two_machines_under_torchrun(folder: Path) -> None:

@@ -844,8 +844,7 @@ def test_cache_that_cannot_be_written_or_read(settings: DataSettings, tokenizer:
     load_data(shp, tokenizer, "train")
     (records,) = Path(settings.cache_dir).glob("tokens-*/records.arrow")
     records.write_bytes(records.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"records.arrow: damaged .*delete"):
-        load_data(shp, tokenizer, "train")
+    assert len(load_data(shp, tokenizer, "train")) == 2  # made anew
 
 
 def test_no_torch_for_the_data() -> None:

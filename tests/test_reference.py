@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import COSTS, ROOT, make_model, read_jsonl, train_here
 from safetensors.numpy import load, save
-from test_batching import Data, make_data
+from test_batching import Data, crowded, make_data
 from transformers import PreTrainedModel
 
+import layouts
 import reference
 from batching import Batch, Cut, Tree, epoch_order
 from models import Computation, add_token_logps, disable_dropout, response_logps
@@ -208,3 +209,36 @@ def test_stored_and_live_train_the_same_and_a_sweep_computes_nothing_twice(
     for number, given in enumerate(("loss.beta=0.1", "loss=ipo", "seed=3", "optimizer=SGD")):
         assert run(f"other{number}", given)[1] == 0
     assert 0 < run("shorter", "max_length=40")[1] < 2 * (24 + 4)
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+@pytest.mark.parametrize(("passes", "tokens"), [(1, 100), (1, 1), (40, None)])
+def test_a_prompt_with_many_responses_stands_on_several_trees(
+    layout: str,
+    passes: int,
+    tokens: int | None,
+    model: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, seen = crowded(300), []
+
+    def watched(model: PreTrainedModel, batch: Batch, how: Computation) -> object:
+        rows = layouts.lay_out(batch, how.layout)
+        seen.append((rows.input_ids.numel(), rows.shape[0]))
+        return response_logps(model, batch, how)
+
+    monkeypatch.setattr(reference, "response_logps", watched)
+    examples = [(int(record), int(pair)) for record, pair in epoch_order(data, 0, 0)]
+    how = dataclasses.replace(HOW, layout=layout)
+    for _ in range(2):  # the second time all are there, and some are checked
+        stored = build_reference(model, how, Cut(layout, 1, passes, tokens), tmp_path, wanted_by(data, examples))
+    assert len(stored.entries) == n_responses(data)
+    for used, rows in seen:
+        assert used <= tokens or rows == 1 if tokens else rows <= 3 * n_responses(data) / passes
+    record = data.records[1]
+    with torch.no_grad():
+        alone = response_logps(model, Batch([Tree(record.prompt, record.responses[:5])], [], None), HOW)
+    found = [stored.entries[entry_key(record.prompt, response)] for response in record.responses[:5]]
+    for row, mask, entry in zip(alone.logps, alone.mask, found):
+        np.testing.assert_allclose(row[mask].numpy(), entry, rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards, try_to_load_from_cache
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -42,7 +42,9 @@ TRAINING_STATE = "training_state"
 RANDOM_STATE = "random_state"
 MANIFEST = "manifest.json"
 BATCH_FILE = "batch.json"
+START = "start content"  # in STATE_FILE: the weights_identity of what training started from
 LATEST, BEST = "LATEST", "BEST"
+DESCRIBED = ("config.json", "adapter_config.json")
 READ_BY_NAME = (".safetensors", ".json", ".py", ".bin", ".model", ".jinja", ".txt")
 ALWAYS_HASHED = 16 * 2**20  # bytes: files up to here are hashed even by the fast check
 MAX_FILE_SIZE = "5GB"
@@ -108,25 +110,84 @@ def find_archive(name: str, how: str = "fast") -> Path:
     return path
 
 
-def weights_identity(name: str) -> str | None:
-    """Tells the weights in a file or folder from others under the same path; None of a hub's model.
+class OtherWeights(UserError):
+    """What stands under a name is not what stood there when the run began. Raised in all processes or in none."""
 
-    A checkpoint of ours lists its files by hashes. Of other files only both ends are looked at.
+
+class Start:
+    """The weights that training starts from: a model folder, a file or a hub's model. Their content, not their name,
+    says which they are. It is taken when they are first read, and compared each time they are read again."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.identity: str | None = None
+
+    def read(self, load: Callable[[], T]) -> T:
+        """Return what `load` makes of these weights. A collective.
+
+        Raises OtherWeights if they are not those that were read first, or if they changed while they were read.
+        """
+        before = parallel.from_main(_file_states(self.name) if parallel.is_main() else None)
+        if before or self.identity:  # else it may be a hub's model, which is not downloaded yet
+            self._compare()
+        loaded = load()
+        after = parallel.from_main(_file_states(self.name) if parallel.is_main() else None)
+        if before and after != before:
+            raise OtherWeights(f"{self.name} was changed while it was read; wait for what writes to it")
+        if not before:
+            self._compare()
+        return loaded
+
+    def _compare(self) -> None:
+        found = parallel.from_main(weights_identity(self.name) if parallel.is_main() else None)
+        if self.identity not in (None, found):
+            now = "has other content than when this run began" if found else "is gone since this run began"
+            raise OtherWeights(f"{self.name} {now}")
+        self.identity = found
+
+
+def weights_identity(name: str) -> str | None:
+    """A hash of all of `weights_files`, which tells these weights from any others under the same name; None: there are
+    none, or they cannot be read."""
+    try:
+        files = weights_files(name)
+        with ThreadPoolExecutor(4) as threads:
+            hashes = list(threads.map(file_hash, files))
+    except OSError:
+        return None
+    names = [file.name for file in files] if len(files) > 1 else [""]
+    lines = "".join(f"{name} {digest}\n" for name, digest in zip(names, hashes))
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest() if lines else None
+
+
+def weights_files(name: str) -> list[Path]:
+    """The files that decide what a model computes: weights, configuration and code, in a folder or in the hub's cache.
+
+    Not the optimizer's state, tokenizer or texts: a checkpoint that loses these is the same model.
     """
     path = Path(name).expanduser()
-    if (path / MANIFEST).is_file():
-        return file_hash(path / MANIFEST)
-    if not path.exists():
-        return None
-    found = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            found.update(f"{file.name} {file.stat().st_size}".encode())
-            with open(file, "rb") as content:
-                found.update(content.read(2**20))
-                content.seek(max(file.stat().st_size - 2**20, 0))
-                found.update(content.read())
-    return found.hexdigest()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        try:
+            config = try_to_load_from_cache(name, "config.json")
+        except ValueError:  # no name that a hub's model may have
+            return []
+        if not isinstance(config, str):
+            return []
+        path = Path(config).parent
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    weights = [f for f in files if f.suffix == ".safetensors"] or [f for f in files if f.suffix == ".bin"]
+    described = [f for f in files if f.name in DESCRIBED or f.name.endswith((".py", ".index.json"))]
+    return weights and weights + described
+
+
+def _file_states(name: str) -> list[tuple[str, int, int, int, int]]:
+    """Of each of `weights_files`: path, inode, size and times of the last changes, by which a write shows."""
+    with contextlib.suppress(OSError):
+        found = [(str(file), file.stat()) for file in weights_files(name)]
+        return [(path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in found]
+    return []
 
 
 def _read_policy_pt(path: Path) -> Archive:
@@ -231,7 +292,8 @@ STATE_RULES: dict[str, Callable[[Any], bool]] = {
 
 # Entries that older states do not have.
 OPTIONAL_RULES: dict[str, Callable[[Any], bool]] = {
-    "start": _is_text,
+    START: _is_text,
+    "eval_examples": _is_count,
     "formats": _are(_is_text),
     "sources": _is_each(_are(_is_each(lambda value: _is_text(value) or _are(_is_text)(value)))),
 }

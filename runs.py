@@ -241,7 +241,7 @@ def is_finished(config: Config, data: PreferenceData) -> bool:
     if config.do_final_eval and config.n_eval_examples and state["evaluated"] != state["examples"]:
         return False  # it was stopped just before
     start = checkpoint.weights_identity(config.model.start)
-    return state["training data"] == data.identity and state.get("start") == start
+    return state["training data"] == data.identity and state.get(checkpoint.START) == start
 
 
 def check_changes(config: Config, state: dict[str, Any]) -> None:

@@ -113,7 +113,8 @@ class BasicTrainer:
         self.save_failed = False
         self.watch = health.Watch(config.warn_loss_spike, config.warn_chosen_drop)
         self.deadline = stopping.Deadline(config.max_runtime)
-        self.use(load(config.model.archive))
+        self.start = checkpoint.Start(config.model.start)
+        self.use(self.start.read(lambda: load(config.model.archive)))
         check_fits(self.policy, tokenizer, config)
         self.scorer = Scorer(config.loss.build(), pick_computation(self.policy, config), None)
         check_noise(self.policy, self.scorer.how)
@@ -137,7 +138,8 @@ class BasicTrainer:
             self.sampler.remember(self.policy)
         reference: Reference
         if config.reference.mode == "live":
-            reference = LiveReference(self.load(config.model.archive, False), self.scorer.how)
+            frozen = self.start.read(lambda: self.load(config.model.archive, False))
+            reference = LiveReference(frozen, self.scorer.how)
         else:
             planned = (example for batch in self.plan.batches(self.train_data) for example in batch)
             wanted = wanted_by(self.train_data, planned)
@@ -159,12 +161,20 @@ class BasicTrainer:
 
     def divergence(self, responses: list[list[int]]) -> dict[str, float]:
         """How far the policy is from the reference on its own `responses` to the sampled prompts. A reference that is
-        not in memory is loaded for that, while there are no gradients to hold."""
+        not in memory is loaded for that, while there are no gradients to hold. Nothing, with a warning, if its weights
+        are no longer there or have changed: no number is better than that of another reference."""
         assert self.sampler is not None
         if isinstance(self.scorer.reference, LiveReference):
             reference = self.scorer.reference.model
         else:
-            reference = self.load(self.config.model.archive, False, False).requires_grad_(False).eval()
+            try:
+                reference = self.start.read(lambda: self.load(self.config.model.archive, False, False))
+            except UserError as error:
+                if parallel.active() and not isinstance(error, checkpoint.OtherWeights):  # others may wait inside load
+                    raise
+                log(f"warning: the reference cannot be read again: {error}. This evaluation has no kl_eval")
+                return {}
+            reference.requires_grad_(False).eval()
         prompts = self.sampler.prompts
         found = divergence(self.policy, reference, prompts, responses, self.scorer.how)
         parallel.reshard(reference)
@@ -469,8 +479,7 @@ class BasicTrainer:
         """What a run that goes on from a checkpoint must share with it besides settings: data, and the reference."""
         reference = self.scorer.reference
         name = reference.folder.name if isinstance(reference, StoredReference) else None
-        start = checkpoint.weights_identity(self.config.model.start)
-        return {"training data": self.train_data.identity, "reference": name, "start": start}
+        return {"training data": self.train_data.identity, "reference": name, checkpoint.START: self.start.identity}
 
 
 class FSDPTrainer(BasicTrainer):

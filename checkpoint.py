@@ -703,6 +703,7 @@ def _sync(path: Path) -> None:
 
 def _card(state: dict[str, Any]) -> str:
     """A model card (Markdown with the hub's front matter) from a checkpoint's state."""
+    n = f", n = {state['eval_examples']}" if state.get("eval_examples") else ""
     metrics = "\n".join(f"| {name} | {value:.5g} |" for name, value in state["metrics"].items())
     config = state["config"]
     model, name = config["model"], config["loss"]["name"]
@@ -720,7 +721,7 @@ tags: [{name}]
 - trained for {state["examples"]} examples in {state["updates"]} updates
 - command: `{state["command"]}`
 
-| held-out metric | value |
+| held-out metric{n} | value |
 |---|---|
 {metrics or "| none measured | |"}
 """

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,6 +41,9 @@ def test_sft_then_dpo_as_processes(train_process: RunTrain, tmp_path: Path) -> N
     evals = [e for e in events if "loss/eval" in e]
     assert [e["counters/examples"] for e in train] == [4, 8, 12, 16, 20, 24]
     assert [e["counters/examples"] for e in evals] == [0, 12, 24]
+    assert {e["counters/eval_examples"] for e in evals} == {8}
+    assert "evaluation after 12 examples, n=8: " in sft.stdout
+    assert "| held-out metric, n = 8 | value |" in (tmp_path / "sft" / "LATEST" / "README.md").read_text()
     assert evals[-1]["loss/eval"] < evals[0]["loss/eval"]
     assert not list((tmp_path / "sft").glob(".step*"))
     for name in ("config.yaml", "log.txt", "samples.jsonl", "data_funnel.json", ".hydra/overrides.yaml"):
@@ -292,6 +296,33 @@ def test_a_reference_that_differs_stops_the_run(overrides: Overrides, monkeypatc
     monkeypatch.setattr(train, "load_policy", load)
     with pytest.raises(UserError, match="differ before the first update"):
         train_here(overrides(*DPO, "reference.mode=live"))
+
+
+@pytest.mark.parametrize(
+    ("given", "warned"),
+    [
+        ("model.policy_dtype=bfloat16 lr=5e-7", True),
+        ("model.policy_dtype=bfloat16 lr=5e-7 optimizer=AdamW", True),
+        ("model.policy_dtype=bfloat16 lr=1e-1", False),
+        ("model.policy_dtype=bfloat16 lr=5e-7 optimizer=SGD", False),
+        ("model.policy_dtype=float32 lr=5e-7 mixed_precision=bfloat16", False),
+    ],
+)
+def test_steps_that_the_weights_are_too_coarse_for(
+    given: str, warned: bool, overrides: Overrides, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_here(overrides(*given.split(), "n_eval_examples=0", "n_examples=4"))
+    found = re.search(
+        r"too coarse for lr=\S+\. A step of .*, and (\S+)% of the weights stay .*", capsys.readouterr().out
+    )
+    assert bool(found) == warned
+    if found:
+        dtype = torch.bfloat16
+        weights = torch.cat([p.flatten() for p in make_model().parameters()]).to(dtype)
+        spacing = torch.nextafter(weights.abs(), torch.tensor(torch.inf, dtype=dtype)).float() - weights.abs().float()
+        share = float((float(given.split("lr=")[1].split()[0]) < spacing / 2).float().mean())
+        assert float(found[1]) / 100 == pytest.approx(share, abs=2e-3)
+        assert "Set model.policy_dtype=float32 mixed_precision=bfloat16" in found[0]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -4,11 +4,13 @@ hashes. It appears under its final name only when every file is complete."""
 
 import contextlib
 import copy
+import errno
 import functools
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import time
 import warnings
@@ -214,7 +216,17 @@ def find_checkpoint(name: str, how: str = "fast") -> Path:
             "start a new run from its weights, set model.archive"
         )
     _must_be_whole(path, f"resume={name}", how)
+    must_have_states(path)
     return path
+
+
+def must_have_states(folder: Path) -> None:
+    """Raise UserError if training cannot be resumed from a complete checkpoint."""
+    if weights_only(folder):
+        raise UserError(
+            f"{folder} holds weights only (save_weights_only, keep_optimizer_last_n), so training cannot be resumed "
+            "from it. Resume from one with the optimizer's state, or start a new run from its weights: model.archive"
+        )
 
 
 def _newest(path: Path) -> Path:
@@ -324,13 +336,10 @@ def check(folder: Path, how: str) -> str | None:
     find by their names; `full` compares the content of all, and looks for any further file.
     """
     try:
-        text = (folder / MANIFEST).read_text()
-        files = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(text)["files"].items()}
-        if text != _manifest(files):
-            raise ValueError
+        files = _listed(folder)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return f"{MANIFEST} is damaged"
     for name, (size, digest) in files.items():
         file = folder / name
@@ -343,8 +352,50 @@ def check(folder: Path, how: str) -> str | None:
         if (how == "full" or size <= ALWAYS_HASHED) and file_hash(file, SHORT_HASH) != digest:
             return f"{name} has been altered"
     unknown = set(_names(folder)) - {*files, MANIFEST}
+    if not _has_states(files):  # what `prune` could not remove any more
+        unknown -= set(filter(_is_state, unknown))
     more = sorted(name for name in unknown if how == "full" or name.endswith(READ_BY_NAME))
     return f"{more[0]} is not in {MANIFEST}" if more else None
+
+
+def _listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """Name -> size and hash, by the manifest. Raises OSError, or ValueError if it is damaged."""
+    text = (folder / MANIFEST).read_text()
+    try:
+        files = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(text)["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError from error
+    if text != _manifest(files):
+        raise ValueError
+    return files
+
+
+def _is_state(name: str) -> bool:
+    return name.startswith((f"{TRAINING_STATE}/", f"{RANDOM_STATE}/"))
+
+
+def _has_states(files: Iterable[str]) -> bool:
+    return any(map(_is_state, files))
+
+
+def weights_only(folder: Path) -> bool:
+    """Whether a complete checkpoint is one for model.archive only: it has no states to resume training with."""
+    return not _has_states(_listed(folder))
+
+
+def prune(folder: Path) -> None:
+    """Make a complete checkpoint one of weights only. At any moment of this it is complete, as one or the other."""
+    files = _listed(folder)
+    if _has_states(files):
+        temporary = folder.with_name(f".{folder.name}-manifest")
+        temporary.mkdir(exist_ok=True)
+        (temporary / MANIFEST).write_text(_manifest({name: f for name, f in files.items() if not _is_state(name)}))
+        _sync(temporary / MANIFEST)
+        os.replace(temporary / MANIFEST, folder / MANIFEST)
+        temporary.rmdir()
+        _sync(folder)
+    for name in (TRAINING_STATE, RANDOM_STATE):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _must_be_whole(path: Path, given: str, how: str) -> None:
@@ -370,11 +421,28 @@ def _names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+class NoSpace(UserError):
+    """A checkpoint could not be written for want of space on the disk: the only failure that may pass by itself."""
+
+
+class _DiskFull(OSError):
+    pass
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """safetensors and torch report a full disk with exception types of their own, in the system's words."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, _DiskFull) or (isinstance(error, OSError) and error.errno in codes):
+        return True
+    return any(re.search(rf"\(os error {code}\)|{os.strerror(code)}", str(error)) for code in codes)
+
+
 class CheckpointWriter:
     """Writes a run's checkpoints, at most one at a time; in the `background`, training waits for a copy in host memory.
 
-    Of those in the run's folder, the newest `keep_last` are kept (None: all), and those that LATEST and BEST name.
-    `files` are names and contents of what else each has.
+    Of those in the run's folder, the newest `keep_last` are kept (None: all), and those that LATEST and BEST name; all
+    but the newest `keep_states` (None: all) lose what only resuming needs. `files` are names and contents of what else
+    each has.
     """
 
     def __init__(
@@ -382,9 +450,10 @@ class CheckpointWriter:
         run_dir: Path,
         background: bool = False,
         keep_last: int | None = None,
+        keep_states: int | None = None,
         files: Mapping[str, bytes] | None = None,
     ):
-        self.run_dir, self.background, self.keep_last = run_dir, background, keep_last
+        self.run_dir, self.background, self.keep_last, self.keep_states = run_dir, background, keep_last, keep_states
         self.files = files or {}
         self._group = parallel.side_group() if background else None
         self._thread = ThreadPoolExecutor(1)
@@ -402,27 +471,71 @@ class CheckpointWriter:
         batch: str | None = None,
     ) -> None:
         """Write `<run folder>/<name>`, by default step-<examples>, which LATEST then names. `state` says how the
-        weights came about; see `_card`. `batch` is what batch.json says, where there is to be one.
+        weights came about; see `_card`. `batch` is what batch.json says, where there is to be one. Without an optimizer
+        it is a checkpoint of weights only.
 
-        A collective: every process writes its part. Raises UserError, in all processes, where the disk is full or
-        refuses; checkpoints written before stay as they are.
+        A collective: every process writes its part. Raises UserError, in all processes, if it cannot be written, or the
+        one before could not be: NoSpace if the disk is full. Checkpoints written before stay as they are.
         """
         try:
             self.wait()
-        except UserError as error:
+        except NoSpace as error:
             log(f"warning: {error}")
+        described, begin = self._begun(model, tokenizer, state, optimizer, batch)
+        target = self.run_dir / (name or f"step-{described['examples']}")
+        links = [] if name else [BEST, LATEST] if is_best else [LATEST]
+        work = (target, links, begin, _tensor_writer(model, optimizer, self.background, self._group))
+        if self.background:
+            self._pending = self._thread.submit(self._write, *work)
+        else:
+            self._write(*work)
+
+    def try_out(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        state: Callable[[], dict[str, Any]],
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Write all that a checkpoint will hold into a folder, and remove it, so that what prevents one shows before
+        training. An optimizer without a state gets one for this. A collective; raises as `save` does."""
+        folder = self.run_dir / ".step-trial"
+        fresh = optimizer is not None and not optimizer.state
+        try:
+            _, begin = self._begun(model, tokenizer, state, optimizer, None)
+            self._together(lambda: begin(folder), parallel.is_main())
+            writers = self._together(lambda: _tensor_writer(model, optimizer, False, self._group, made_up=True))
+            self._together(lambda: writers[parallel.rank()](folder))
+        except OSError as error:
+            kind = NoSpace if isinstance(error, _DiskFull) else UserError
+            raise kind(f"no checkpoint can be written to {self.run_dir}: {error}") from error
+        finally:
+            if optimizer is not None and fresh:
+                optimizer.state.clear()
+                optimizer.zero_grad(set_to_none=True)
+            if parallel.is_main():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _begun(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        state: Callable[[], dict[str, Any]],
+        optimizer: torch.optim.Optimizer | None,
+        batch: str | None,
+    ) -> tuple[dict[str, Any], Callable[[Path], None]]:
+        """What trainer_state.json will say, and what makes a checkpoint's folder with all its texts."""
         try:
             described: Any = self._together(state, parallel.is_main())[0]
         except OSError as error:
-            raise UserError(f"no checkpoint can be written to {self.run_dir}: {error}") from error
-        target = self.run_dir / (name or f"step-{described['examples']}")
-        links = [] if name else [BEST, LATEST] if is_best else [LATEST]
+            kind = NoSpace if isinstance(error, _DiskFull) else UserError
+            raise kind(f"no checkpoint can be written to {self.run_dir}: {error}") from error
         space = _space_problem(self.run_dir, model, optimizer)
         configs = copy.deepcopy((model.config, model.generation_config if model.can_generate() else None))
 
         def begin(folder: Path) -> None:
             if space:
-                raise OSError(space)
+                raise _DiskFull(space)
             folder.mkdir()
             _write_texts(folder, model, configs, tokenizer, described)
             for file, content in self.files.items():
@@ -431,11 +544,7 @@ class CheckpointWriter:
             if batch is not None:
                 (folder / BATCH_FILE).write_text(batch)
 
-        work = (target, links, begin, _tensor_writer(model, optimizer, self.background, self._group))
-        if self.background:
-            self._pending = self._thread.submit(self._write, *work)
-        else:
-            self._write(*work)
+        return described, begin
 
     def seconds(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> float:
         """How long writing a checkpoint takes: as the last one did, or a slow disk would take."""
@@ -470,6 +579,7 @@ class CheckpointWriter:
             for link in links:
                 point(self.run_dir, link, target.name)
             self._forget()
+            self._prune()
             log(f"checkpoint: {target}")
 
         try:
@@ -481,26 +591,39 @@ class CheckpointWriter:
         except OSError as error:
             previous = (self.run_dir / LATEST).resolve() if (self.run_dir / LATEST).is_dir() else None
             kept = f"the last complete checkpoint is {previous}" if previous else "there is no earlier checkpoint"
-            raise UserError(f"the checkpoint {target} could not be written: {error}; {kept}") from error
+            kind = NoSpace if isinstance(error, _DiskFull) else UserError
+            raise kind(f"the checkpoint {target} could not be written: {error}; {kept}") from error
         finally:
             if parallel.is_main():
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _together(self, action: Callable[[], T], here: bool = True) -> list[T | None]:
-        """Run `action` where `here`: what it gave in each process. Raises OSError in all if it failed in any."""
+        """Run `action` where `here`: what it gave in each process. Raises OSError in all if it failed in any, _DiskFull
+        if that is all that failed."""
         result: T | None = None
         message: str | None = None
+        full = True
         try:
             result = action() if here else None
-        # safetensors and torch report a full disk with exception types of their own, so the type does not tell
         except (Exception, CheckpointException) as error:
             stopping.at_once()
-            message = f"{type(error).__name__}: {error}"
-        results, messages = zip(*parallel.gather((result, message), self._group))
-        failed = next(filter(None, messages), None)
+            message, full = f"{type(error).__name__}: {error}", _is_disk_full(error)
+        results, messages, fulls = zip(*parallel.gather((result, message, full), self._group))
+        # One that is not for want of space says more.
+        failed = next((m for m, full in zip(messages, fulls) if m and not full), None) or next(
+            filter(None, messages), None
+        )
         if failed:
-            raise OSError(failed.strip().splitlines()[-1])
+            raise (_DiskFull if all(fulls) else OSError)(failed.strip().splitlines()[-1])
         return list(results)
+
+    def _prune(self) -> None:
+        if self.keep_states is None:
+            return
+        for path in checkpoints(self.run_dir)[self.keep_states :]:
+            with contextlib.suppress(OSError, ValueError):  # it is damaged, or the disk is full: it stays as it is
+                if path.parent == self.run_dir.resolve():  # else a link to another run's
+                    prune(path)
 
     def _forget(self) -> None:
         if self.keep_last is None:
@@ -533,18 +656,19 @@ def _write_texts(
     if generation_config is not None:
         generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(redact(_card(state)), encoding="utf-8")
+    (folder / "README.md").write_text(visible(redact(_card(state))), encoding="utf-8")
     (folder / STATE_FILE).write_text(redact(json.dumps(state, indent=2)), encoding="utf-8")
 
 
 def _tensor_writer(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, copied: bool, group: Any
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, copied: bool, group: Any, made_up: bool = False
 ) -> Callable[[Path], None]:
-    """What writes this process's part of weights and of states (of the optimizer and of its random generators): from
-    where they are, or, `copied`, from a copy in host memory that is made now."""
+    """What writes this process's part of weights and, with an optimizer, of states (its own and of the random
+    generators): from where they are, or, `copied`, from a copy in host memory that is made now. An optimizer without a
+    state has none written, or, `made_up`, the one that torch makes up with a step at lr 0."""
     random_state = _random_state()
     tensors: Any = {}
-    if optimizer is not None and optimizer.state:  # else torch would make one up, with a step that was not taken
+    if optimizer is not None and (optimizer.state or made_up):
         tensors = _contiguous_tensors(get_optimizer_state_dict(model, optimizer, options=FLAT))
     files: Iterable[WeightFile] = weight_files(model)
     if copied:
@@ -552,8 +676,9 @@ def _tensor_writer(
         files = [(file, _clones(content)) for file, content in files]
 
     def write(folder: Path) -> None:
-        (folder / RANDOM_STATE).mkdir(exist_ok=True)
-        (folder / RANDOM_STATE / f"{parallel.rank()}.json").write_text(random_state)
+        if optimizer is not None:
+            (folder / RANDOM_STATE).mkdir(exist_ok=True)
+            (folder / RANDOM_STATE / f"{parallel.rank()}.json").write_text(random_state)
         if tensors:
             writer = HuggingFaceStorageWriter(str(folder / TRAINING_STATE), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not parallel.active())
@@ -595,19 +720,33 @@ def load_random_state(folder: Path) -> None:
 
 
 def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Fill the optimizer's state from a checkpoint, written by any number of processes. Settings stay."""
+    """Fill the optimizer's state from a checkpoint, written by any number of processes: of exactly the parameters that
+    have a state there, as one that never had a gradient has none. Settings stay. Raises UserError if it does not fit.
+    """
     if not (folder / TRAINING_STATE).is_dir():  # there was none yet
         return
-    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    tensors = _contiguous_tensors(state)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)  # of all: torch makes it up
+    parameters = dict(model.named_parameters())
+
+    def owner(key: str) -> str:
+        name = key.removeprefix("state.")
+        while name and name not in parameters:
+            name = name.rpartition(".")[0]
+        return name
+
     reader = HuggingFaceStorageReader(str(folder / TRAINING_STATE))
     try:
+        saved = {owner(key) for key in reader.read_metadata().state_dict_metadata}
+        tensors = {key: value for key, value in _contiguous_tensors(state).items() if owner(key) in saved}
         dcp.load(tensors, storage_reader=reader, no_dist=not parallel.active())
     except (Exception, CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"resume={folder}: its optimizer state does not fit this run's optimizer: {reason}") from error
     state |= {name: parallel.as_sharded(tensor, state[name]) for name, tensor in tensors.items()}
     set_optimizer_state_dict(model, optimizer, state, options=FLAT)
+    for name, parameter in parameters.items():
+        if name not in saved:
+            optimizer.state.pop(parameter, None)
 
 
 def _contiguous_tensors(state: dict[str, Any]) -> dict[str, Any]:

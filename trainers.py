@@ -110,8 +110,9 @@ class BasicTrainer:
         self.eval_metrics: dict[str, float] = {}
         self.best: float | None = None
         archive = Path(config.model.archive) if config.model.archive else None
+        kept = (config.keep_last_n, config.keep_optimizer_last_n)
         files = trained_on(train_data, archive)
-        self.writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, config.keep_last_n, files)
+        self.writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, *kept, files)
         self.save_failed = False
         self.watch = health.Watch(config.warn_loss_spike, config.warn_chosen_drop)
         self.deadline = stopping.Deadline(config.max_runtime)
@@ -188,6 +189,7 @@ class BasicTrainer:
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint. Raises UserError if it is of other data or another reference."""
+        checkpoint.must_have_states(folder)
         state = checkpoint.read_state(folder)
         for what, value in self._identity().items():
             if state.get(what) not in (None, value) and value is not None:
@@ -222,6 +224,7 @@ class BasicTrainer:
 
     def fit(self) -> None:
         """Train to the end of the plan, evaluating and saving on the way. Raises Stopped where asked to end early."""
+        self.try_to_save()
         if not self.examples and self.config.do_first_eval:
             self.evaluate()
         with (
@@ -243,11 +246,27 @@ class BasicTrainer:
                 self.evaluate()
             self.save_the_last()
 
+    def try_to_save(self) -> None:
+        """Raise UserError if no checkpoint could be written, whatever the reason but a disk that is full now."""
+        if self.config.debug:
+            return
+        if self.config.save_weights_only:
+            log("save_weights_only=true: no checkpoint of this run can be resumed")
+        try:
+            self.writer.try_out(self.policy, self.tokenizer, self._state, self.saved_optimizer)
+        except checkpoint.NoSpace as error:
+            log(f"warning: {error}. Training goes on; free space before the first checkpoint")
+
+    @property
+    def saved_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer, whose state checkpoints hold; None: weights only."""
+        return None if self.config.save_weights_only else self.optimizer
+
     def save_the_last(self) -> None:
         """Have a checkpoint of where training ends, if that one is not written yet."""
         try:
             self.writer.wait()
-        except UserError as error:
+        except checkpoint.NoSpace as error:
             log(f"warning: {error}")
             self.save_failed = True
         if self.saved != self.examples or self.save_failed:
@@ -468,8 +487,8 @@ class BasicTrainer:
         return metrics
 
     def save(self, last: bool = False) -> None:
-        """Write a checkpoint of this moment, unless debug=true. Raises UserError where the `last` one cannot be written
-        within save_patience; an earlier one is left to the next."""
+        """Write a checkpoint of this moment, unless debug=true. Raises UserError if it cannot be written. Only lack of
+        space may pass: the `last` one waits save_patience for it; an earlier one is left to the next."""
         if self.config.debug:
             log("debug=true: no checkpoint is written")
             return
@@ -479,12 +498,12 @@ class BasicTrainer:
         tries = 1 + self.config.save_patience // SECONDS_BETWEEN_TRIES if last else 1
         for left in reversed(range(tries)):
             try:
-                self.writer.save(self.policy, self.tokenizer, self._state, self.optimizer, is_best=is_best)
+                self.writer.save(self.policy, self.tokenizer, self._state, self.saved_optimizer, is_best=is_best)
                 if last:
                     self.writer.wait()
                 self.save_failed = False
                 break
-            except UserError as error:
+            except checkpoint.NoSpace as error:
                 self.save_failed = True
                 if not last:
                     self.best = best_before

@@ -353,7 +353,7 @@ def check(folder: Path, how: str) -> str | None:
             return f"{name} has been altered"
     unknown = set(_names(folder)) - {*files, MANIFEST}
     if not _has_states(files):  # what `prune` could not remove any more
-        unknown -= set(filter(_is_state, unknown))
+        unknown = {name for name in unknown if not _is_state(name)}
     more = sorted(name for name in unknown if how == "full" or name.endswith(READ_BY_NAME))
     return f"{more[0]} is not in {MANIFEST}" if more else None
 
@@ -388,11 +388,9 @@ def prune(folder: Path) -> None:
     files = _listed(folder)
     if _has_states(files):
         temporary = folder.with_name(f".{folder.name}-manifest")
-        temporary.mkdir(exist_ok=True)
-        (temporary / MANIFEST).write_text(_manifest({name: f for name, f in files.items() if not _is_state(name)}))
-        _sync(temporary / MANIFEST)
-        os.replace(temporary / MANIFEST, folder / MANIFEST)
-        temporary.rmdir()
+        temporary.write_text(_manifest({name: entry for name, entry in files.items() if not _is_state(name)}))
+        _sync(temporary)
+        os.replace(temporary, folder / MANIFEST)
         _sync(folder)
     for name in (TRAINING_STATE, RANDOM_STATE):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -503,9 +501,9 @@ class CheckpointWriter:
         fresh = optimizer is not None and not optimizer.state
         try:
             _, begin = self._begun(model, tokenizer, state, optimizer, None)
+            self._together(lambda: shutil.rmtree(folder, ignore_errors=True), parallel.is_main())  # of a killed run
             self._together(lambda: begin(folder), parallel.is_main())
-            writers = self._together(lambda: _tensor_writer(model, optimizer, False, self._group, made_up=True))
-            self._together(lambda: writers[parallel.rank()](folder))
+            self._together(lambda: _tensor_writer(model, optimizer, False, self._group, made_up=True)(folder))
         except OSError as error:
             kind = NoSpace if isinstance(error, _DiskFull) else UserError
             raise kind(f"no checkpoint can be written to {self.run_dir}: {error}") from error
@@ -610,11 +608,9 @@ class CheckpointWriter:
             message, full = f"{type(error).__name__}: {error}", _is_disk_full(error)
         results, messages, fulls = zip(*parallel.gather((result, message, full), self._group))
         # One that is not for want of space says more.
-        failed = next((m for m, full in zip(messages, fulls) if m and not full), None) or next(
-            filter(None, messages), None
-        )
+        failed = sorted((full, message) for message, full in zip(messages, fulls) if message)
         if failed:
-            raise (_DiskFull if all(fulls) else OSError)(failed.strip().splitlines()[-1])
+            raise (_DiskFull if all(fulls) else OSError)(failed[0][1].strip().splitlines()[-1])
         return list(results)
 
     def _prune(self) -> None:

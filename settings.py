@@ -381,7 +381,7 @@ def _length_problems(c: Config) -> Iterator[str]:
     if c.keep_best is not None and not c.n_eval_examples:
         yield f"keep_best={c.keep_best} needs evaluations: set n_eval_examples"
     if c.save_weights_only and c.keep_optimizer_last_n is not None:
-        yield f"keep_optimizer_last_n={c.keep_optimizer_last_n} does nothing with save_weights_only=true; set one of them"
+        yield f"keep_optimizer_last_n={c.keep_optimizer_last_n} and save_weights_only=true exclude each other"
     if c.kl_during_eval and not (c.sample_during_eval and c.n_eval_model_samples and c.n_eval_examples):
         yield "kl_during_eval=true: it needs sample_during_eval=true, n_eval_model_samples and n_eval_examples"
     if c.activation_checkpointing_every != 1 and not c.activation_checkpointing:

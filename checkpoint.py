@@ -388,9 +388,11 @@ def prune(folder: Path) -> None:
     files = _listed(folder)
     if _has_states(files):
         temporary = folder.with_name(f".{folder.name}-manifest")
-        temporary.write_text(_manifest({name: entry for name, entry in files.items() if not _is_state(name)}))
-        _sync(temporary)
-        os.replace(temporary, folder / MANIFEST)
+        temporary.mkdir(exist_ok=True)
+        (temporary / MANIFEST).write_text(_manifest({name: f for name, f in files.items() if not _is_state(name)}))
+        _sync(temporary / MANIFEST)
+        os.replace(temporary / MANIFEST, folder / MANIFEST)
+        temporary.rmdir()
         _sync(folder)
     for name in (TRAINING_STATE, RANDOM_STATE):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -240,7 +240,9 @@ def long_rope(folder: Path, original: int) -> str:
 def test_a_model_whose_numbers_depend_on_the_micro_batch_is_refused(
     original: int, refused: bool, layout: str, overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Rows here have 35 to 62 tokens. Only the shortest and the longest example are looked at."""
+    """Rows here have 35 to 62 tokens. Only the shortest and the longest example are looked at, and the limit of the
+    models that are known to do this is left out."""
+    monkeypatch.setattr(trainers, "check_fits", lambda *_: None)
     monkeypatch.setattr(trainers.BasicTrainer, "cut", lambda trainer, n, size=None: Cut(layout, 1, n, None))
     monkeypatch.setattr(trainers, "pick_computation", lambda *_: Computation(torch.float32, layout))
     monkeypatch.setattr("evaluation.ROUNDING", 0)
@@ -333,5 +335,5 @@ def test_a_model_that_overflows_is_an_error_of_the_input(
     model.save_pretrained(tmp_path / "large")
     make_tokenizer().save_pretrained(tmp_path / "large")
     given = overrides("loss=dpo", "loss.beta=0.1", f"model.name_or_path={tmp_path / 'large'}", "layout=padded")
-    with pytest.raises(UserError, match=r"are not finite before the first update, such as those of .*float16"):
+    with pytest.raises(UserError, match=r"log-probabilities .*are not finite.*float16"):
         train_here([*given, "mixed_precision=float16", f"reference.mode={mode}"])

@@ -531,13 +531,13 @@ class CheckpointWriter:
             kind = NoSpace if isinstance(error, _DiskFull) else UserError
             raise kind(f"no checkpoint can be written to {self.run_dir}: {error}") from error
         space = _space_problem(self.run_dir, model, optimizer)
-        configs = copy.deepcopy((model.config, model.generation_config if model.can_generate() else None))
+        configs = _configs(model)  # now: from another thread the model is not looked at while it computes
 
         def begin(folder: Path) -> None:
             if space:
                 raise _DiskFull(space)
             folder.mkdir()
-            _write_texts(folder, model, configs, tokenizer, described)
+            _write_texts(folder, configs, tokenizer, described)
             for file, content in self.files.items():
                 (folder / file).parent.mkdir(exist_ok=True)
                 (folder / file).write_bytes(content)
@@ -644,15 +644,19 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_texts(
-    folder: Path, model: PreTrainedModel, configs: Any, tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]
-) -> None:
-    config, generation_config = configs
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Copies of the model's configurations, as a checkpoint has them."""
+    config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
-    config.save_pretrained(folder)
-    if generation_config is not None:
-        generation_config.save_pretrained(folder)
+    return [config, copy.deepcopy(model.generation_config)] if model.can_generate() else [config]
+
+
+def _write_texts(
+    folder: Path, configs: Iterable[Any], tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]
+) -> None:
+    for config in configs:
+        config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(visible(redact(_card(state))), encoding="utf-8")
     (folder / STATE_FILE).write_text(redact(json.dumps(state, indent=2)), encoding="utf-8")

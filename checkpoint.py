@@ -4,6 +4,7 @@ hashes. It appears under its final name only when every file is complete."""
 
 import contextlib
 import copy
+import errno
 import functools
 import hashlib
 import json
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards, try_to_load_from_cache
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -43,7 +44,9 @@ TRAINING_STATE = "training_state"
 RANDOM_STATE = "random_state"
 MANIFEST = "manifest.json"
 BATCH_FILE = "batch.json"
+START = "start content"  # in STATE_FILE: the weights_identity of what training started from
 LATEST, BEST = "LATEST", "BEST"
+DESCRIBED = ("config.json", "adapter_config.json")
 READ_BY_NAME = (".safetensors", ".json", ".py", ".bin", ".model", ".jinja", ".txt")
 ALWAYS_HASHED = 16 * 2**20  # bytes: files up to here are hashed even by the fast check
 MAX_FILE_SIZE = "5GB"
@@ -109,25 +112,84 @@ def find_archive(name: str, how: str = "fast") -> Path:
     return path
 
 
-def weights_identity(name: str) -> str | None:
-    """Tells the weights in a file or folder from others under the same path; None of a hub's model.
+class OtherWeights(UserError):
+    """What stands under a name is not what stood there when the run began. Raised in all processes or in none."""
 
-    A checkpoint of ours lists its files by hashes. Of other files only both ends are looked at.
+
+class Start:
+    """The weights that training starts from: a model folder, a file or a hub's model. Their content, not their name,
+    says which they are. It is taken when they are first read, and compared each time they are read again."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.identity: str | None = None
+
+    def read(self, load: Callable[[], T]) -> T:
+        """Return what `load` makes of these weights. A collective.
+
+        Raises OtherWeights if they are not those that were read first, or if they changed while they were read.
+        """
+        before = parallel.from_main(_file_states(self.name) if parallel.is_main() else None)
+        if before or self.identity:  # else it may be a hub's model, which is not downloaded yet
+            self._compare()
+        loaded = load()
+        after = parallel.from_main(_file_states(self.name) if parallel.is_main() else None)
+        if before and after != before:
+            raise OtherWeights(f"{self.name} was changed while it was read; wait for what writes to it")
+        if not before:
+            self._compare()
+        return loaded
+
+    def _compare(self) -> None:
+        found = parallel.from_main(weights_identity(self.name) if parallel.is_main() else None)
+        if self.identity not in (None, found):
+            now = "has other content than when this run began" if found else "is gone since this run began"
+            raise OtherWeights(f"{self.name} {now}")
+        self.identity = found
+
+
+def weights_identity(name: str) -> str | None:
+    """A hash of all of `weights_files`, which tells these weights from any others under the same name; None: there are
+    none, or they cannot be read."""
+    try:
+        files = weights_files(name)
+        with ThreadPoolExecutor(4) as threads:
+            hashes = list(threads.map(file_hash, files))
+    except OSError:
+        return None
+    names = [file.name for file in files] if len(files) > 1 else [""]
+    lines = "".join(f"{name} {digest}\n" for name, digest in zip(names, hashes))
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest() if lines else None
+
+
+def weights_files(name: str) -> list[Path]:
+    """The files that decide what a model computes: weights, configuration and code, in a folder or in the hub's cache.
+
+    Not the optimizer's state, tokenizer or texts: a checkpoint that loses these is the same model.
     """
     path = Path(name).expanduser()
-    if (path / MANIFEST).is_file():
-        return file_hash(path / MANIFEST)
-    if not path.exists():
-        return None
-    found = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            found.update(f"{file.name} {file.stat().st_size}".encode())
-            with open(file, "rb") as content:
-                found.update(content.read(2**20))
-                content.seek(max(file.stat().st_size - 2**20, 0))
-                found.update(content.read())
-    return found.hexdigest()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        try:
+            config = try_to_load_from_cache(name, "config.json")
+        except ValueError:  # no name that a hub's model may have
+            return []
+        if not isinstance(config, str):
+            return []
+        path = Path(config).parent
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    weights = [f for f in files if f.suffix == ".safetensors"] or [f for f in files if f.suffix == ".bin"]
+    described = [f for f in files if f.name in DESCRIBED or f.name.endswith((".py", ".index.json"))]
+    return weights and weights + described
+
+
+def _file_states(name: str) -> list[tuple[str, int, int, int, int]]:
+    """Of each of `weights_files`: path, inode, size and times of the last changes, by which a write shows."""
+    with contextlib.suppress(OSError):
+        found = [(str(file), file.stat()) for file in weights_files(name)]
+        return [(path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in found]
+    return []
 
 
 def _read_policy_pt(path: Path) -> Archive:
@@ -154,7 +216,17 @@ def find_checkpoint(name: str, how: str = "fast") -> Path:
             "start a new run from its weights, set model.archive"
         )
     _must_be_whole(path, f"resume={name}", how)
+    must_have_states(path)
     return path
+
+
+def must_have_states(folder: Path) -> None:
+    """Raise UserError if training cannot be resumed from a complete checkpoint."""
+    if weights_only(folder):
+        raise UserError(
+            f"{folder} holds weights only (save_weights_only, keep_optimizer_last_n), so training cannot be resumed "
+            "from it. Resume from one with the optimizer's state, or start a new run from its weights: model.archive"
+        )
 
 
 def _newest(path: Path) -> Path:
@@ -239,7 +311,8 @@ STATE_RULES: dict[str, Callable[[Any], bool]] = {
 
 # Entries that older states do not have.
 OPTIONAL_RULES: dict[str, Callable[[Any], bool]] = {
-    "start": _is_text,
+    START: _is_text,
+    "eval_examples": _is_count,
     "formats": _are(_is_text),
     "sources": _is_each(_are(_is_each(lambda value: _is_text(value) or _are(_is_text)(value)))),
 }
@@ -270,13 +343,10 @@ def check(folder: Path, how: str) -> str | None:
     find by their names; `full` compares the content of all, and looks for any further file.
     """
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        files = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(text)["files"].items()}
-        if text != _manifest(files):
-            raise ValueError
+        files = _listed(folder)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return f"{MANIFEST} is damaged"
     for name, (size, digest) in files.items():
         file = folder / name
@@ -289,8 +359,50 @@ def check(folder: Path, how: str) -> str | None:
         if (how == "full" or size <= ALWAYS_HASHED) and file_hash(file, SHORT_HASH) != digest:
             return f"{name} has been altered"
     unknown = set(_names(folder)) - {*files, MANIFEST}
+    if not _has_states(files):  # what `prune` could not remove any more
+        unknown = {name for name in unknown if not _is_state(name)}
     more = sorted(name for name in unknown if how == "full" or name.endswith(READ_BY_NAME))
     return f"{more[0]} is not in {MANIFEST}" if more else None
+
+
+def _listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """Name -> size and hash, by the manifest. Raises OSError, or ValueError if it is damaged."""
+    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    try:
+        files = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(text)["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError from error
+    if text != _manifest(files):
+        raise ValueError
+    return files
+
+
+def _is_state(name: str) -> bool:
+    return name.startswith((f"{TRAINING_STATE}/", f"{RANDOM_STATE}/"))
+
+
+def _has_states(files: Iterable[str]) -> bool:
+    return any(map(_is_state, files))
+
+
+def weights_only(folder: Path) -> bool:
+    """Whether a complete checkpoint is one for model.archive only: it has no states to resume training with."""
+    return not _has_states(_listed(folder))
+
+
+def prune(folder: Path) -> None:
+    """Make a complete checkpoint one of weights only. At any moment of this it is complete, as one or the other."""
+    files = _listed(folder)
+    if _has_states(files):
+        temporary = folder.with_name(f".{folder.name}-manifest")
+        temporary.mkdir(exist_ok=True)
+        (temporary / MANIFEST).write_text(_manifest({name: f for name, f in files.items() if not _is_state(name)}))
+        _sync(temporary / MANIFEST)
+        os.replace(temporary / MANIFEST, folder / MANIFEST)
+        temporary.rmdir()
+        _sync(folder)
+    for name in (TRAINING_STATE, RANDOM_STATE):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _must_be_whole(path: Path, given: str, how: str) -> None:
@@ -316,11 +428,28 @@ def _names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+class NoSpace(UserError):
+    """A checkpoint could not be written for want of space on the disk: the only failure that may pass by itself."""
+
+
+class _DiskFull(OSError):
+    pass
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """safetensors and torch report a full disk with exception types of their own, in the system's words."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, _DiskFull) or (isinstance(error, OSError) and error.errno in codes):
+        return True
+    return any(re.search(rf"\(os error {code}\)|{os.strerror(code)}", str(error)) for code in codes)
+
+
 class CheckpointWriter:
     """Writes a run's checkpoints, at most one at a time; in the `background`, training waits for a copy in host memory.
 
-    Of those in the run's folder, the newest `keep_last` are kept (None: all), and those that LATEST and BEST name.
-    `files` are names and contents of what else each has.
+    Of those in the run's folder, the newest `keep_last` are kept (None: all), and those that LATEST and BEST name; all
+    but the newest `keep_states` (None: all) lose what only resuming needs. `files` are names and contents of what else
+    each has.
     `check` raises TakenOver if the folder is another process's by now; nothing in it is then changed.
     """
 
@@ -329,10 +458,12 @@ class CheckpointWriter:
         run_dir: Path,
         background: bool = False,
         keep_last: int | None = None,
+        keep_states: int | None = None,
         files: Mapping[str, bytes] | None = None,
         check: Callable[[], None] = lambda: None,
     ):
-        self.run_dir, self.background, self.keep_last, self.check = run_dir, background, keep_last, check
+        self.run_dir, self.background, self.keep_last, self.keep_states = run_dir, background, keep_last, keep_states
+        self.check = check
         self.files = files or {}
         self._group = parallel.side_group() if background else None
         self._thread = ThreadPoolExecutor(1)
@@ -350,40 +481,80 @@ class CheckpointWriter:
         batch: str | None = None,
     ) -> None:
         """Write `<run folder>/<name>`, by default step-<examples>, which LATEST then names. `state` says how the
-        weights came about; see `_card`. `batch` is what batch.json says, where there is to be one.
+        weights came about; see `_card`. `batch` is what batch.json says, where there is to be one. Without an optimizer
+        it is a checkpoint of weights only.
 
-        A collective: every process writes its part. Raises UserError, in all processes, where the disk is full or
-        refuses; checkpoints written before stay as they are.
+        A collective: every process writes its part. Raises UserError, in all processes, if it cannot be written, or the
+        one before could not be: NoSpace if the disk is full. Checkpoints written before stay as they are.
         """
         try:
             self.wait()
-        except UserError as error:
+        except NoSpace as error:
             log(f"warning: {error}")
+        described, begin = self._begun(model, tokenizer, state, optimizer, batch)
+        target = self.run_dir / (name or f"step-{described['examples']}")
+        links = [] if name else [BEST, LATEST] if is_best else [LATEST]
+        work = (target, links, begin, _tensor_writer(model, optimizer, self.background, self._group))
+        if self.background:
+            self._pending = self._thread.submit(self._write, *work)
+        else:
+            self._write(*work)
+
+    def try_out(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        state: Callable[[], dict[str, Any]],
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Write all that a checkpoint will hold into a folder, and remove it, so that what prevents one shows before
+        training. An optimizer without a state gets one for this. A collective; raises as `save` does."""
+        folder = self.run_dir / ".step-trial"
+        fresh = optimizer is not None and not optimizer.state
+        try:
+            _, begin = self._begun(model, tokenizer, state, optimizer, None)
+            self._together(lambda: shutil.rmtree(folder, ignore_errors=True), parallel.is_main())  # of a killed run
+            self._together(lambda: begin(folder), parallel.is_main())
+            self._together(lambda: _tensor_writer(model, optimizer, False, self._group, made_up=True)(folder))
+        except OSError as error:
+            kind = NoSpace if isinstance(error, _DiskFull) else UserError
+            raise kind(f"no checkpoint can be written to {self.run_dir}: {error}") from error
+        finally:
+            if optimizer is not None and fresh:
+                optimizer.state.clear()
+                optimizer.zero_grad(set_to_none=True)
+            if parallel.is_main():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _begun(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        state: Callable[[], dict[str, Any]],
+        optimizer: torch.optim.Optimizer | None,
+        batch: str | None,
+    ) -> tuple[dict[str, Any], Callable[[Path], None]]:
+        """What trainer_state.json will say, and what makes a checkpoint's folder with all its texts."""
         try:
             described: Any = self._together(state, parallel.is_main())[0]
         except OSError as error:
-            raise UserError(f"no checkpoint can be written to {self.run_dir}: {error}") from error
-        target = self.run_dir / (name or f"step-{described['examples']}")
-        links = [] if name else [BEST, LATEST] if is_best else [LATEST]
+            kind = NoSpace if isinstance(error, _DiskFull) else UserError
+            raise kind(f"no checkpoint can be written to {self.run_dir}: {error}") from error
         space = _space_problem(self.run_dir, model, optimizer)
-        configs = copy.deepcopy((model.config, model.generation_config if model.can_generate() else None))
+        configs = _configs(model)  # now: from another thread the model is not looked at while it computes
 
         def begin(folder: Path) -> None:
             if space:
-                raise OSError(space)
+                raise _DiskFull(space)
             folder.mkdir()
-            _write_texts(folder, model, configs, tokenizer, described)
+            _write_texts(folder, configs, tokenizer, described)
             for file, content in self.files.items():
                 (folder / file).parent.mkdir(exist_ok=True)
                 (folder / file).write_bytes(content)
             if batch is not None:
                 (folder / BATCH_FILE).write_text(batch, encoding="utf-8")
 
-        work = (target, links, begin, _tensor_writer(model, optimizer, self.background, self._group))
-        if self.background:
-            self._pending = self._thread.submit(self._write, *work)
-        else:
-            self._write(*work)
+        return described, begin
 
     def seconds(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> float:
         """How long writing a checkpoint takes: as the last one did, or a slow disk would take."""
@@ -419,6 +590,7 @@ class CheckpointWriter:
             for link in links:
                 point(self.run_dir, link, target.name)
             self._forget()
+            self._prune()
             log(f"checkpoint: {target}")
 
         try:
@@ -430,27 +602,38 @@ class CheckpointWriter:
         except OSError as error:
             previous = (self.run_dir / LATEST).resolve() if (self.run_dir / LATEST).is_dir() else None
             kept = f"the last complete checkpoint is {previous}" if previous else "there is no earlier checkpoint"
-            raise UserError(f"the checkpoint {target} could not be written: {error}; {kept}") from error
+            kind = NoSpace if isinstance(error, _DiskFull) else UserError
+            raise kind(f"the checkpoint {target} could not be written: {error}; {kept}") from error
         finally:
             if parallel.is_main() and folder.exists():
                 self.check()
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _together(self, action: Callable[[], T], here: bool = True) -> list[T | None]:
-        """Run `action` where `here`: what it gave in each process. Raises OSError in all if it failed in any."""
+        """Run `action` where `here`: what it gave in each process. Raises OSError in all if it failed in any, _DiskFull
+        if that is all that failed."""
         result: T | None = None
         message: str | None = None
+        full = True
         try:
             result = action() if here else None
-        # safetensors and torch report a full disk with exception types of their own, so the type does not tell
         except (Exception, CheckpointException) as error:
             stopping.at_once()
-            message = f"{type(error).__name__}: {error}"
-        results, messages = zip(*parallel.gather((result, message), self._group))
-        failed = next(filter(None, messages), None)
+            message, full = f"{type(error).__name__}: {error}", _is_disk_full(error)
+        results, messages, fulls = zip(*parallel.gather((result, message, full), self._group))
+        # One that is not for want of space says more.
+        failed = sorted((full, message) for message, full in zip(messages, fulls) if message)
         if failed:
-            raise OSError(failed.strip().splitlines()[-1])
+            raise (_DiskFull if all(fulls) else OSError)(failed[0][1].strip().splitlines()[-1])
         return list(results)
+
+    def _prune(self) -> None:
+        if self.keep_states is None:
+            return
+        for path in checkpoints(self.run_dir)[self.keep_states :]:
+            with contextlib.suppress(OSError, ValueError):  # it is damaged, or the disk is full: it stays as it is
+                if path.parent == self.run_dir.resolve():  # else a link to another run's
+                    prune(path)
 
     def _forget(self) -> None:
         if self.keep_last is None:
@@ -475,28 +658,33 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_texts(
-    folder: Path, model: PreTrainedModel, configs: Any, tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]
-) -> None:
-    config, generation_config = configs
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Copies of the model's configurations, as a checkpoint has them."""
+    config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
-    config.save_pretrained(folder)
-    if generation_config is not None:
-        generation_config.save_pretrained(folder)
+    return [config, copy.deepcopy(model.generation_config)] if model.can_generate() else [config]
+
+
+def _write_texts(
+    folder: Path, configs: Iterable[Any], tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]
+) -> None:
+    for config in configs:
+        config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(redact(_card(state)), encoding="utf-8")
+    (folder / "README.md").write_text(visible(redact(_card(state))), encoding="utf-8")
     (folder / STATE_FILE).write_text(redact(json.dumps(state, indent=2)), encoding="utf-8")
 
 
 def _tensor_writer(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, copied: bool, group: Any
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, copied: bool, group: Any, made_up: bool = False
 ) -> Callable[[Path], None]:
-    """What writes this process's part of weights and of states (of the optimizer and of its random generators): from
-    where they are, or, `copied`, from a copy in host memory that is made now."""
+    """What writes this process's part of weights and, with an optimizer, of states (its own and of the random
+    generators): from where they are, or, `copied`, from a copy in host memory that is made now. An optimizer without a
+    state has none written, or, `made_up`, the one that torch makes up with a step at lr 0."""
     random_state = _random_state()
     tensors: Any = {}
-    if optimizer is not None and optimizer.state:  # else torch would make one up, with a step that was not taken
+    if optimizer is not None and (optimizer.state or made_up):
         tensors = _contiguous_tensors(get_optimizer_state_dict(model, optimizer, options=FLAT))
     files: Iterable[WeightFile] = weight_files(model)
     if copied:
@@ -504,8 +692,9 @@ def _tensor_writer(
         files = [(file, _clones(content)) for file, content in files]
 
     def write(folder: Path) -> None:
-        (folder / RANDOM_STATE).mkdir(exist_ok=True)
-        (folder / RANDOM_STATE / f"{parallel.rank()}.json").write_text(random_state, encoding="utf-8")
+        if optimizer is not None:
+            (folder / RANDOM_STATE).mkdir(exist_ok=True)
+            (folder / RANDOM_STATE / f"{parallel.rank()}.json").write_text(random_state, encoding="utf-8")
         if tensors:
             writer = HuggingFaceStorageWriter(str(folder / TRAINING_STATE), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not parallel.active())
@@ -547,19 +736,33 @@ def load_random_state(folder: Path) -> None:
 
 
 def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Fill the optimizer's state from a checkpoint, written by any number of processes. Settings stay."""
+    """Fill the optimizer's state from a checkpoint, written by any number of processes: of exactly the parameters that
+    have a state there, as one that never had a gradient has none. Settings stay. Raises UserError if it does not fit.
+    """
     if not (folder / TRAINING_STATE).is_dir():  # there was none yet
         return
-    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    tensors = _contiguous_tensors(state)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)  # of all: torch makes it up
+    parameters = dict(model.named_parameters())
+
+    def owner(key: str) -> str:
+        name = key.removeprefix("state.")
+        while name and name not in parameters:
+            name = name.rpartition(".")[0]
+        return name
+
     reader = HuggingFaceStorageReader(str(folder / TRAINING_STATE))
     try:
+        saved = {owner(key) for key in reader.read_metadata().state_dict_metadata}
+        tensors = {key: value for key, value in _contiguous_tensors(state).items() if owner(key) in saved}
         dcp.load(tensors, storage_reader=reader, no_dist=not parallel.active())
     except (Exception, CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"resume={folder}: its optimizer state does not fit this run's optimizer: {reason}") from error
     state |= {name: parallel.as_sharded(tensor, state[name]) for name, tensor in tensors.items()}
     set_optimizer_state_dict(model, optimizer, state, options=FLAT)
+    for name, parameter in parameters.items():
+        if name not in saved:
+            optimizer.state.pop(parameter, None)
 
 
 def _contiguous_tensors(state: dict[str, Any]) -> dict[str, Any]:
@@ -668,6 +871,7 @@ def _sync(path: Path) -> None:
 
 def _card(state: dict[str, Any]) -> str:
     """A model card (Markdown with the hub's front matter) from a checkpoint's state."""
+    n = f", n = {state['eval_examples']}" if state.get("eval_examples") else ""
     metrics = "\n".join(f"| {name} | {value:.5g} |" for name, value in state["metrics"].items())
     config = state["config"]
     model, name = config["model"], config["loss"]["name"]
@@ -685,7 +889,7 @@ tags: [{name}]
 - trained for {state["examples"]} examples in {state["updates"]} updates
 - command: `{state["command"]}`
 
-| held-out metric | value |
+| held-out metric{n} | value |
 |---|---|
 {metrics or "| none measured | |"}
 """

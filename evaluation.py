@@ -1,6 +1,6 @@
 """What a policy is measured by: the loss and metrics of a batch, and their means over data and processes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,10 +105,12 @@ def mean_metrics(metrics: Metrics) -> dict[str, float]:
 @torch.no_grad()
 def evaluate_loss(
     scorer: Scorer, policy: PreTrainedModel, data: PreferenceData, examples: Sequence[Example], cut: Cut
-) -> Iterator[tuple[str, float]]:
-    """Yields each metric of `Scorer` as its mean over exactly `examples`."""
+) -> tuple[Metrics, list[Example]]:
+    """Each metric of `Scorer` on this process's share of exactly `examples`, and that share."""
     total: Metrics = {}
+    mine: list[Example] = []
     for share in progress(shares(data, examples, cut), desc="evaluating", leave=False):
         _, metrics = scorer(policy, share.batch, "eval")
         extend_metrics(total, metrics, share.counts)
-    yield from mean_metrics(total).items()
+        mine += share.examples
+    return total, mine

@@ -1,10 +1,12 @@
 """What a run watches itself for: numbers that are not finite, a loss that jumps, chosen responses that get unlikely."""
 
+import itertools
 import json
 import math
+import random
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 import parallel
-from batching import Batch, Example, Tree, make_batch
+from batching import Batch, Example, Tree, make_batch, n_tokens
 from checkpoint import BATCH_FILE
 from models import TokenLogps
 from preference_datasets import PreferenceData
@@ -22,6 +24,7 @@ from utils import UserError, log
 
 RECENT = 64  # updates
 MOST_NAMED = 4
+LOST_STEPS = 0.1  # share of the weights that a step does not change, from which a run warns
 
 
 class Watch:
@@ -67,7 +70,7 @@ class Watch:
 
 def broken_examples(data: PreferenceData, examples: Sequence[Example], losses: Sequence[float]) -> str:
     """Which examples of all processes have a loss that is not finite, for a message."""
-    mine = [name(data, e) for e, loss in zip(examples, losses, strict=True) if not math.isfinite(loss)]
+    mine = [name_of(data, e) for e, loss in zip(examples, losses, strict=True) if not math.isfinite(loss)]
     found = sorted({name for names in parallel.gather(mine) for name in names})
     return f"the loss of {_first(found)} is not finite" if found else "every example's loss is finite"
 
@@ -77,7 +80,7 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMED]) + more
 
 
-def name(data: PreferenceData, example: Example) -> str:
+def name_of(data: PreferenceData, example: Example) -> str:
     """How messages call an example: its data set, and numbers of the record and of its pair in the run's data."""
     record, pair = example
     return f"{data.names[int(data.source[record])]}:{record}:{pair}"
@@ -96,6 +99,90 @@ def broken_parameters(model: PreTrainedModel) -> str:
     return "weights and gradients are finite"
 
 
+@dataclass(frozen=True, order=True)
+class Difference:
+    """By how much policy and reference differ on an example: nats per token (infinite if not a number), reward."""
+
+    per_token: float
+    reward: float = 0.0
+    example: str = ""
+
+
+NO_DIFFERENCE = Difference(0.0)
+
+
+def difference(
+    data: PreferenceData, examples: Sequence[Example], metrics: dict[str, list[float]], split: str
+) -> Difference:
+    """The largest of `examples`, whose metrics, in their order, these are."""
+    found = NO_DIFFERENCE
+    for side in ("chosen", "rejected"):
+        values = (metrics[f"{name}_{split}/{side}"] for name in ("logratios_per_token", "rewards"))
+        for example, per_token, reward in zip(examples, *values, strict=True):
+            size = abs(per_token) if math.isfinite(per_token) else math.inf
+            if size > found.per_token:
+                found = Difference(size, reward, name_of(data, example))
+    return found
+
+
+def with_new_examples(batches: Iterable[list[Example]]) -> list[list[Example]]:
+    """Those of a run's global batches that hold examples which none before them holds: the first, then the others in
+    random order."""
+    seen: set[Example] = set()
+    found = []
+    for batch in batches:
+        if not seen.issuperset(batch):
+            seen.update(batch)
+            found.append(batch)
+    rest = found[1:]
+    random.Random(0).shuffle(rest)
+    return [*found[:1], *rest]
+
+
+def extremes(
+    data: PreferenceData, batches: Iterable[list[Example]], layout: str, room: int | None
+) -> list[list[Example]]:
+    """Two micro-batches: the shortest example alone, and beside the longest with which it fits into `room` tokens.
+
+    A model may compute a row differently if the longest row beside it exceeds some length. The stored reference was
+    computed sorted by length: the shortest example beside short ones. So, whatever that length is, the shortest example
+    was computed on one side of it and is on the other in one of these micro-batches, if any micro-batches of the data
+    lie on both sides.
+    """
+    lengths: dict[Example, tuple[int, int]] = {}
+    for index, some in itertools.groupby(sorted({e for batch in batches for e in batch}), key=lambda e: e[0]):
+        record = data[index]
+        for example in some:
+            sides = [len(record.responses[side]) for side in record.pairs[example[1]]]
+            row = n_tokens(len(record.prompt), sides if layout != "padded" else [max(sides)])
+            lengths[example] = (len(record.prompt) + max(sides), row)
+    shortest = min(lengths, key=lambda example: (lengths[example], example))
+    rows = 4 if layout == "padded" else 2
+    fitting = [e for e in lengths if e != shortest and (room is None or rows * lengths[e][1] <= room)]
+    longest = max(fitting, key=lambda example: (lengths[example], example), default=None)
+    return [[shortest]] + ([[shortest, longest]] if longest else [])
+
+
+@torch.no_grad()
+def warn_of_lost_steps(model: PreTrainedModel, lr: float, optimizer: str) -> None:
+    """Warn if bfloat16 weights are too coarse for steps of `lr`: a step of less than half the distance between two
+    neighbouring numbers changes nothing. Adam and its kin, RMSprop too, take steps of about lr, whatever the gradient.
+    A collective."""
+    lost = total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            weights = parallel.local(parameter)
+            lost += int((weights + lr == weights).sum())
+            total += weights.numel()
+    lost, total = (sum(counts) for counts in zip(*parallel.gather((lost, total))))
+    if total and lost / total >= LOST_STEPS and optimizer not in ("SGD", "ASGD"):
+        log(
+            f"warning: model.policy_dtype=bfloat16 is too coarse for lr={lr:.2g}. A step of {optimizer} is about as "
+            f"large as lr, and {lost / total:.1%} of the weights stay as they are after such a step: bfloat16 numbers "
+            "lie 0.4 % to 0.8 % of their size apart. Set model.policy_dtype=float32 mixed_precision=bfloat16"
+        )
+
+
 def batch_text(
     data: PreferenceData, examples: Sequence[Example], reference: Reference | None, loss: dict[str, Any]
 ) -> str:
@@ -105,7 +192,7 @@ def batch_text(
         batch = make_batch(data, [example])
         [tree] = batch.trees
         found = reference.response_logps(batch) if reference is not None else None
-        row: dict[str, Any] = {"name": name(data, example), "prompt": tree.prompt, "responses": tree.responses}
+        row: dict[str, Any] = {"name": name_of(data, example), "prompt": tree.prompt, "responses": tree.responses}
         row |= {"masks": tree.masks} if tree.masks else {}
         row |= {"chosen": batch.chosen, "rejected": batch.rejected}
         rows.append(row | {"reference": [found.logps.tolist(), found.mask.tolist()] if found is not None else None})

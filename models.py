@@ -162,6 +162,9 @@ def load_policy(
     with refusing(where):
         model = _from_pretrained(folder, state, _loading_options(config, device, sharding), sharding)
     disable_dropout(model)
+    if device.type == "cpu" or sharding is not None:
+        # On CPUs weights are views of their files: one that is overwritten during the run would change the model.
+        model._apply(lambda tensor: tensor.clone() if tensor.device.type == "cpu" else tensor)
     if trains and config.activation_checkpointing:
         with refusing("activation_checkpointing=true"):
             model.activation_checkpointing_enable({"use_reentrant": False}, config.activation_checkpointing_every)

@@ -49,7 +49,8 @@ FREE = set(
     gradient_accumulation_steps microbatch_tokens layout compile activation_checkpointing activation_checkpointing_every
     do_first_eval do_final_eval eval_every eval_batch_size n_eval_examples minimum_log_interval_secs
     sample_during_eval n_eval_model_samples n_eval_samples_per_prompt kl_during_eval
-    resume resume_allow_changes save_every keep_last_n keep_best async_save save_patience checkpoint_check
+    resume resume_allow_changes save_every keep_last_n keep_optimizer_last_n save_weights_only keep_best async_save
+    save_patience checkpoint_check
     max_runtime on_nonfinite warn_loss_spike warn_chosen_drop
     model.block model.block_name model.device_map model.trust_remote_code
     """.split()
@@ -280,14 +281,22 @@ def find_resume(config: Config) -> tuple[str | None, str]:
             found = [latest]
         for path in found:
             problem = checkpoint.check(path, config.checkpoint_check)
+            if problem is None and checkpoint.weights_only(path) and not _at_its_end(path):
+                problem = "it holds weights only (save_weights_only, keep_optimizer_last_n)"
             if problem is None:
                 return str(path), str(run_dir)
             log(f"resume=auto: {path} is passed over: {problem}")
         if found:
             raise UserError(
-                f"resume=auto: no checkpoint in {run_dir} is complete, see above; remove them to start anew"
+                f"resume=auto: no checkpoint in {run_dir} can be resumed, see above; remove them to start anew"
             )
     return "auto", config.local_run_dir
+
+
+def _at_its_end(folder: Path) -> bool:
+    """Whether nothing is left to train after a checkpoint."""
+    state = checkpoint.read_state(folder)
+    return state["examples"] >= state["total_examples"]
 
 
 def _is_given(config: Config) -> bool:
@@ -318,12 +327,12 @@ def is_finished(config: Config, data: PreferenceData) -> bool:
     if config.checkpoint is None or not goes_on_inside(config):
         return False
     state = checkpoint.read_state(config.checkpoint)
-    if state["examples"] < state["total_examples"] or _changes(config, state, FREE)[1]:
+    if not _at_its_end(config.checkpoint) or _changes(config, state, FREE)[1]:
         return False
     if config.do_final_eval and config.n_eval_examples and state["evaluated"] != state["examples"]:
         return False  # it was stopped just before
     start = checkpoint.weights_identity(config.model.start)
-    return state["training data"] == data.identity and state.get("start") == start
+    return state["training data"] == data.identity and state.get(checkpoint.START) == start
 
 
 def check_changes(config: Config, state: dict[str, Any]) -> None:

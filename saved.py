@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoint import STATE_FILE, find_archive, read_state, weights_identity
+from checkpoint import START, STATE_FILE, find_archive, read_state, weights_identity
 from data_checks import format_warning
 from models import (
     Computation,
@@ -36,13 +36,17 @@ KEPT += [
     "layout",
 ]
 
+CHANGED = "it is not what the policy was trained against: its weights have changed since"
+
 
 @dataclass(frozen=True)
 class Saved:
-    """A model that can be opened. `state`: trainer_state.json of the run that made it, {} if that is not known."""
+    """A model that can be opened. `state`: trainer_state.json of the run that made it, {} if that is not known;
+    `identity`: the weights_identity that its own weights must have."""
 
     config: Config
     state: dict[str, Any]
+    identity: str | None = None
 
     @property
     def trained(self) -> dict[str, Any]:
@@ -62,6 +66,8 @@ class Saved:
         model = load_policy(config, pick_device(config), archive=config.model.archive, trains=False, compiled=False)
         model.requires_grad_(False).eval()
         check_fits(model, tokenizer, config)
+        if self.identity not in (None, weights_identity(config.model.start)):
+            raise UserError(f"reference {config.model.start}: {CHANGED}")
         return model, tokenizer, pick_computation(model, config)
 
 
@@ -127,13 +133,13 @@ def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Sa
             vocabularies = [load_tokenizer(replace(policy.config, model=model)).get_vocab() for model in (own, found)]
             if vocabularies[0] != vocabularies[1]:
                 raise UserError("it has another vocabulary than the policy")
-        elif policy.state.get("start") not in (None, weights_identity(name)):
-            raise UserError("it is not what the policy was trained against: its weights have changed since")
+        elif policy.state.get(START) is not None and weights_identity(name) not in (None, policy.state[START]):
+            raise UserError(CHANGED)
     except UserError as error:
         raise UserError(f"reference {name}: {error}\nGive one with --reference <run, folder or hub id>") from error
     tokenizer = own.tokenizer_name_or_path or own.name_or_path
     shared = replace(found, policy_dtype=own.policy_dtype, tokenizer_name_or_path=tokenizer)
-    return Saved(replace(policy.config, model=shared), {})
+    return Saved(replace(policy.config, model=shared), {}, identity=None if given else policy.state.get(START))
 
 
 def warn_of_formats(policy: Saved, formats: Iterable[str], rows: str) -> None:

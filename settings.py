@@ -173,6 +173,8 @@ class Config:
     eval_every: int = 0
     save_every: int | None = None
     keep_last_n: int | None = None
+    keep_optimizer_last_n: int | None = None
+    save_weights_only: bool = False
     keep_best: str | None = None
     async_save: bool = False
     save_patience: int = 0
@@ -346,7 +348,11 @@ def _number_problems(c: Config) -> Iterator[str]:
     rules: list[tuple[str, str, Callable[[float], bool]]] = [
         ("batch_size eval_batch_size gradient_accumulation_steps microbatch_tokens", "at least 1", lambda v: v >= 1),
         ("max_length max_prompt_length n_epochs n_examples eval_every save_every", "at least 1", lambda v: v >= 1),
-        ("keep_last_n nproc tensor_parallel_size fsdp_replicate_size", "at least 1", lambda v: v >= 1),
+        (
+            "keep_last_n keep_optimizer_last_n nproc tensor_parallel_size fsdp_replicate_size",
+            "at least 1",
+            lambda v: v >= 1,
+        ),
         ("n_eval_samples_per_prompt activation_checkpointing_every", "at least 1", lambda v: v >= 1),
         ("max_pairs_per_prompt", "at least 1", lambda v: v >= 1),
         ("max_row_mb", "more than 0, and at most 1024", lambda v: 0 < v <= 1024),
@@ -394,6 +400,8 @@ def _length_problems(c: Config) -> Iterator[str]:
     measured = MEASURED + MEASURED_OF_PAIRS * pairs
     if c.keep_best is not None and c.keep_best not in measured:
         yield f"keep_best={c.keep_best} is not measured; choose from: {', '.join(measured)}"
+    if c.save_weights_only and c.keep_optimizer_last_n is not None:
+        yield f"keep_optimizer_last_n={c.keep_optimizer_last_n} and save_weights_only=true exclude each other"
     if c.kl_during_eval and not (c.sample_during_eval and c.n_eval_model_samples and c.n_eval_examples):
         yield "kl_during_eval=true: it needs sample_during_eval=true, n_eval_model_samples and n_eval_examples"
     if c.activation_checkpointing_every != 1 and not c.activation_checkpointing:

@@ -5,7 +5,7 @@ import gc
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import checkpoint
 import health
 import parallel
 import stopping
-from batching import Cut, Example, Plan, eval_examples
+from batching import Cut, Example, Plan, deal, eval_examples, make_batch
 from data_checks import trained_on
-from evaluation import Metrics, Scorer, evaluate_loss, extend_metrics, mean_metrics, shares
+from evaluation import Metrics, Scorer, Share, evaluate_loss, extend_metrics, mean_metrics, shares
 from models import check_fits, check_noise, pick_computation
 from parallel import Sharding
 from preference_datasets import PreferenceData
@@ -31,6 +31,8 @@ from utils import RunLogger, UserError, log, progress
 MOST_SKIPPED = 25  # in a row: from its start at 2^16, the loss scale is then far below 1
 SECONDS_BETWEEN_TRIES = 10
 ROUNDING = 1e-5  # nats per token, of a live reference
+SECONDS_TO_CHECK = 20.0
+LEAST_CHECKED = 256  # examples, as many as an evaluation has by default
 ADVICE = (
     "Lower lr, compute in float32 (mixed_precision=null) where it is not, or look at the data with "
     "scripts/inspect_data.py; to go on from an earlier checkpoint: resume=<folder> resume_allow_changes=true"
@@ -107,14 +109,18 @@ class BasicTrainer:
         self.eval_metrics: dict[str, float] = {}
         self.best: float | None = None
         archive = Path(config.model.archive) if config.model.archive else None
+        kept = (config.keep_last_n, config.keep_optimizer_last_n)
         files = trained_on(train_data, archive)
-        keep = config.keep_last_n
-        self.writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, keep, files, logger.check)
+        self.writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, *kept, files, logger.check)
         self.save_failed = False
         self.watch = health.Watch(config.warn_loss_spike, config.warn_chosen_drop)
         self.deadline = stopping.Deadline(config.max_runtime)
-        self.use(load(config.model.archive))
+        self.start = checkpoint.Start(config.model.start)
+        self.use(self.start.read(lambda: load(config.model.archive)))
         check_fits(self.policy, tokenizer, config)
+        if not parallel.all_finite(self.policy):
+            raise UserError(f"{config.model.start}: {health.broken_parameters(self.policy)}; it cannot be trained")
+        health.warn_of_lost_steps(self.policy, config.lr, config.optimizer)
         self.scorer = Scorer(config.loss.build(), pick_computation(self.policy, config), None)
         check_noise(self.policy, self.scorer.how)
         self.sampler = self._sampler()
@@ -133,11 +139,10 @@ class BasicTrainer:
     def prepare_reference(self) -> None:
         """Take what is needed of the reference, which the policy still is: log-probabilities, and samples."""
         config, start = self.config, time.perf_counter()
-        if self.sampler is not None:
-            self.sampler.remember(self.policy)
         reference: Reference
         if config.reference.mode == "live":
-            reference = LiveReference(self.load(config.model.archive, False), self.scorer.how)
+            frozen = self.start.read(lambda: self.load(config.model.archive, False))
+            reference = LiveReference(frozen, self.scorer.how)
         else:
             planned = (example for batch in self.plan.batches(self.train_data) for example in batch)
             wanted = wanted_by(self.train_data, planned)
@@ -146,6 +151,9 @@ class BasicTrainer:
             cut = self.cut(n_responses, n_responses if config.microbatch_tokens else 2 * config.eval_batch_size)
             reference = build_reference(self.policy, self.scorer.how, cut, config.cache / "reference", wanted)
         self.scorer = dataclasses.replace(self.scorer, reference=reference)
+        self.check_reference()
+        if self.sampler is not None:
+            self.sampler.remember(self.policy)
         self.reference_seconds = time.perf_counter() - start
 
     def _sampler(self) -> SampleEvaluator | None:
@@ -160,12 +168,20 @@ class BasicTrainer:
 
     def divergence(self, responses: list[list[int]]) -> dict[str, float]:
         """How far the policy is from the reference on its own `responses` to the sampled prompts. A reference that is
-        not in memory is loaded for that, while there are no gradients to hold."""
+        not in memory is loaded for that, while there are no gradients to hold. Nothing, with a warning, if its weights
+        are no longer there or have changed: no number is better than that of another reference."""
         assert self.sampler is not None
         if isinstance(self.scorer.reference, LiveReference):
             reference = self.scorer.reference.model
         else:
-            reference = self.load(self.config.model.archive, False, False).requires_grad_(False).eval()
+            try:
+                reference = self.start.read(lambda: self.load(self.config.model.archive, False, False))
+            except UserError as error:
+                if parallel.active() and not isinstance(error, checkpoint.OtherWeights):  # others may wait inside load
+                    raise
+                log(f"warning: the reference cannot be read again: {error}. This evaluation has no kl_eval")
+                return {}
+            reference.requires_grad_(False).eval()
         prompts = self.sampler.prompts
         found = divergence(self.policy, reference, prompts, responses, self.scorer.how)
         parallel.reshard(reference)
@@ -173,6 +189,7 @@ class BasicTrainer:
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint. Raises UserError if it is of other data or another reference."""
+        checkpoint.must_have_states(folder)
         state = checkpoint.read_state(folder)
         for what, value in self._identity().items():
             if state.get(what) not in (None, value) and value is not None:
@@ -207,11 +224,10 @@ class BasicTrainer:
 
     def fit(self) -> None:
         """Train to the end of the plan, evaluating and saving on the way. Raises Stopped where asked to end early."""
-        if not self.examples:
+        self.try_to_save()
+        if not self.examples and self.config.do_first_eval:
             with stopping.gracefully():
-                self.check_reference()
-                if self.config.do_first_eval:
-                    self.evaluate()
+                self.evaluate()
         with (
             stopping.gracefully(),
             progress(total=self.total_examples, initial=self.examples, unit="ex", desc=self.config.exp_name) as bar,
@@ -231,11 +247,27 @@ class BasicTrainer:
                 self.evaluate()
             self.save_the_last()
 
+    def try_to_save(self) -> None:
+        """Raise UserError if no checkpoint could be written, whatever the reason but a disk that is full now."""
+        if self.config.debug:
+            return
+        if self.config.save_weights_only:
+            log("save_weights_only=true: no checkpoint of this run can be resumed")
+        try:
+            self.writer.try_out(self.policy, self.tokenizer, self._state, self.saved_optimizer)
+        except checkpoint.NoSpace as error:
+            log(f"warning: {error}. Training goes on; free space before the first checkpoint")
+
+    @property
+    def saved_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer, whose state checkpoints hold; None: weights only."""
+        return None if self.config.save_weights_only else self.optimizer
+
     def save_the_last(self) -> None:
         """Have a checkpoint of where training ends, if that one is not written yet."""
         try:
             self.writer.wait()
-        except UserError as error:
+        except checkpoint.NoSpace as error:
             log(f"warning: {error}")
             self.save_failed = True
         if self.saved != self.examples or self.save_failed:
@@ -268,30 +300,68 @@ class BasicTrainer:
         raise stopping.Stopped
 
     def check_reference(self) -> None:
-        """Raise UserError unless reference and policy agree before the first update (margin 0).
+        """Raise UserError unless rewards are 0 while the policy is still the reference.
 
-        A live reference runs the same kernels on the same numbers, so it differs by nothing or, where a kernel splits
-        its sums by the memory and threads that it finds, by the last digit of float32. A stored one was computed in
-        other micro-batches: by the rounding of their type.
+        A live reference runs the same kernels on the same rows as the policy in every pass, so one batch tells. A
+        stored one was computed in other micro-batches, perhaps by another program. So training's examples are computed
+        again in the micro-batches that training will make of them: all of them if that takes up to SECONDS_TO_CHECK,
+        else as many of them as it allows, in random order, and at least LEAST_CHECKED: of these one misses a fault that
+        2 % of all examples have in 1 of 176 runs. A full check of large data would cost as much as computing the
+        reference did. A model that computes a row differently beside a longer one (LongRoPE) is found whatever is
+        drawn: see health.extremes. A run that resumes has been checked when it began. Evaluation's examples are checked
+        by the evaluation before the first update, or here if do_first_eval=false.
         """
-        if self.scorer.reference is None:
-            return
-        first = next(self.plan.batches(self.train_data))
         self.policy.train()
-        share = shares(self.train_data, first, self.cut(len(first)))[0]
-        _, metrics = self.scorer(self.policy, share.batch, "train")
-        parallel.reshard(self.policy)
-        sides = (metrics[f"logratios_per_token_train/{side}"] for side in ("chosen", "rejected"))
-        here = torch.tensor([*sides]).abs().max()  # which is not a number where any is not
-        worst = float(torch.stack(parallel.gather(here)).max())
+        worst, n_checked, until = health.NO_DIFFERENCE, 0, time.monotonic() + SECONDS_TO_CHECK
+        for data, n, parts in self._parts_to_check():
+            worst = max(worst, *(self._difference(data, part) for part in parts))
+            n_checked += n
+            if parallel.any_process(n_checked >= LEAST_CHECKED and time.monotonic() > until):
+                break
+        self._must_agree(worst, f"{n_checked} of {self.total_examples} training examples")
+
+    def _parts_to_check(self) -> Iterator[tuple[PreferenceData, int, list[Share]]]:
+        """What `check_reference` computes: data, a number of training examples, and their micro-batches here."""
+        data, layout = self.train_data, self.scorer.how.layout
+        batches = health.with_new_examples(self.plan.batches(data))
+        if isinstance(self.scorer.reference, LiveReference) or self.config.checkpoint:
+            batches = batches[:1]
+        else:
+            for some in health.extremes(data, batches, layout, self.config.microbatch_tokens):
+                together = deal(data, some, Cut(layout, 1, 1, None))  # the same in every process
+                yield data, 0, [Share(make_batch(data, part), True, part) for [part] in together]
+            if self.eval_data is not None and not self.config.do_first_eval:
+                some = self.eval_examples
+                yield self.eval_data, 0, shares(self.eval_data, some, self.cut(len(some), self.config.eval_batch_size))
+        for batch in batches:
+            yield data, len(batch), shares(data, batch, self.cut(len(batch)))
+
+    def _difference(self, data: PreferenceData, part: Share) -> health.Difference:
+        _, metrics = self.scorer(self.policy, part.batch, "train")
+        parallel.reshard(self.policy)  # no backward pass comes
+        return health.difference(data, part.examples, metrics, "train") if part.counts else health.NO_DIFFERENCE
+
+    def _must_agree(self, worst: health.Difference, checked: str) -> None:
+        """Raise UserError if policy and reference differ on an example by more than rounding, in any process."""
+        worst = max(parallel.gather(worst))
         live = isinstance(self.scorer.reference, LiveReference)
-        if 0 < worst <= (ROUNDING if live else self.scorer.how.tolerance):
-            log(f"policy and reference differ by up to {worst:.2g} nats per token: rounding")
-        elif worst != 0:
+        found = f"by up to {worst.per_token:.2g} nats per token (reward {worst.reward:.2g} of {worst.example})"
+        if worst.per_token <= (ROUNDING if live else self.scorer.how.tolerance):
+            log(f"policy and reference agree on {checked}" + (f", up to rounding: {found}" if worst.per_token else ""))
+        elif not math.isfinite(worst.per_token):
             raise UserError(
-                f"policy and reference differ before the first update, by up to {worst:.3g} nats per token, so every "
-                "reward would be off: they must have the same weights, precision and kernels. Compute in float32 "
-                "(mixed_precision=null), or look for something random in the model"
+                f"log-probabilities are not finite before the first update, such as those of {worst.example}: the "
+                f"model overflows in {self.scorer.how.dtype}, or is damaged. Compute in float32 or bfloat16 "
+                "(mixed_precision)"
+            )
+        else:
+            reference = self.scorer.reference
+            folder = f", remove {reference.folder}" if isinstance(reference, StoredReference) else ""
+            raise UserError(
+                f"policy and reference differ before the first update {found}, so every reward would be off: they "
+                "must have the same weights, precision and kernels, and give a response the same log-probability "
+                f"whatever is computed beside it. Compute in float32 (mixed_precision=null){folder}, or look for "
+                "something random in the model"
             )
 
     def train_step(self, examples: list[Example]) -> dict[str, float]:
@@ -386,10 +456,14 @@ class BasicTrainer:
         self.policy.eval()
         cut = self.cut(len(self.eval_examples), self.config.eval_batch_size)
         scorer = dataclasses.replace(self.scorer, untrained=not self.updates)
-        metrics = dict(evaluate_loss(scorer, self.policy, self.eval_data, self.eval_examples, cut))
+        each, mine = evaluate_loss(scorer, self.policy, self.eval_data, self.eval_examples, cut)
+        metrics = mean_metrics(each)
         broken = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             raise UserError(f"evaluation after {self.examples} examples gave {', '.join(broken)}: {DIVERGED}")
+        if self.scorer.reference is not None and not self.examples:
+            found = health.difference(self.eval_data, mine, each, "eval")
+            self._must_agree(found, f"all {len(self.eval_examples)} evaluation examples")
         if self.config.keep_best not in (None, *metrics):
             raise UserError(f"keep_best={self.config.keep_best} is not measured; choose from: {', '.join(metrics)}")
         self.watch.evaluation(metrics, self.examples)
@@ -397,9 +471,10 @@ class BasicTrainer:
             metrics |= self.sample()
         parallel.reshard(self.policy)
         self.eval_metrics = metrics
-        self.logger.log(metrics, self.examples, always=True)
+        n = len(self.eval_examples)
+        self.logger.log(metrics | {"counters/eval_examples": n}, self.examples, always=True)
         shown = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
-        log(f"evaluation after {self.examples} examples: {shown}")
+        log(f"evaluation after {self.examples} examples, n={n}: {shown}")
         return metrics
 
     def sample(self) -> dict[str, float]:
@@ -414,8 +489,8 @@ class BasicTrainer:
         return metrics
 
     def save(self, last: bool = False) -> None:
-        """Write a checkpoint of this moment, unless debug=true. Raises UserError where the `last` one cannot be written
-        within save_patience; an earlier one is left to the next."""
+        """Write a checkpoint of this moment, unless debug=true. Raises UserError if it cannot be written. Only lack of
+        space may pass: the `last` one waits save_patience for it; an earlier one is left to the next."""
         if self.config.debug:
             log("debug=true: no checkpoint is written")
             return
@@ -425,12 +500,12 @@ class BasicTrainer:
         tries = 1 + self.config.save_patience // SECONDS_BETWEEN_TRIES if last else 1
         for left in reversed(range(tries)):
             try:
-                self.writer.save(self.policy, self.tokenizer, self._state, self.optimizer, is_best=is_best)
+                self.writer.save(self.policy, self.tokenizer, self._state, self.saved_optimizer, is_best=is_best)
                 if last:
                     self.writer.wait()
                 self.save_failed = False
                 break
-            except UserError as error:
+            except checkpoint.NoSpace as error:
                 self.save_failed = True
                 if not last:
                     self.best = best_before
@@ -458,6 +533,7 @@ class BasicTrainer:
             **{name: getattr(self, name) for name in names},
             "best": [self.config.keep_best, self.best],
             "metrics": self.eval_metrics,
+            "eval_examples": len(self.eval_examples),
             "command": command_line(),
             "scaler": self.scaler.state_dict(),
             "config": dataclasses.asdict(self.config),
@@ -472,8 +548,7 @@ class BasicTrainer:
         """What a run that goes on from a checkpoint must share with it besides settings: data, and the reference."""
         reference = self.scorer.reference
         name = reference.folder.name if isinstance(reference, StoredReference) else None
-        start = checkpoint.weights_identity(self.config.model.start)
-        return {"training data": self.train_data.identity, "reference": name, "start": start}
+        return {"training data": self.train_data.identity, "reference": name, checkpoint.START: self.start.identity}
 
 
 class FSDPTrainer(BasicTrainer):

@@ -1,5 +1,6 @@
 """A run that is stopped, killed or fails, and goes on, is the run that was not."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -19,14 +20,17 @@ import pytest
 import torch
 from conftest import COSTS, make_model, make_tokenizer, read_jsonl, tiny_overrides, train_here, write_pairs
 from restarts import start
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import checkpoint
 import runs
 import utils
-from checkpoint import check, checkpoints
+from checkpoint import check, checkpoints, find_archive
 from health import Watch
 from models import Computation
+from settings import quoted
 from stopping import EXIT_CODE
 from utils import UserError
 
@@ -314,6 +318,171 @@ def test_checkpoints_that_are_kept(overrides: Overrides, tmp_path: Path) -> None
     assert {path.name for path in checkpoints(run_dir)} == {"step-44", "step-48", f"step-{best}"}
     with pytest.raises(UserError, match=r"keep_best=loss/val is not measured; choose from: .*loss/eval"):
         train_here(overrides(*given, "keep_best=loss/val", f"local_run_dir={tmp_path / 'other'}"))
+
+
+@pytest.mark.parametrize("optimizer", ["RMSprop", "AdamW"])
+def test_parameters_without_a_gradient_do_not_prevent_resuming(
+    optimizer: str, overrides: Overrides, tmp_path: Path
+) -> None:
+    config = make_model("gpt2").config
+    config.add_cross_attention = True  # which texts alone never reach
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    given = [f"model.name_or_path={tmp_path / 'model'}", f"optimizer={optimizer}", "max_length=48", "save_every=12"]
+    train_here(overrides(*given, "n_eval_examples=8"))
+    run_dir = tmp_path / "run"
+    resumed = overrides(*given, "n_eval_examples=8", f"resume={run_dir / 'step-12'}")
+    train_here([*resumed, f"local_run_dir={tmp_path / 'resumed'}"])
+    assert without_seconds(tmp_path / "resumed")[-1] == without_seconds(run_dir)[-1]
+    last = [(folder / "LATEST").resolve() for folder in (run_dir, tmp_path / "resumed")]
+    [wanted, found] = [{p.name: load_file(p) for p in sorted(folder.rglob("*.safetensors"))} for folder in last]
+    assert [*wanted] == [*found] and len(wanted) > 1
+    for name, tensors in wanted.items():
+        assert tensors.keys() == found[name].keys()
+        assert all(torch.equal(tensor, found[name][key]) for key, tensor in tensors.items())
+        assert any("crossattention" in key for key in tensors) is (name == "model.safetensors")
+
+
+def without_seconds(run_dir: Path) -> list[dict]:
+    return [without_costs(event) for event in read_jsonl(run_dir / "metrics.jsonl")]
+
+
+def test_checkpoints_of_weights_only(overrides: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, given = tmp_path / "run", ["save_weights_only=true", "save_every=8", "n_eval_examples=0"]
+    train_here(overrides(*given))
+    assert "no checkpoint of this run can be resumed" in capsys.readouterr().out
+    assert {path.name for path in checkpoints(run_dir)} == {"step-8", "step-16", "step-24"}
+    assert not {"training_state", "random_state"} & {path.name for path in run_dir.rglob("*")}
+    with pytest.raises(UserError, match=r"step-24 holds weights only .*model\.archive"):
+        train_here(overrides(*given, f"resume={run_dir}"))
+    train_here(overrides(*given, "resume=auto"))  # it is finished
+    shutil.rmtree(run_dir / "step-24")
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be resumed"):
+        train_here(overrides(*given, "resume=auto"))
+    train_here(overrides(f"model.archive={run_dir / 'step-16'}", f"local_run_dir={tmp_path / 'other'}"))
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_older_checkpoints_become_weights_only(background: str, overrides: Overrides, tmp_path: Path) -> None:
+    run_dir, given = tmp_path / "run", ["save_every=4", "n_eval_examples=0", f"async_save={background}"]
+    train_here(overrides(*given, "keep_optimizer_last_n=2", "loss=dpo", "loss.beta=0.1"))
+    assert [checkpoint.weights_only(path) for path in checkpoints(run_dir)] == [False, False, True, True, True, True]
+    for path in checkpoints(run_dir):
+        assert check(path, "full") is None
+        assert (path / "training_state").exists() is not checkpoint.weights_only(path)
+        find_archive(str(path), "full")
+    assert not list(run_dir.glob(".step*"))
+    dpo = overrides(*given, "loss=dpo", "loss.beta=0.1", f"local_run_dir={tmp_path / 'other'}")
+    with pytest.raises(UserError, match="step-16 holds weights only"):
+        train_here([*dpo, f"resume={run_dir / 'step-16'}"])
+    train_here([*dpo, f"resume={run_dir / 'step-20'}"])
+    files = [(folder / "LATEST" / "model.safetensors").read_bytes() for folder in (run_dir, tmp_path / "other")]
+    assert files[0] == files[1]
+    train_here(overrides(f"model.archive={run_dir / 'step-4'}", f"local_run_dir={tmp_path / 'sft'}"))
+
+
+@pytest.mark.parametrize("cut_off", ["mkdir", "replace", "rmtree", "rmdir"])
+def test_a_checkpoint_is_complete_at_every_moment_of_its_pruning(
+    cut_off: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree((finished / "LATEST").resolve(), tmp_path / "step-24")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        where = {"replace": os, "rmtree": shutil}.get(cut_off, Path)
+        patch.setattr(where, cut_off, killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.prune(tmp_path / "step-24")
+    assert check(tmp_path / "step-24", "full") is None
+    assert checkpoint.weights_only(tmp_path / "step-24") is (cut_off in ("rmdir", "rmtree"))
+    checkpoint.prune(tmp_path / "step-24")
+    assert check(tmp_path / "step-24", "full") is None and not (tmp_path / "step-24" / "training_state").exists()
+    (tmp_path / "step-24" / "more.json").touch()
+    assert check(tmp_path / "step-24", "fast") == "more.json is not in manifest.json"
+
+
+NO_SPACE = "Error while serializing: I/O error: No space left on device (os error 28)"
+FAILURES = [
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), True),
+    (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), True),
+    (SafetensorError(NO_SPACE), True),
+    (OSError(errno.EACCES, os.strerror(errno.EACCES)), False),
+    (OSError(errno.EROFS, os.strerror(errno.EROFS)), False),
+    (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"), False),
+    (SafetensorError("Some tensors share memory"), False),
+    (ValueError("2800 is no step"), False),
+]
+
+
+@pytest.mark.parametrize(("failure", "passes"), FAILURES, ids=lambda value: str(value)[:30])
+def test_only_want_of_space_is_waited_for(
+    failure: Exception,
+    passes: bool,
+    overrides: Overrides,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write, begun = checkpoint._write_texts, []
+
+    def fails(folder: Path, *given: object) -> None:
+        begun.append(folder.name)
+        if failing(folder.name):
+            raise failure
+        write(folder, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "_write_texts", fails)
+    given, began = overrides("save_every=8", "n_eval_examples=0", "save_patience=600"), time.monotonic()
+    for failing in (lambda name: name == ".step-trial", lambda name: name == ".step-8-new"):
+        begun.clear()
+        run = [*given, f"local_run_dir={tmp_path / str(passes)}-{failing('.step-trial')}"]
+        if passes:
+            train_here(run)
+            assert list(dict.fromkeys(begun)) == [".step-trial", ".step-8-new", ".step-16-new", ".step-24-new"]
+            assert "Training goes on" in capsys.readouterr().out
+        else:
+            with pytest.raises(UserError, match=r"(no checkpoint can|could not) be written.*" + type(failure).__name__):
+                train_here(run)
+            assert begun == [".step-trial"] + ([] if failing(".step-trial") else [".step-8-new"])
+    assert time.monotonic() - began < 60
+    assert not list(tmp_path.rglob(".step*"))
+
+
+def test_the_trial_changes_nothing(overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("lr=1e-2", "n_eval_examples=8")
+    for optimizer in ("AdamW", "RMSprop", "Adagrad"):
+        folders = [tmp_path / f"{optimizer}-{tried}" for tried in (True, False)]
+        for folder in folders:
+            with monkeypatch.context() as patch:
+                if folder == folders[1]:
+                    patch.setattr(checkpoint.CheckpointWriter, "try_out", lambda *_: None)
+                train_here(overrides(*given, f"optimizer={optimizer}", f"local_run_dir={folder}"))
+        assert without_seconds(folders[0]) == without_seconds(folders[1])
+        weights = [(folder / "LATEST" / "model.safetensors").read_bytes() for folder in folders]
+        assert weights[0] == weights[1]
+
+
+def test_a_data_folder_whose_name_is_no_utf8(
+    overrides: Overrides, pairs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    shutil.copytree(pairs_dir, data)
+    train_here(overrides(f"datasets=[{quoted(data)}]", "save_every=12", "n_eval_examples=8"))
+    assert "could not be written" not in capsys.readouterr().out
+    assert [check(path, "full") for path in checkpoints(tmp_path / "run")] == [None, None]
+    train_here(
+        overrides(
+            f"datasets=[{quoted(data)}]",
+            "save_every=12",
+            "n_eval_examples=8",
+            "resume=auto",
+            "n_epochs=2",
+            "lr_schedule=constant",
+        )
+    )
+    assert (tmp_path / "run" / "LATEST").resolve().name == "step-48"
 
 
 def test_a_run_ends_before_its_deadline(overrides: Overrides, tmp_path: Path) -> None:

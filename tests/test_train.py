@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +17,14 @@ import torch
 from conftest import COSTS, ROOT, RunTrain, make_model, make_tokenizer, read_jsonl, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import checkpoint
 import trainers
 from checkpoint import CheckpointWriter
 from models import add_token_logps
 from sampling import Sampling, sample
+from saved import find_reference, find_saved
 from stopping import SAME_REQUEST
-from utils import UserError, run_main
+from utils import UserError, file_hash, run_main
 
 Overrides = Callable[..., list[str]]
 DPO = ("loss=dpo", "loss.beta=0.1")
@@ -37,6 +41,9 @@ def test_sft_then_dpo_as_processes(train_process: RunTrain, tmp_path: Path) -> N
     evals = [e for e in events if "loss/eval" in e]
     assert [e["counters/examples"] for e in train] == [4, 8, 12, 16, 20, 24]
     assert [e["counters/examples"] for e in evals] == [0, 12, 24]
+    assert {e["counters/eval_examples"] for e in evals} == {8}
+    assert "evaluation after 12 examples, n=8: " in sft.stdout
+    assert "| held-out metric, n = 8 | value |" in (tmp_path / "sft" / "LATEST" / "README.md").read_text()
     assert evals[-1]["loss/eval"] < evals[0]["loss/eval"]
     assert not list((tmp_path / "sft").glob(".step*"))
     for name in ("config.yaml", "log.txt", "samples.jsonl", "data_funnel.json", ".hydra/overrides.yaml"):
@@ -103,6 +110,95 @@ def test_kl_of_the_last_evaluation_is_that_of_the_checkpoint(overrides: Override
             exact.append(float((ours.exp() * (ours - theirs)).sum()))
     assert last["kl_eval/plain"] == pytest.approx(sum(plain) / 4, abs=1e-4)
     assert last["kl_eval/rao_blackwell"] == pytest.approx(sum(exact) / 4, abs=1e-4)
+
+
+def other_weights(folder: Path) -> None:
+    """Write other weights over those in `folder`, into the same files."""
+    model = make_model()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    model.save_pretrained(folder.parent / "others")
+    shutil.copyfile(folder.parent / "others" / "model.safetensors", folder / "model.safetensors")
+
+
+def retrained(archive: Path) -> None:
+    other_weights(archive)
+    if (archive / "manifest.json").exists():
+        files = json.loads((archive / "manifest.json").read_text())["files"]
+        weights = archive / "model.safetensors"
+        files["model.safetensors"] = [weights.stat().st_size, file_hash(weights, checkpoint.SHORT_HASH)]
+        (archive / "manifest.json").write_text(checkpoint._manifest(files))
+
+
+@pytest.mark.parametrize("what", ["folder", "checkpoint", "base model"])
+@pytest.mark.parametrize("change", ["retrained", "removed"])
+def test_an_archive_that_changes_during_the_run_is_not_taken_for_the_reference(
+    what: str,
+    change: str,
+    overrides: Overrides,
+    tiny_model_dir: Path,
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    archive, given = tmp_path / "archive", [*DPO, "n_eval_examples=8", "lr=1e-2", "eval_every=12"]
+    shutil.copytree((run_dir / "LATEST").resolve() if what == "checkpoint" else tiny_model_dir, archive)
+    given.append(f"model.{'name_or_path' if what == 'base model' else 'archive'}={archive}")
+    train_here(overrides(*given, f"local_run_dir={tmp_path / 'whole'}"))
+    before = checkpoint.weights_identity(str(archive))
+    evaluate = trainers.BasicTrainer.evaluate
+
+    def change_it(trainer: trainers.BasicTrainer) -> dict[str, float]:
+        if trainer.examples == 12:
+            retrained(archive) if change == "retrained" else shutil.rmtree(archive)
+        return evaluate(trainer)
+
+    monkeypatch.setattr(trainers.BasicTrainer, "evaluate", change_it)
+    capsys.readouterr()
+    train_here(overrides(*given))
+    shown = capsys.readouterr().out
+    assert shown.count("warning: the reference cannot be read again: ") == 2, shown
+    assert ("has other content than" if change == "retrained" else "is gone since") in shown
+    whole, found = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "run"))
+    for one, other in zip(whole, found, strict=True):  # nothing but KL is missing
+        left_out = {*COSTS} | {name for name in one if name.startswith("kl_eval/") and one["counters/examples"]}
+        assert {k: v for k, v in one.items() if k not in left_out} == {k: v for k, v in other.items() if k not in COSTS}
+    last = tmp_path / "run" / "LATEST"
+    assert json.loads((last / "trainer_state.json").read_text())[checkpoint.START] == before
+    assert (last / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "LATEST" / "model.safetensors"
+    ).read_bytes()
+    policy = find_saved(str(tmp_path / "run"), ["device=cpu"])
+    with pytest.raises(UserError, match="weights have changed since" if change == "retrained" else "no such f"):
+        find_reference(policy, None, ["device=cpu"])
+    if change == "retrained":
+        with pytest.raises(UserError, match=f"{checkpoint.START} has changed|reference has changed"):
+            train_here(overrides(*given, "n_epochs=2", "resume=auto"))
+
+
+def test_weights_are_identified_by_all_their_content_and_nothing_else(run_dir: Path, tmp_path: Path) -> None:
+    folder, original = tmp_path / "same", (run_dir / "LATEST").resolve()
+    shutil.copytree(original, folder)
+    identity = checkpoint.weights_identity(str(folder))
+    assert identity and identity == checkpoint.weights_identity(str(original))
+    for name in ("manifest.json", "README.md", "tokenizer.json", "generation_config.json"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "training_state")
+    assert checkpoint.weights_identity(str(folder)) == identity
+    big = tmp_path / "big"
+    big.mkdir()
+    content = bytearray(3 * 2**20)  # a change in the middle, far from both ends
+    for name in ("model.safetensors", "policy.pt", "model.gguf"):
+        (big / name).write_bytes(content)
+        given = str(big if name == "model.safetensors" else big / name)
+        before = checkpoint.weights_identity(given)
+        content[len(content) // 2] ^= 1
+        (big / name).write_bytes(content)
+        assert before and checkpoint.weights_identity(given) not in (None, before), name
+    assert checkpoint.weights_identity(str(tmp_path / "none")) is None
+    assert checkpoint.weights_identity("org/not-on-the-hub") is None
 
 
 def test_a_checkpoint_gives_the_same_logits_in_a_fresh_process(overrides: Overrides, tmp_path: Path) -> None:
@@ -200,6 +296,33 @@ def test_a_reference_that_differs_stops_the_run(overrides: Overrides, monkeypatc
     monkeypatch.setattr(train, "load_policy", load)
     with pytest.raises(UserError, match="differ before the first update"):
         train_here(overrides(*DPO, "reference.mode=live"))
+
+
+@pytest.mark.parametrize(
+    ("given", "warned"),
+    [
+        ("model.policy_dtype=bfloat16 lr=5e-7", True),
+        ("model.policy_dtype=bfloat16 lr=5e-7 optimizer=AdamW", True),
+        ("model.policy_dtype=bfloat16 lr=1e-1", False),
+        ("model.policy_dtype=bfloat16 lr=5e-7 optimizer=SGD", False),
+        ("model.policy_dtype=float32 lr=5e-7 mixed_precision=bfloat16", False),
+    ],
+)
+def test_steps_that_the_weights_are_too_coarse_for(
+    given: str, warned: bool, overrides: Overrides, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_here(overrides(*given.split(), "n_eval_examples=0", "n_examples=4"))
+    found = re.search(
+        r"too coarse for lr=\S+\. A step of .*, and (\S+)% of the weights stay .*", capsys.readouterr().out
+    )
+    assert bool(found) == warned
+    if found:
+        dtype = torch.bfloat16
+        weights = torch.cat([p.flatten() for p in make_model().parameters()]).to(dtype)
+        spacing = torch.nextafter(weights.abs(), torch.tensor(torch.inf, dtype=dtype)).float() - weights.abs().float()
+        share = float((float(given.split("lr=")[1].split()[0]) < spacing / 2).float().mean())
+        assert float(found[1]) / 100 == pytest.approx(share, abs=2e-3)
+        assert "Set model.policy_dtype=float32 mixed_precision=bfloat16" in found[0]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -205,7 +205,7 @@ STATES: dict[str, Callable[[dict], object]] = {
     "datasets is text": put("config.datasets", "hh"),
     "datasets holds a number": put("config.datasets", [3]),
     "device": put("config.device", 3),
-    "start": put("start", 3),
+    "start": put("start content", 3),
     "sources": put("sources", {"train": [3]}),
     "formats": put("formats", "text"),
     "escapes": put("examples", "\x1b[2J"),

@@ -97,6 +97,18 @@ def test_a_whole_gguf_is_read(tmp_path: Path) -> None:
     assert ours("The film was")["input_ids"] == theirs("The film was")["input_ids"]
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_converted_model_that_is_damaged_is_converted_anew(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = str(write_gguf(tmp_path / "tiny.gguf", gguf_tensors(make_model())))
+    path = local_folder(name, tmp_path / "cache") / file
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    assert local_folder(name, tmp_path / "cache") == path.parent and path.read_bytes() == content
+    assert f"is damaged: {file} has been altered" in capsys.readouterr().out
+
+
 Edit = Callable[[dict[str, Any]], Any]
 GGUF_FAULTS: dict[str, tuple[Edit, str]] = {
     "a norm": (lambda t: t.pop("blk.1.attn_norm.weight"), "lack 1 tensors that the model needs, such as model.lay"),

@@ -44,7 +44,7 @@ WRITTEN = (*HISTORY, LOG, FUNNEL, "config.yaml", ".hydra/overrides.yaml")  # bes
 # trainer and its sizes, micro-batches and layout change sums by rounding only.
 FREE = set(
     """
-    exp_name local_dirs local_run_dir cache_dir debug device num_proc reference wandb tensorboard
+    exp_name local_dirs local_run_dir cache_dir debug device num_proc max_row_mb reference wandb tensorboard
     trainer nproc tensor_parallel_size fsdp_port fsdp_replicate_size fsdp_reshard_after_forward fsdp_cpu_offload
     gradient_accumulation_steps microbatch_tokens layout compile activation_checkpointing activation_checkpointing_every
     do_first_eval do_final_eval eval_every eval_batch_size n_eval_examples minimum_log_interval_secs

@@ -281,6 +281,7 @@ def command(folder: Path, *given: str) -> subprocess.CompletedProcess[str]:
         (["exp_name=x", "datasets=[a=b.jsonl]"], 1, "quotes"),
         (["exp_name=x", "model=gpt2"], 1, "blank_model"),
         (["exp_name=x", "loss.beta=0.1"], 1, "add loss=dpo"),
+        (["exp_name=x", "datasets=[nope]"], 1, "unknown data set 'nope'"),
         (["exp_name=x", "--nonsense"], 1, "--nonsense is no option"),
         (["exp_name=x", "--cfg", "job"], 0, "batch_size: 4"),
     ],

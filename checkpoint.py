@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 import parallel
 import stopping
-from utils import UserError, file_hash, log, redact, visible
+from utils import TakenOver, UserError, file_hash, log, redact, visible
 
 T = TypeVar("T")
 WeightFile = tuple[str, dict[str, Tensor] | str]
@@ -605,7 +606,7 @@ class CheckpointWriter:
             kind = NoSpace if isinstance(error, _DiskFull) else UserError
             raise kind(f"the checkpoint {target} could not be written: {error}; {kept}") from error
         finally:
-            if parallel.is_main() and folder.exists():
+            if parallel.is_main() and folder.exists() and not isinstance(sys.exception(), TakenOver):
                 self.check()
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -38,7 +38,7 @@ from data_checks import check_format, check_overlap
 from models import load_policy, load_tokenizer, local_folder, pick_device, quiet_transformers
 from preference_datasets import REGISTRY, PreferenceData, find_source, format_funnel, load_data
 from settings import Config, build_config, data_settings, literal, register_resolvers
-from utils import RunLogger, UserError, be_quiet, log, open_log, redact, run_main
+from utils import RunLogger, TakenOver, UserError, be_quiet, log, open_log, redact, run_main
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name, or a relative path
 
@@ -209,6 +209,8 @@ def train_in_process(resolved: Any, overrides: list[str]) -> None:
         try:
             runs.open_run(config, composed, overrides)
             build_and_fit(config, sharding, RunLogger(run_dir, check, config.minimum_log_interval_secs), begin)
+        except TakenOver:
+            raise
         except BaseException as error:
             check()
             runs.leave(run_dir, fresh and not accepted and isinstance(error, UserError))

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, read_jsonl, train_here
-from restarts import start
+from restarts import run_without_locks, start
 
 import checkpoint
 import runs
+import stopping
+import utils
 from hints import HERE, meant
-from settings import KEYS, check_keys
+from settings import KEYS, check_keys, load_config
 from stopping import EXIT_CODE
 from utils import TakenOver, UserError, get_local_run_dir
 
@@ -41,6 +43,14 @@ def content(folder: Path) -> dict[str, str]:
 # Names
 
 
+@pytest.mark.parametrize(("name", "folder"), [("42", "42"), ("1e3", "1000.0"), ("true", "True")])
+def test_a_name_that_looks_like_a_number_is_one_name(name: str, folder: str, tmp_path: Path) -> None:
+    get_local_run_dir.cache_clear()
+    config = load_config([f"exp_name={name}", f"local_dirs=[{tmp_path}]"])
+    assert config.exp_name == folder and not runs._is_given(config)
+    assert Path(config.local_run_dir).name.startswith(f"{folder}_")
+
+
 def test_runs_that_start_together_have_names_of_their_own(tmp_path: Path) -> None:
     names = set()
     for _ in range(50):
@@ -55,7 +65,7 @@ def test_names_stay_inside(overrides: Overrides, name: str) -> None:
         train_here(overrides(f"exp_name={name}", "local_run_dir=", "n_eval_examples=0"))
 
 
-@pytest.mark.parametrize("name", ["plain", "team/run1", "a.b-c_d", "ü", "run_2024-01-02_03-04-05"])
+@pytest.mark.parametrize("name", ["plain", "team/run1", "a/b/c", "a.b-c_d", "ü", "run[1]", "run_2024-01-02_03-04-05"])
 def test_a_run_of_any_name_is_gone_on_with(overrides: Overrides, tmp_path: Path, name: str) -> None:
     given = [f"exp_name='{name}'", "local_run_dir=", f"local_dirs=[{tmp_path / 'out'}]", *SHORT, "resume=auto"]
     for expected in (8, 12):
@@ -90,6 +100,42 @@ def test_two_on_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.
         other()
         with pytest.raises(TakenOver):
             check()
+
+
+def test_a_writer_that_stood_still_does_not_go_on_beside_the_next(overrides: Overrides, tmp_path: Path) -> None:
+    metrics, logs = tmp_path / "run/metrics.jsonl", [tmp_path / "first", tmp_path / "second"]
+    given = overrides("n_epochs=100000", "n_eval_examples=0", "save_every=48", "keep_last_n=2", "resume=auto")
+
+    def wait_for(n: int, log: Path) -> None:
+        until = time.monotonic() + 120
+        while not metrics.exists() or metrics.read_text().count("loss/train") < n:
+            assert time.monotonic() < until, log.read_text()[-2000:]
+            time.sleep(0.05)
+
+    for log in logs:
+        log.touch()
+    first = start(given, logs[0], run_without_locks)
+    wait_for(15, logs[0])
+    os.kill(first.pid or 0, signal.SIGSTOP)
+    second = start(given, logs[1], run_without_locks)
+    try:
+        until = time.monotonic() + 120
+        while "resuming" not in logs[1].read_text():
+            assert time.monotonic() < until and second.is_alive(), logs[1].read_text()[-2000:]
+            time.sleep(0.05)
+        wait_for(30, logs[1])
+        os.kill(first.pid or 0, signal.SIGCONT)
+        first.join(60)
+        assert first.exitcode == 1 and logs[0].read_text().count("was taken over by another process") == 1
+        wait_for(40, logs[1])
+        os.kill(second.pid or 0, signal.SIGTERM)
+        second.join(60)
+        assert second.exitcode == EXIT_CODE, logs[1].read_text()[-2000:]
+    finally:
+        first.kill()
+        second.kill()
+    examples = [event["counters/examples"] for event in read_jsonl(metrics)]
+    assert examples == list(range(4, examples[-1] + 1, 4))
 
 
 def test_a_taken_lock_is_met_before_anything_is_written(overrides: Overrides, tmp_path: Path) -> None:
@@ -171,7 +217,32 @@ def test_a_copy_without_links_is_gone_on_with(overrides: Overrides, tmp_path: Pa
     assert (copied / "LATEST").resolve().name == "step-16" and (copied / "step-8").is_dir()
 
 
-# Signals
+def test_links_of_a_copy_do_not_lead_back_to_its_run(
+    overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, copied = tmp_path / "run", tmp_path / "copied"
+    train_here(overrides(*SHORT))
+    monkeypatch.setattr(utils, "_log_file", None)  # the copy is trained in another process
+    shutil.copytree(run, copied, copy_function=os.link, symlinks=True)  # as cp -al does
+    (copied / "LATEST").unlink()
+    (copied / "LATEST").symlink_to(run / "step-4")
+    before = content(run)
+    train_here(overrides(*SHORT, "n_examples=16", "resume=auto", "keep_last_n=1", f"local_run_dir={copied}"))
+    after = content(run)
+    before.pop("lock"), after.pop("lock")  # one file in both
+    assert after == before
+    assert len(read_jsonl(copied / "metrics.jsonl")) == 4 and checkpoint.find_checkpoint(str(copied)).name == "step-16"
+
+
+# Signals, and time
+
+
+def test_max_runtime_does_not_follow_a_clock_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_started", time.monotonic() - 3000)
+    deadline = stopping.Deadline(1.0)
+    for clock in (0.0, 1e12):
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        assert not deadline.passed(0.0) and deadline.passed(700.0)
 
 
 @pytest.mark.parametrize("signals", [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGTERM"), ("SIGINT", "SIGTERM")])
@@ -210,6 +281,7 @@ def command(folder: Path, *given: str) -> subprocess.CompletedProcess[str]:
         (["exp_name=x", "datasets=[a=b.jsonl]"], 1, "quotes"),
         (["exp_name=x", "model=gpt2"], 1, "blank_model"),
         (["exp_name=x", "loss.beta=0.1"], 1, "add loss=dpo"),
+        (["exp_name=x", "datasets=[nope]"], 1, "unknown data set 'nope'"),
         (["exp_name=x", "--nonsense"], 1, "--nonsense is no option"),
         (["exp_name=x", "--cfg", "job"], 0, "batch_size: 4"),
     ],
@@ -248,8 +320,6 @@ def test_make_clean_keeps_runs_and_caches(tmp_path: Path) -> None:
 
 
 def test_runs_and_caches_lie_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from settings import load_config
-
     monkeypatch.chdir(tmp_path)
     config = load_config(["exp_name=x", "local_dirs=[/nowhere,${oc.select:nothing,/none}]", "n_eval_examples=0"])
     assert config.cache.is_relative_to(ROOT / ".cache")

@@ -93,6 +93,12 @@ def test_defaults_of_the_original() -> None:
     assert config.model.policy_dtype == "float32" and config.wandb.project == "direct-preference-optimization"
 
 
+def test_the_warm_up_is_a_tenth_of_a_short_run_unless_given() -> None:
+    updates = [5, 100, 1499, 1500, 100_000]
+    assert [load_config(["exp_name=x"]).warmup(n) for n in updates] == [0, 10, 149, 150, 150]
+    assert [load_config(["exp_name=x", "warmup_steps=150"]).warmup(n) for n in updates] == [150] * 5
+
+
 def test_every_key_of_the_yaml_is_commented_and_typed() -> None:
     lines = (CONFIG_DIR / "config.yaml").read_text().splitlines()
     keys = [i for i, line in enumerate(lines) if line and line[0].isalpha()]

@@ -242,7 +242,7 @@ class BasicTrainer:
                 bar.update(len(examples))
                 self.stop_if_asked()
                 self.evaluate_and_save()
-            if self.evaluated != self.examples and self.config.do_final_eval:
+            if self.evaluated != self.examples and self.config.do_final_eval and self.eval_data is not None:
                 self.evaluated, self.saved = self.examples, 0  # what is saved has to know of it
                 self.evaluate()
             self.save_the_last()

@@ -92,6 +92,8 @@ class Run:
     finished: bool
     colour: str
     mark: str
+    seen: int = 0
+    """How many prompts of the test split training has seen, or that of model.archive."""
 
     @functools.cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -102,6 +104,7 @@ class Run:
         if not self.metrics:
             return "nothing logged"
         state = "finished" if self.finished else f"unfinished, {self.metrics[-1][EXAMPLES]} examples"
+        state += f", {self.seen} test prompts seen in training" if self.seen else ""
         return state if self.evaluations else f"{state}, no evaluation"
 
     @property
@@ -237,8 +240,17 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             raise UserError(f"{folder / 'config.yaml'} cannot be read ({what}); leave that run out") from error
         name, finished = visible(str(folder.relative_to(parent))), _finished(folder, metrics)
         look = COLOURS[i % len(COLOURS)], list(MARKS)[i % len(MARKS)]
-        runs.append(Run(name, config, metrics, samples, finished, *look))
+        runs.append(Run(name, config, metrics, samples, finished, *look, _seen(folder)))
     return runs
+
+
+def _seen(folder: Path) -> int:
+    """`Run.seen`, by data_funnel.json; 0 if that does not tell."""
+    try:
+        found = json.loads((folder / "data_funnel.json").read_text(encoding="utf-8"))["overlap"]
+        return max((int(shared["prompts"]) for shared in found.values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return 0
 
 
 def _finished(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> bool:

@@ -54,6 +54,10 @@ def test_overlap_and_formats_are_said(chat_model: Path, cache_dir: Path, tmp_pat
     assert "warning: these rows are plain text, and the model was trained on a chat template" in said
     said, funnel = run("wrapped", text, *dpo, "chat_format=template")
     assert "these rows are" not in said and funnel["overlap"]["training data of model.archive"]["prompts"] == 4
+    from report import load_runs
+
+    (run_,) = load_runs([tmp_path / "dpo"])
+    assert run_.status.startswith("finished, 4 test prompts seen in training")
     said, _ = run("third", text, *dpo[:2], f"model.archive={tmp_path / 'dpo'}", "chat_format=template")
     assert "training data of model.archive" in said  # what the archive's own archive saw is known, too
     said, _ = run("from the base", text, *dpo[:2])

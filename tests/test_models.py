@@ -459,5 +459,5 @@ def test_weights_that_are_not_finite_are_refused(
     model.model.norm.weight.data[3] = value
     model.save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="weights that are not finite: model.norm.weight"):
+    with pytest.raises(UserError, match=r"weights that are not finite: model\.norm\.weight"):
         train_here(overrides(f"model.name_or_path={tmp_path / 'model'}", *loss))

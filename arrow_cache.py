@@ -297,8 +297,13 @@ def _seal(folder: Path, name: str) -> None:
 
 def _put_in_place(temporary: Path, final: Path) -> None:
     """Give a folder its final name, in place of a damaged one; another process's whole one stays."""
-    if damage(final) is None:
-        return
+    with _locked(final.parent):  # no two processes move each other's aside
+        if damage(final) is None:
+            return
+        _exchange(temporary, final)
+
+
+def _exchange(temporary: Path, final: Path) -> None:
     aside = temporary.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.part")
     if os.path.lexists(final):
         final.rename(aside)

@@ -11,23 +11,21 @@ from checkpoint import STATE_FILE, read_state
 from preference_datasets import PreferenceData, overlap
 from utils import UserError, log
 
-TRAINED_ON = "trained_on"
-"""Folder of a checkpoint with hashes of the prompts and pairs that its weights have seen."""
+TRAINED_ON = "trained_on/prompts.npy"
+"""File of a checkpoint with hashes of the prompts that its weights have seen."""
 
 
 def trained_on(train: PreferenceData, archive: Path | None) -> dict[str, bytes]:
-    """The files of TRAINED_ON after training on `train` from `archive`: sorted hashes of prompts and of pairs."""
-    files = {}
-    for kind, mine in (("prompts", train.keys), ("pairs", train.pair_keys)):
-        buffer = io.BytesIO()
-        np.save(buffer, np.union1d(mine, _hashes(archive, kind)), allow_pickle=False)
-        files[f"{TRAINED_ON}/{kind}.npy"] = buffer.getvalue()
-    return files
+    """The file of TRAINED_ON after training on `train` from `archive`: sorted hashes of prompts, of all of the split
+    whatever part of it a run of n_examples takes."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.union1d(train.keys, _prompts(archive)), allow_pickle=False)
+    return {TRAINED_ON: buffer.getvalue()}
 
 
-def _hashes(archive: Path | None, kind: str) -> np.ndarray:
-    """The hashes of `kind` that a checkpoint keeps; none of a folder that is no checkpoint of ours."""
-    path = archive / TRAINED_ON / f"{kind}.npy" if archive is not None else None
+def _prompts(archive: Path | None) -> np.ndarray:
+    """The hashes that a checkpoint keeps; none of a folder that is no checkpoint of ours."""
+    path = archive / TRAINED_ON if archive is not None else None
     if path is None or not path.is_file():
         return np.empty(0, dtype=np.uint64)
     try:
@@ -47,15 +45,14 @@ def check_overlap(
         return {}
     total = {"prompts": len(test), "pairs": len(test.pair_keys)}
     found = {"training data": dict(zip(("prompts", "pairs"), overlap(train.keys, train.pair_keys, test)))}
-    if len(seen := _hashes(archive, "prompts")):
-        seen_prompts, seen_pairs = overlap(seen, _hashes(archive, "pairs"), test)
-        found["training data of model.archive"] = {"prompts": seen_prompts, "pairs": seen_pairs}
+    if len(seen := _prompts(archive)):  # whose examples may be of another kind or format, so not compared
+        found["training data of model.archive"] = {"prompts": overlap(seen, train.pair_keys[:0], test)[0]}
     for where, shared in found.items():
+        examples = f", and {shared['pairs']} of their {total['pairs']} examples," if "pairs" in shared else ""
         if shared["prompts"]:
             log(
-                f"warning: {shared['prompts']} of the {total['prompts']} prompts held for evaluation, and "
-                f"{shared['pairs']} of their {total['pairs']} examples, are in the {where} too: numbers on them do not "
-                "tell how well the model does on new prompts"
+                f"warning: {shared['prompts']} of the {total['prompts']} prompts held for evaluation{examples} are in "
+                f"the {where} too: numbers on them do not tell how well the model does on new prompts"
             )
     return found
 

@@ -1,6 +1,7 @@
 """Files on disk and data sets on the hub -> chunks of numbered rows, as many as one worker parses at a time."""
 
 import csv
+import datetime
 import functools
 import gzip
 import io
@@ -81,9 +82,10 @@ def _from_arrow(chunk: Chunk) -> list[Row]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """`value` without the fields that Arrow fills in because other rows have them."""
+    """`value` without times, and without the fields that Arrow fills in because other rows have them."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+        times = (datetime.date, datetime.time, datetime.timedelta)
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None and not isinstance(v, times)}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 

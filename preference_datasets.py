@@ -44,7 +44,7 @@ from data_files import (
     log_once,
     numbered_rows,
 )
-from rendering import ChatFormat
+from rendering import ChatFormat, leaves
 from row_forms import (
     BadRow,
     Judgement,
@@ -312,7 +312,9 @@ def _hash64(text: str) -> int:
 def _prompt_key(judged: Judgement) -> int:
     """A hash of what a prompt says, whether it says it as text or in messages, and in whatever format."""
     turns: Any = to_messages(replace(judged, responses=[])).prompt
-    return _hash64(json.dumps([[(m["role"], m["content"].strip()) for m in turns], judged.tools], sort_keys=True))
+    return _hash64(
+        json.dumps([[(m["role"], m["content"].strip()) for m in turns], judged.tools], sort_keys=True, default=str)
+    )
 
 
 def ranked_pairs(scores: Sequence[float], most: int, seed: int) -> tuple[Pairs, int, int]:
@@ -401,7 +403,9 @@ class ParseRows:
             self.check(response, "response")
         if self.chat.wraps_text:
             judged = to_messages(judged)
-        exact = judged.prompt if isinstance(judged.prompt, str) else json.dumps([judged.prompt, judged.tools])
+        exact = (
+            judged.prompt if isinstance(judged.prompt, str) else json.dumps([judged.prompt, judged.tools], default=str)
+        )
         facts: dict[str, Any] = {"hash": _hash64(exact), "key": _prompt_key(judged), "over": 0}
         if judged.scores is not None:
             judged.pairs, judged.ties, facts["over"] = ranked_pairs(judged.scores, self.most_pairs, facts["key"])
@@ -438,6 +442,8 @@ class ParseRows:
         for message in side:
             others = message["role"] not in ("user", "assistant") or "tool_calls" in message
             self._check_text(message["content"], kind, others, may_hold_eos=False)
+            for text in leaves({key: value for key, value in message.items() if key not in ("role", "content")}):
+                self._check_text(text, kind, may_be_empty=True, may_hold_eos=False)
 
     def _check_text(self, text: str, kind: str, may_be_empty: bool, may_hold_eos: bool) -> None:
         if not text.strip() and not may_be_empty:

@@ -52,8 +52,6 @@ class ChatFormat:
             special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}  # written by name
             self.identity = [template, special, self.wraps_text]
             self.name = f"template:{hashlib.sha256(template.encode()).hexdigest()[:8]}"
-            if "strftime_now(" in template:
-                raise UserError("the chat template writes a date in a way that cannot be fixed; use chat_format=hh")
 
     def _with_date(self, template: str) -> str:
         """The template with `date` for the day on which it is rendered: a prompt must not change overnight."""
@@ -94,6 +92,8 @@ class ChatFormat:
         try:
             with _time_limit(RENDER_SECONDS):
                 template = self._with_date(self.tokenizer.get_chat_template(None, tools))
+                if "strftime_now(" in template:
+                    raise ValueError("it writes the date in a way that cannot be fixed")
                 text = self.tokenizer.apply_chat_template(
                     messages, tools=tools, chat_template=template, tokenize=False, **options
                 )
@@ -177,8 +177,12 @@ class ChatFormat:
                 raise BadRow("tools without a chat template", "take a tokenizer whose template writes tool calls")
             if message in response and set(THINKING) & message.keys():
                 raise BadRow("thinking without a chat template", "take a tokenizer whose template writes it")
+            if message in response and message["role"] in ("system", "developer"):
+                raise BadRow("wrong role", f"{message['role']!r} inside a response has no marker in the style of HH")
             more = sorted(message.keys() - {"role", "content"})
             notes += [f"key {key!r} of messages is not used by chat_format=hh" for key in more]
+        if response[-1]["role"] != "assistant":
+            raise BadRow("wrong role", f"a response must end with the assistant, not with {response[-1]['role']!r}")
         said = "".join(HH_MARKERS[message["role"]] + message["content"] for message in response)
         marker = f"{ASSISTANT} " if prompt[-1]["role"] == "assistant" else ASSISTANT
         return Rendering(self.prompt(prompt), dialogue_parts(said.removeprefix(marker)), notes)
@@ -212,15 +216,15 @@ def _stands(text: str, rendered: str) -> bool:
     return any(_squeezed(form) in rendered for form in forms)
 
 
-def _leaves(value: Any) -> Iterator[str]:
+def leaves(value: Any) -> Iterator[str]:
     """The keys and texts inside a tool call's arguments."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield str(key)
-            yield from _leaves(inner)
+            yield from leaves(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _leaves(inner)
+            yield from leaves(inner)
     elif isinstance(value, str):
         yield value
 
@@ -232,9 +236,10 @@ def _must_stand(message: Message, part: str) -> None:
     rendered = _squeezed(part)
     said = [message["content"], *(message[key] for key in THINKING if isinstance(message.get(key), str))]
     for call in message.get("tool_calls", ()):
-        said += [call["function"]["name"], *_leaves(call["function"].get("arguments"))]
+        said += [call["function"]["name"], *leaves(call["function"].get("arguments"))]
     thinking = re.split(r"(</?think>)", message["content"])  # which templates set apart, in tags of their own
-    said[:1] = [piece for piece in thinking if piece not in ("<think>", "</think>")]
+    thinking = [piece for piece in thinking if piece not in ("<think>", "</think>")]
+    said[:1] = thinking
     for text in said:
         if text.strip() and not _stands(text, rendered):
             advice = "" if "tool_calls" in message else ", or chat_format=hh"
@@ -243,7 +248,8 @@ def _must_stand(message: Message, part: str) -> None:
                 f"{text.strip()[:60]!r} of a response is not in its rendering {part.strip()[:80]!r}; take a tokenizer "
                 f"whose template keeps it{advice}",
             )
-    if len(message["content"]) > 20 and part.count(message["content"]) > 1:
+    thought = sum(text.count(message["content"]) for text in said[len(thinking) :])  # may hold the answer, too
+    if len(message["content"]) > 20 and part.count(message["content"]) > 1 + thought:
         raise BadRow("the chat template repeats text", f"{message['content'][:60]!r} stands twice in its rendering")
 
 

@@ -47,6 +47,8 @@ ALIASES = {
 }
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 ROLES |= {"observation": "tool", "function_response": "tool", "function_call": "assistant"}
+# What a message says; other keys (an id, a time) make it no other.
+SAID = ("role", "content", "tool_calls", "reasoning_content", "reasoning", "thinking")
 # Columns that say where a row comes from, and nothing to a model.
 ORIGIN = re.compile(
     r"(.*_)?(id|ids|idx|index|uuid|hash|source|sources|origin|dataset|subset|split|config|url|link|date|time|timestamp|"
@@ -288,9 +290,9 @@ def dialogue_parts(text: str) -> list[str]:
     what the human says."""
     parts, start = [], 0
     for human in re.finditer(r"\n\nHuman:", text):
-        answer = text.find(ASSISTANT, human.end())
         if human.start() < start:
             continue
+        answer = text.find(ASSISTANT, human.end())
         if answer < 0:
             break
         parts += [text[start : human.start()], text[human.start() : answer + len(ASSISTANT)]]
@@ -300,7 +302,8 @@ def dialogue_parts(text: str) -> list[str]:
 
 def split_conversations(chosen: list[Message], rejected: list[Message]) -> Judgement:
     """The prompt is the messages that both sides share, up to the last point where both go on with the assistant."""
-    shared = sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(chosen, rejected)))
+    said = [[{key: m.get(key) for key in SAID} for m in side] for side in (chosen, rejected)]
+    shared = sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(*said)))
     shared = min(shared, len(chosen) - 1, len(rejected) - 1)
     while shared > 0 and not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
         shared -= 1
@@ -364,6 +367,9 @@ def score_notes(chosen: float, rejected: float) -> list[str]:
 
 
 def _form(fields: Fields) -> Judgement:
+    for column, form in FORM_OF.items():
+        if column in fields.columns and fields.has(column):  # what the configuration names comes first
+            return form(fields)
     if fields.row.get("responses") is not None and fields.row.get("scores") is not None:
         return scored(fields)
     if fields.has("chosen") or fields.has("rejected"):
@@ -371,14 +377,19 @@ def _form(fields: Fields) -> Judgement:
     if fields.has("completions"):
         return rated_completions(fields)
     if fields.has("completion"):
-        judged = answers(fields.prompt(), [fields.text("completion")], pairs=[], demonstration=True)
-        judged.undesired = fields.has("label") and not _label(fields)
-        return judged
+        return completed(fields)
     if fields.has("messages"):
-        return conversation(fields.messages("messages"))
+        return conversation(fields)
     if fields.has("responses") or fields.has("scores"):
         return scored(fields)
     raise BadRow("columns fit no known form", f"{', '.join(map(repr, fields)) or 'none'}; accepted are\n{FORMS}")
+
+
+def completed(fields: Fields) -> Judgement:
+    """A prompt and one completion, which a label may say is not wanted."""
+    judged = answers(fields.prompt(), [fields.text("completion")], pairs=[], demonstration=True)
+    judged.undesired = fields.has("label") and not _label(fields)
+    return judged
 
 
 def _label(fields: Fields) -> bool:
@@ -391,15 +402,15 @@ def _label(fields: Fields) -> bool:
 def compared(fields: Fields) -> Judgement:
     """Chosen and rejected, with or without a prompt apart."""
     chosen, rejected = fields.text("chosen"), fields.text("rejected")
-    if isinstance(chosen, str) != isinstance(rejected, str) and not fields.has("prompt"):
-        raise BadRow("wrong type", "one of 'chosen' and 'rejected' is text, the other a list of messages")
     whole = not isinstance(chosen, str) and chosen[0]["role"] != "assistant"
+    if isinstance(chosen, str) != isinstance(rejected, str) and (whole or not fields.has("prompt")):
+        raise BadRow("wrong type", "one of 'chosen' and 'rejected' is text, the other a list of messages")
     if fields.has("messages"):
         if not whole and not fields.has("prompt"):
             return answers(fields.messages("messages"), [chosen, rejected], pairs=[(0, 1)])
         if fields.row[fields.name("messages")] == fields["chosen"]:  # as UltraFeedback repeats it
             fields.read.add(fields.name("messages"))
-    if "prompt" in fields and not whole:
+    if fields.has("prompt") and not whole:
         return answers(fields.prompt(), [chosen, rejected], pairs=[(0, 1)])
     if isinstance(chosen, str) and isinstance(rejected, str):
         return split_dialogues(chosen, rejected)
@@ -428,7 +439,11 @@ def rated_completions(fields: Fields) -> Judgement:
         if not isinstance(one, Mapping) or "response" not in one:
             raise BadRow("wrong type", f"completions[{number}] is no {{response, overall_score}}")
     scores = [one.get("overall_score", one.get("score")) for one in completions]
-    return _rated(fields.prompt(), [one["response"] for one in completions], scores, "completions", "score")
+    judged = _rated(fields.prompt(), [one["response"] for one in completions], scores, "completions", "score")
+    keys = {key for one in completions for key, value in one.items() if value not in (None, "", [], {})}
+    more = sorted(key for key in keys - {"response", "overall_score", "score"} if not ORIGIN.fullmatch(str(key)))
+    judged.notes += [f"key {key!r} of completions is not used" for key in more]
+    return judged
 
 
 def _rated(prompt: Text, responses: list[Any], scores: list[Any], of: str, by: str) -> Judgement:
@@ -452,8 +467,9 @@ def rank(scores: Sequence[float]) -> dict[str, Any]:
     return {"scores": scores, "target": list(scores).index(best), "score": score}
 
 
-def conversation(turns: list[Message]) -> Judgement:
+def conversation(fields: Fields) -> Judgement:
     """A whole conversation, of which the last answer is the response."""
+    turns = fields.messages("messages")
     end = next((i for i in reversed(range(len(turns))) if turns[i]["role"] == "assistant"), None)
     if not end:
         raise BadRow("no answer", "'messages' has no message of the assistant after another's")
@@ -461,6 +477,10 @@ def conversation(turns: list[Message]) -> Judgement:
     if end + 1 < len(turns):
         judged.notes.append("messages after the last of the assistant are not used")
     return judged
+
+
+FORM_OF = {"responses": scored, "chosen": compared, "rejected": compared, "completions": rated_completions}
+FORM_OF |= {"completion": completed, "messages": conversation}
 
 
 def all_answers(judged: Judgement) -> Judgement:

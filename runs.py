@@ -279,6 +279,12 @@ def find_resume(config: Config) -> tuple[str | None, str]:
         latest = Path(os.path.realpath(run_dir)) / checkpoint.LATEST
         if not found and latest.is_dir() and not latest.is_symlink():  # of a copy without links, the one checkpoint
             found = [latest]
+        moved = [path for path in run_dir.glob("step-*") if path.is_symlink() and path.is_dir()]
+        if not found and moved:
+            raise UserError(
+                f"resume=auto: {moved[0]} is a link to {moved[0].resolve()}, and a run has its checkpoints in its own "
+                "folder; move them back, or resume=<that folder> in another local_run_dir"
+            )
         for path in found:
             problem = checkpoint.check(path, config.checkpoint_check)
             if problem is None and checkpoint.weights_only(path) and not _at_its_end(path):

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from batching import Batch, Cut, make_tree
-from data_files import Chunk, numbered_rows
+from data_files import Source, numbered_rows
 from inspect_data import DIM, RESET, in_colour, pieces
 from models import load_tokenizer, quiet_transformers, response_logps
 from preference_datasets import (
@@ -35,6 +35,7 @@ from preference_datasets import (
     DataSettings,
     PreferenceData,
     Record,
+    SetFacts,
     find_source,
     load_data,
     own_bos,
@@ -44,7 +45,6 @@ from saved import Saved, find_reference, find_saved, take_overrides, warn_of_for
 from settings import Config, data_settings, quoted
 from utils import HelpFormatter, UserError, log, make_dir, progress, redact, run_main, visible
 
-PAIRED = {"chosen", "rejected", "responses", "scores"}
 GREENS, REDS = (22, 28, 34, 40, 46), (52, 88, 124, 160, 196)  # of a terminal's 256 colours, small to large
 
 
@@ -81,7 +81,7 @@ def load_items(policy: Saved, tokenizer: Any, split: str, own: bool, limit: int 
                 here, shown, settings = "train", "all rows", replace(settings, holdout_fraction=0.0)
             elif settings.holdout_fraction == 0:
                 raise UserError(f"the run held nothing of {name} out: it trained on all rows; say --split train")
-        kinds = ({sft: name} if name in REGISTRY else _kinds(find_source(place, settings, here)[1].chunks())) | kinds
+        kinds = ({sft: name} if name in REGISTRY else _kinds(*find_source(place, settings, here))) | kinds
         if len(kinds) == 2:
             raise UserError(f"{kinds[True]} is a single response, but {kinds[False]} has pairs: score them apart")
         data = load_data(replace(settings, sft=True in kinds), tokenizer, here)
@@ -115,16 +115,15 @@ def _settings_of(config: Config, name: str, path: str | None) -> DataSettings:
     return replace(settings, sources={**settings.sources, name: path}) if local else settings
 
 
-def _kinds(chunks: Iterable[Chunk]) -> dict[bool, str]:
+def _kinds(facts: SetFacts, source: Source) -> dict[bool, str]:
     """Where the first single response (True) and the first row with pairs (False) of some data are."""
     kinds: dict[bool, str] = {}
-    for where, row in itertools.chain.from_iterable(map(numbered_rows, chunks)):
+    for where, row in itertools.chain.from_iterable(map(numbered_rows, source.chunks())):
         try:
-            row = json.loads(row) if isinstance(row, bytes) else row
-        except (ValueError, RecursionError):  # load_data will say so
+            judged = facts.parse(json.loads(row) if isinstance(row, bytes) else row)
+        except Exception:  # load_data will say what is wrong with the row
             continue
-        if isinstance(row, Mapping):
-            kinds.setdefault("completion" in row and not PAIRED & row.keys(), where)
+        kinds.setdefault(judged.demonstration, where)
     return kinds
 
 

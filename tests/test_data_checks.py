@@ -53,7 +53,7 @@ def test_overlap_and_formats_are_said(chat_model: Path, cache_dir: Path, tmp_pat
     assert funnel["overlap"]["training data"]["prompts"] == 0
     assert "warning: these rows are plain text, and the model was trained on a chat template" in said
     said, funnel = run("wrapped", text, *dpo, "chat_format=template")
-    assert "these rows are" not in said and funnel["overlap"]["training data of model.archive"]["prompts"] == 4
+    assert "these rows are" not in said and funnel["overlap"]["training data of model.archive"] == {"prompts": 4}
     from report import load_runs
 
     (run_,) = load_runs([tmp_path / "dpo"])

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -348,6 +349,48 @@ CASES = {
         [(IM + "It is", [" 4<|im_end|>", " 5<|im_end|>"], PAIR)],
         **CHAT,
     ),
+    "a response that ends with the user, in the style of HH": Case(
+        [{"chosen": [u(Q), a("4"), u("ok")], "rejected": [u(Q), a("5")]}], error="must end with the assistant"
+    ),
+    "a system turn inside a response": Case(
+        [{"chosen": [u(Q), a("4"), system("x"), a("y")], "rejected": [u(Q), a("5")]}],
+        error="'system' inside a response",
+    ),
+    "EOS in the thinking": Case(
+        [{"prompt": [u(Q)], "completion": [a("4", reasoning_content="a<|im_end|>b")]}],
+        error="holds the EOS string",
+        settings=SFT,
+        template="qwen3",
+    ),
+    "EOS in a tool call": Case(
+        [{"tools": TOOLS, "prompt": [u(Q)], "completion": [a("", tool_calls=call(item=EOS))]}],
+        error="holds the EOS string",
+        settings=SFT,
+        template=WITH_TOOLS,
+    ),
+    "an answer that stands in the thinking too": Case(
+        [
+            {
+                "prompt": [u(Q)],
+                "completion": [a("The answer is surely 4.", reasoning_content="The answer is surely 4. Yes")],
+            }
+        ],
+        [(IM, ["<think>\nThe answer is surely 4. Yes\n</think>\n\nThe answer is surely 4.<|im_end|>"], [])],
+        settings=SFT,
+        template="qwen3",
+    ),
+    "messages with ids of their own": Case(
+        [{"chosen": [u(Q, id=1), a("4")], "rejected": [u(Q, id=2), a("5")]}],
+        [(IM, ["4<|im_end|>", "5<|im_end|>"], PAIR)],
+        notes=["key 'id' of messages is not used"],
+        **CHAT,
+    ),
+    "one side text, the other a conversation": Case(
+        [{"prompt": "hi", "chosen": [u("hi"), a("a")], "rejected": "b"}], error="wrong type: one of"
+    ),
+    "a null prompt beside dialogues": Case(
+        [{"prompt": None, "chosen": hh(Q) + " 4", "rejected": hh(Q) + " 5"}], [(hh(Q), [" 4" + EOS, " 5" + EOS], PAIR)]
+    ),
     # Text
     "a prompt repeated in both": Case(
         [{"prompt": Q, "chosen": Q + " 4", "rejected": Q + " 5"}], [SIMPLE_RECORD], notes=["began with the prompt"]
@@ -429,6 +472,25 @@ CASES = {
         [{"ask": Q, "good": " 4", "bad": " 5"}],
         [SIMPLE_RECORD],
         settings={"columns": {"prompt": "ask", "chosen": "good", "rejected": "bad"}},
+    ),
+    "names of one's own beside an alias": Case(
+        [{"q": Q, "answers": [" 4", " 5"], "votes": [2, 1], "output": "REF"}],
+        [SIMPLE_RECORD],
+        notes=["column 'output' is not used"],
+        settings={"columns": {"prompt": "q", "responses": "answers", "scores": "votes"}},
+    ),
+    "keys of completions": Case(
+        [
+            {
+                "instruction": Q,
+                "completions": [
+                    {"response": " 4", "overall_score": 2, "custom_system_prompt": "S"},
+                    {"response": " 5", "overall_score": 1},
+                ],
+            }
+        ],
+        [SIMPLE_RECORD],
+        notes=["key 'custom_system_prompt' of completions is not used"],
     ),
     "a name of one's own that is not there": Case(
         [SIMPLE], error="missing field: 'ask'", settings={"columns": {"prompt": "ask"}}
@@ -792,6 +854,26 @@ def test_fields_that_arrow_fills_in_say_nothing(tmp_path: Path) -> None:
     assert data[0].pairs and list(data.notes.values()) == [
         {"key 'name' of messages is not used by the chat template": 2}
     ]
+
+
+def test_times_inside_messages(tmp_path: Path) -> None:
+    import datetime
+
+    turns = [u("Q", when=datetime.datetime(2024, 1, 1)), a("A")]
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist([{"messages": turns}]), tmp_path / "data/x.parquet")
+    assert len(load(tmp_path / "data", tokenizer_of("chatml"), "x.parquet", sft=True)) == 1
+
+
+def test_many_markers_are_read_in_no_time() -> None:
+    from row_forms import BadRow, dialogue_parts, split_dialogues
+
+    start, n = time.monotonic(), 10 * 2**20 // 12
+    with pytest.raises(BadRow):
+        split_dialogues("\n\nHuman: q" + "\n\nAssistant:" * n, "\n\nHuman: r" + "\n\nAssistant:" * n)
+    dialogue_parts("a" + "\n\nHuman:" * n + "\n\nAssistant: b")
+    dialogue_parts("\n\nHuman:x\n\nAssistant:" * n)
+    assert time.monotonic() - start < 20  # quadratic, it takes more than a minute
 
 
 def test_a_row_that_nothing_foresaw_is_named(tmp_path: Path, monkeypatch: Any) -> None:

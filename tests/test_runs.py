@@ -195,6 +195,17 @@ def test_only_the_runs_own_checkpoints_are_removed(overrides: Overrides, tmp_pat
     assert sorted(p.name for p in run.glob("step-*") if not p.is_symlink()) == ["step-16"]
 
 
+def test_checkpoints_that_were_moved_are_not_taken_for_none(overrides: Overrides, tmp_path: Path) -> None:
+    train_here(overrides(*SHORT))
+    for name in ("step-4", "step-8"):
+        shutil.move(tmp_path / "run" / name, tmp_path / name)
+        (tmp_path / "run" / name).symlink_to(tmp_path / name, target_is_directory=True)
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="is a link to .* move them back"):
+        train_here(overrides(*SHORT, "n_examples=16", "resume=auto"))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize("target", ["gone", "LATEST", "step-8/../LATEST"])
 def test_a_link_that_leads_nowhere_is_made_anew(overrides: Overrides, tmp_path: Path, target: str) -> None:
     run = tmp_path / "run"

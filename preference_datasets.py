@@ -302,6 +302,7 @@ ROWS = pa.schema(
         "key": pa.uint64(),  # of the prompt, however it is rendered
     }
 )
+SILENT = "rows that state no preference are not used"
 UNDESIRED = "label is false: the completion is not wanted"
 
 
@@ -312,9 +313,8 @@ def _hash64(text: str) -> int:
 def _prompt_key(judged: Judgement) -> int:
     """A hash of what a prompt says, whether it says it as text or in messages, and in whatever format."""
     turns: Any = to_messages(replace(judged, responses=[])).prompt
-    return _hash64(
-        json.dumps([[(m["role"], m["content"].strip()) for m in turns], judged.tools], sort_keys=True, default=str)
-    )
+    said = [(message["role"], message["content"].strip()) for message in turns]
+    return _hash64(json.dumps([said, judged.tools], sort_keys=True, default=str))
 
 
 def ranked_pairs(scores: Sequence[float], most: int, seed: int) -> tuple[Pairs, int, int]:
@@ -403,9 +403,9 @@ class ParseRows:
             self.check(response, "response")
         if self.chat.wraps_text:
             judged = to_messages(judged)
-        exact = (
-            judged.prompt if isinstance(judged.prompt, str) else json.dumps([judged.prompt, judged.tools], default=str)
-        )
+        exact = judged.prompt
+        if not isinstance(exact, str):
+            exact = json.dumps([exact, judged.tools], default=str)
         facts: dict[str, Any] = {"hash": _hash64(exact), "key": _prompt_key(judged), "over": 0}
         if judged.scores is not None:
             judged.pairs, judged.ties, facts["over"] = ranked_pairs(judged.scores, self.most_pairs, facts["key"])
@@ -787,7 +787,9 @@ class Loader:
             log_once(f"warning: {self.name}: {note} ({n} rows, the first at {first[note]})")
         if not funnel["examples"]:
             hint = ""
-            if not s.sft and UNDESIRED in told["notes"]:
+            if self.split == "test" and self.source.held_out and funnel.get("prompts", 0) < 2:
+                hint = "\nToo few prompts to hold one out for evaluation: add rows, or set n_eval_examples=0."
+            elif not s.sft and UNDESIRED in told["notes"]:
                 hint = "\nThe rows are completions with labels, which state no preferences."
             elif not s.sft and not funnel["pairs"]:
                 hint = "\nThe rows state no preferences: use loss=sft."
@@ -809,6 +811,7 @@ class Loader:
         table = ArrowRows(rows / "rows.arrow")
         told = json.loads((rows / "tally.json").read_text(encoding="utf-8"))
         undesired = table.table["undesired"].to_numpy()
+        silent = 0 if self.settings.sft else int(table.table["demonstration"].to_numpy().sum())
         if self.settings.sft and undesired.any():
             self.refuse_undesired(told)
         dropped = dict(told["dropped"])
@@ -834,6 +837,9 @@ class Loader:
         counts: Counter[str] = sum(write_arrow(folder / "records.arrow", RECORDS, batches, bar), Counter())
         wanted = (MERGED, *COUNTS) if self.settings.sft else PAIR_COUNTS + COUNTS
         funnel |= {key: counts[key] for key in wanted if counts[key] or key != UNSPELLED}
+        if 0 < silent < len(table):
+            told["notes"] |= {SILENT: silent}
+            told["first"].setdefault(SILENT, "a row of the form prompt, completion or messages")
         told |= {"funnel": funnel, "formats": sorted(told["formats"])}
         (folder / "funnel.json").write_text(json.dumps(told), encoding="utf-8")
 

@@ -47,6 +47,7 @@ ALIASES = {
 }
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 ROLES |= {"observation": "tool", "function_response": "tool", "function_call": "assistant"}
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
 # What a message says; other keys (an id, a time) make it no other.
 SAID = ("role", "content", "tool_calls", "reasoning_content", "reasoning", "thinking")
 # Columns that say where a row comes from, and nothing to a model.
@@ -129,6 +130,8 @@ def _message(given: Any, where: str) -> Message:
             message[own] = message.pop(other)
     called = message.get("role") == "function_call"
     message["role"] = ROLES.get(get(message, "role"), message["role"])
+    if message["role"] not in KNOWN_ROLES:
+        raise BadRow("wrong role", f"{message['role']!r} of {where} is not one of {', '.join(KNOWN_ROLES)}")
     if called:
         message["tool_calls"] = [{"type": "function", "function": _from_text(str(message.pop("content", "")))}]
     if "tool_calls" in message:
@@ -352,6 +355,8 @@ def generic(row: Row, columns: Mapping[str, str | None] | None = None) -> Judgem
         if name not in row:
             raise BadRow("missing field", f"'{name}' (columns.{column}); the row has {', '.join(map(repr, row))}")
     judged = _with_tools(_with_system(_form(fields), fields), fields)
+    if judged.demonstration and fields.has("label"):
+        judged.undesired = not _label(fields)
     if judged.pairs and fields.has("score_chosen") and fields.has("score_rejected"):
         scores = [fields.get_as(name, int, float) for name in ("score_chosen", "score_rejected")]
         judged.notes += score_notes(*scores)
@@ -386,10 +391,8 @@ def _form(fields: Fields) -> Judgement:
 
 
 def completed(fields: Fields) -> Judgement:
-    """A prompt and one completion, which a label may say is not wanted."""
-    judged = answers(fields.prompt(), [fields.text("completion")], pairs=[], demonstration=True)
-    judged.undesired = fields.has("label") and not _label(fields)
-    return judged
+    """A prompt and one completion."""
+    return answers(fields.prompt(), [fields.text("completion")], pairs=[], demonstration=True)
 
 
 def _label(fields: Fields) -> bool:

@@ -295,11 +295,9 @@ class BasicTrainer:
             return
         reason = next(found for found in parallel.gather(reason) if found)
         self.save(last=True)
-        go_on = (
-            ""
-            if self.config.debug or self.config.save_weights_only
-            else "; to go on: the same command, with resume=auto unless it is a sweep"
-        )
+        go_on = "; to go on: the same command, with resume=auto unless it is a sweep"
+        if self.config.debug or self.config.save_weights_only:
+            go_on = "; it cannot be resumed: there are no checkpoints, or only weights"
         log(f"stopped by {reason} after {self.examples} of {self.total_examples} examples{go_on}")
         raise stopping.Stopped
 

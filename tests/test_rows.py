@@ -271,6 +271,15 @@ CASES = {
         notes=["label is false"],
         funnel={"rows dropped: label is false: the completion is not wanted": 2},
     ),
+    "labels of messages": Case(
+        [{"messages": [u(Q), a("4")], "label": False}], error="rows.jsonl:1: label is false", settings=SFT, **CHAT
+    ),
+    "a role that is misspelt": Case(
+        [{"messages": [{"role": "usr", "content": Q}, a("4")]}], error="wrong role: 'usr'", settings=SFT, **CHAT
+    ),
+    "rows of two kinds": Case(
+        [SIMPLE, {"prompt": "x", "completion": "y"}], [SIMPLE_RECORD], notes=["rows that state no preference"]
+    ),
     "a label that is none": Case([{**KTO_ROWS[0], "label": 3}], error="'label' is 3, not true or false", settings=SFT),
     "score_chosen below": Case(
         [{**SIMPLE, "score_chosen": 1, "score_rejected": 2}], [SIMPLE_RECORD], notes=["score_chosen is below"]

@@ -201,7 +201,7 @@ def test_checkpoints_that_were_moved_are_not_taken_for_none(overrides: Overrides
         shutil.move(tmp_path / "run" / name, tmp_path / name)
         (tmp_path / "run" / name).symlink_to(tmp_path / name, target_is_directory=True)
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match="is a link to .* move them back"):
+    with pytest.raises(UserError, match=r"is a link to .* move them back"):
         train_here(overrides(*SHORT, "n_examples=16", "resume=auto"))
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 

@@ -6,7 +6,6 @@ these are compared each time the folder is opened: a damaged folder is made anew
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import itertools
 import json
@@ -26,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from utils import UserError, end_with_parent, file_hash, log, n_cores
+from utils import UserError, end_with_parent, file_hash_once, log, n_cores
 
 T = TypeVar("T")
 
@@ -239,14 +238,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _hash(path: Path) -> str:
-    found = path.stat()
-    return _hash_of(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
-@functools.lru_cache(4096)
-def _hash_of(path: Path, *stat: int) -> str:
-    """A file's hash, taken once while it has this `stat`: a process opens some folders several times."""
-    return file_hash(path, xxhash.xxh3_128)
+    return file_hash_once(path, xxhash.xxh3_128)
 
 
 @contextlib.contextmanager

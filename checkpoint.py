@@ -437,6 +437,11 @@ class _DiskFull(OSError):
     pass
 
 
+def _failure(error: OSError, message: str) -> UserError:
+    """What to raise for an error of `CheckpointWriter._together`."""
+    return NoSpace(message) if isinstance(error, _DiskFull) else UserError(message)
+
+
 def _is_disk_full(error: BaseException) -> bool:
     """safetensors and torch report a full disk with exception types of their own, in the system's words."""
     codes = (errno.ENOSPC, errno.EDQUOT)
@@ -518,8 +523,7 @@ class CheckpointWriter:
             self._together(lambda: begin(folder), parallel.is_main())
             self._together(lambda: _tensor_writer(model, optimizer, False, self._group, made_up=True)(folder))
         except OSError as error:
-            kind = NoSpace if isinstance(error, _DiskFull) else UserError
-            raise kind(f"no checkpoint can be written to {self.run_dir}: {error}") from error
+            raise _failure(error, f"no checkpoint can be written to {self.run_dir}: {error}") from error
         finally:
             if optimizer is not None and fresh:
                 optimizer.state.clear()
@@ -539,8 +543,7 @@ class CheckpointWriter:
         try:
             described: Any = self._together(state, parallel.is_main())[0]
         except OSError as error:
-            kind = NoSpace if isinstance(error, _DiskFull) else UserError
-            raise kind(f"no checkpoint can be written to {self.run_dir}: {error}") from error
+            raise _failure(error, f"no checkpoint can be written to {self.run_dir}: {error}") from error
         space = _space_problem(self.run_dir, model, optimizer)
         configs = _configs(model)  # now: from another thread the model is not looked at while it computes
 
@@ -603,8 +606,7 @@ class CheckpointWriter:
         except OSError as error:
             previous = (self.run_dir / LATEST).resolve() if (self.run_dir / LATEST).is_dir() else None
             kept = f"the last complete checkpoint is {previous}" if previous else "there is no earlier checkpoint"
-            kind = NoSpace if isinstance(error, _DiskFull) else UserError
-            raise kind(f"the checkpoint {target} could not be written: {error}; {kept}") from error
+            raise _failure(error, f"the checkpoint {target} could not be written: {error}; {kept}") from error
         finally:
             if parallel.is_main() and folder.exists() and not isinstance(sys.exception(), TakenOver):
                 self.check()

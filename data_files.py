@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from utils import UserError, file_hash, log
+from utils import UserError, file_hash_once, log
 
 Row = Mapping[str, Any]
 NumberedRows = Iterator[tuple[int, bytes | Row, int]]
@@ -343,7 +343,7 @@ def local_files(root: Path, layout: Layout, split: str, strict: bool = True) -> 
 def local_source(root: Path, layout: Layout, split: str, limit: int, strict: bool) -> Source:
     files, held_out = local_files(root, layout, split, strict)
     names = [path.relative_to(root).as_posix() if path != root else path.name for path in files]
-    identity = [[name if files != [root] else "", file_hash(path)] for name, path in zip(names, files)]
+    identity = [[name if files != [root] else "", file_hash_once(path)] for name, path in zip(names, files)]
     return Source(identity, lambda: read_files(files, limit), held_out, str(root), names)
 
 

@@ -366,3 +366,14 @@ def file_hash(path: Path, function: Any = hashlib.sha256) -> str:
     """A file's content, hashed by one of hashlib's functions, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, function).hexdigest()
+
+
+def file_hash_once(path: Path, function: Any = hashlib.sha256) -> str:
+    """As `file_hash`; computed once in this process for as long as the file's size and times stay."""
+    found = path.stat()
+    return _hash_of(path, function, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@functools.lru_cache(4096)
+def _hash_of(path: Path, function: Any, *stat: int) -> str:
+    return file_hash(path, function)

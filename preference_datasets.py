@@ -30,8 +30,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
-from arrow_cache import ArrowRows, cached, digest, parallel, write_arrow
-from data_files import (
+from dpo.data.cache import ArrowRows, cached, digest, parallel, write_arrow
+from dpo.data.files import (
     CHUNK_ROWS,
     PLAIN,
     SUFFIXES,
@@ -44,8 +44,8 @@ from data_files import (
     log_once,
     numbered_rows,
 )
-from rendering import ChatFormat, leaves
-from row_forms import (
+from dpo.data.rendering import ChatFormat, leaves
+from dpo.data.rows import (
     BadRow,
     Judgement,
     Pairs,
@@ -60,7 +60,7 @@ from row_forms import (
     split_conversations,
     to_messages,
 )
-from utils import UserError, log, progress, visible
+from dpo.utils import UserError, log, progress, visible
 
 # Raised whenever the code makes other rows or records of the same input. The caches' names hold it.
 FORMAT = 1

@@ -21,11 +21,11 @@ from hydra.core.override_parser.types import ChoiceSweep, Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from hints import meant, parsed
+from dpo.data.rows import COLUMNS
+from dpo.hints import meant, parsed
+from dpo.utils import ROOT, UserError, default_cache, get_local_dir, get_local_run_dir
 from losses import LOSSES, Loss
 from preference_datasets import REGISTRY, DataSettings
-from row_forms import COLUMNS
-from utils import ROOT, UserError, default_cache, get_local_dir, get_local_run_dir
 
 CHOICES = {
     "trainer": ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"),

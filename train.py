@@ -28,17 +28,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-import parallel
-import runs
-import stopping
-import sweeps
 import trainers
-from checkpoint import find_archive, read_state
-from data_checks import check_format, check_overlap
-from models import load_policy, load_tokenizer, local_folder, pick_device, quiet_transformers
+from dpo import parallel
+from dpo.data.checks import check_format, check_overlap
+from dpo.model.loading import load_policy, load_tokenizer, local_folder, pick_device, quiet_transformers
+from dpo.run import runs, stopping, sweeps
+from dpo.run.checkpoint import find_archive, read_state
+from dpo.utils import RunLogger, TakenOver, UserError, be_quiet, log, open_log, redact, run_main
 from preference_datasets import REGISTRY, PreferenceData, find_source, format_funnel, load_data
 from settings import Config, build_config, data_settings, literal, register_resolvers
-from utils import RunLogger, TakenOver, UserError, be_quiet, log, open_log, redact, run_main
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name, or a relative path
 

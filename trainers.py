@@ -12,21 +12,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import checkpoint
-import health
-import parallel
-import stopping
-from batching import Cut, Example, Plan, deal, eval_examples, make_batch
-from data_checks import trained_on
-from evaluation import Metrics, Scorer, Share, evaluate_loss, extend_metrics, mean_metrics, shares
-from models import check_fits, check_noise, pick_computation
-from parallel import Sharding
+from dpo import parallel
+from dpo.data.batching import Cut, Example, Plan, deal, eval_examples, make_batch
+from dpo.data.checks import trained_on
+from dpo.model.loading import check_fits, check_noise, pick_computation
+from dpo.parallel import Sharding
+from dpo.reference import LiveReference, Reference, StoredReference, build_reference, wanted_by
+from dpo.run import checkpoint, health, stopping
+from dpo.run.throughput import Cost, cost_of, throughput
+from dpo.sampling import SampleEvaluator, Sampling, divergence, prompts_of
+from dpo.scoring import Metrics, Scorer, Share, evaluate_loss, extend_metrics, mean_metrics, shares
+from dpo.utils import RunLogger, UserError, log, progress
 from preference_datasets import PreferenceData
-from reference import LiveReference, Reference, StoredReference, build_reference, wanted_by
-from sampling import SampleEvaluator, Sampling, divergence, prompts_of
 from settings import Config, command_line
-from throughput import Cost, cost_of, throughput
-from utils import RunLogger, UserError, log, progress
 
 MOST_SKIPPED = 25  # in a row: from its start at 2^16, the loss scale is then far below 1
 SECONDS_BETWEEN_TRIES = 10

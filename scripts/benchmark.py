@@ -45,7 +45,7 @@ sys.path.insert(0, str(ROOT))
 
 import psutil
 
-from utils import HelpFormatter, UserError, run_main
+from dpo.utils import HelpFormatter, UserError, run_main
 
 DPO = ["exp_name=benchmark", "loss=dpo", "loss.beta=0.1", "n_eval_examples=0"]
 PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "tokenizers", "numpy", "trl")
@@ -133,7 +133,7 @@ def write_dialogues(path: Path, n: int) -> None:
 def load_once(source: Path, cache: Path, num_proc: int) -> dict[str, float]:
     """Load as train.py would, in a fresh process: times and counts."""
     started = time.perf_counter()
-    from models import load_tokenizer
+    from dpo.model.loading import load_tokenizer
     from preference_datasets import load_data
     from settings import data_settings, load_config
 
@@ -181,9 +181,9 @@ def benchmark_data(arguments: argparse.Namespace) -> None:
 
 def load_sharded(overrides: list[str], ready: Path) -> None:
     """What each process of `start` does: join, say so, load, write to each weight."""
-    import parallel
     import trainers
-    from models import load_policy, pick_device, quiet_transformers
+    from dpo import parallel
+    from dpo.model.loading import load_policy, pick_device, quiet_transformers
     from settings import load_config
 
     config = load_config(overrides)
@@ -204,8 +204,8 @@ def load_sharded(overrides: list[str], ready: Path) -> None:
 
 
 def benchmark_start(arguments: argparse.Namespace) -> None:
-    import parallel
-    from models import load_policy, pick_device
+    from dpo import parallel
+    from dpo.model.loading import load_policy, pick_device
     from settings import load_config
 
     n = arguments.nproc

@@ -24,11 +24,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from models import quiet_transformers
+from dpo.model.loading import quiet_transformers
+from dpo.run.saved import find_saved
+from dpo.utils import HelpFormatter, UserError, make_dir, run_main
 from report import sentiment
-from saved import find_saved
 from settings import load_config
-from utils import HelpFormatter, UserError, make_dir, run_main
 
 DATA = ROOT / "data" / "sentiment"
 N_SAMPLED = 6  # a prompt; more than are kept, because some are unusable

@@ -20,8 +20,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dpo.utils import HelpFormatter, UserError, make_dir, run_main
 from losses import DPOLoss, Loss, SequenceLogps
-from utils import HelpFormatter, UserError, make_dir, run_main
 
 
 @dataclass(frozen=True)

@@ -24,16 +24,16 @@ sys.path.insert(0, str(ROOT))
 import yaml
 from matplotlib.figure import Figure
 
-from batching import eval_examples
 from benchmark import machine
 from demo import train
-from models import quiet_transformers
+from dpo.data.batching import eval_examples
+from dpo.model.loading import quiet_transformers
+from dpo.run.saved import find_saved
+from dpo.sampling import Sampling, prompts_of, sample
+from dpo.utils import HelpFormatter, UserError, log, make_dir, run_main
 from preference_datasets import load_data
 from report import draw_points, frontier, interval, load_runs, sentiment
-from sampling import Sampling, prompts_of, sample
-from saved import find_saved
 from settings import data_settings, quoted
-from utils import HelpFormatter, UserError, log, make_dir, run_main
 
 SETTINGS = ROOT / "scripts" / "frontier.yaml"
 START, BEST_OF, PREFERRED = "start", "best of N", "preferred"

@@ -11,13 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import read_state
-from evaluation import Scorer
-from health import broken_parameters, read_batch
-from models import Computation, load_policy, pick_device, quiet_transformers, refusing
-from saved import find_saved
+from dpo.model.loading import Computation, load_policy, pick_device, quiet_transformers, refusing
+from dpo.run.checkpoint import read_state
+from dpo.run.health import broken_parameters, read_batch
+from dpo.run.saved import find_saved
+from dpo.scoring import Scorer
+from dpo.utils import HelpFormatter, run_main, visible
 from settings import LossConfig, quoted
-from utils import HelpFormatter, run_main, visible
 
 
 def replay(folder: Path, overrides: list[str]) -> None:

@@ -35,9 +35,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from runs import FREE, flat
-from sampling import mean_and_error
-from utils import HelpFormatter, UserError, log, make_dir, redact, run_main, visible
+from dpo.run.runs import FREE, flat
+from dpo.sampling import mean_and_error
+from dpo.utils import HelpFormatter, UserError, log, make_dir, redact, run_main, visible
 
 EXAMPLES = "counters/examples"
 MOST_POINTS = 400  # of a curve

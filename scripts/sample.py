@@ -22,14 +22,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import weights_identity
-from models import load_tokenizer, pick_device, positions, quiet_transformers
+from dpo.data.rendering import ChatFormat
+from dpo.data.rows import BadRow, Judgement, text_or_messages, to_messages
+from dpo.model.loading import load_tokenizer, pick_device, positions, quiet_transformers
+from dpo.run.checkpoint import weights_identity
+from dpo.run.saved import Saved, find_reference, find_saved, take_overrides, warn_of_formats
+from dpo.sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample
+from dpo.utils import HelpFormatter, UserError, file_hash, log, make_dir, progress, run_main, visible
 from preference_datasets import ParseRows, own_bos
-from rendering import ChatFormat
-from row_forms import BadRow, Judgement, text_or_messages, to_messages
-from sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample
-from saved import Saved, find_reference, find_saved, take_overrides, warn_of_formats
-from utils import HelpFormatter, UserError, file_hash, log, make_dir, progress, run_main, visible
 
 ADVICE = "give another --out, or --overwrite"
 

@@ -26,10 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from batching import Batch, Cut, make_tree
-from data_files import Source, numbered_rows
+from dpo.data.batching import Batch, Cut, make_tree
+from dpo.data.files import Source, numbered_rows
+from dpo.model.loading import load_tokenizer, quiet_transformers, response_logps
+from dpo.run.saved import Saved, find_reference, find_saved, take_overrides, warn_of_formats
+from dpo.utils import HelpFormatter, UserError, log, make_dir, progress, redact, run_main, visible
 from inspect_data import DIM, RESET, in_colour, pieces
-from models import load_tokenizer, quiet_transformers, response_logps
 from preference_datasets import (
     REGISTRY,
     DataSettings,
@@ -41,9 +43,7 @@ from preference_datasets import (
     own_bos,
     short_names,
 )
-from saved import Saved, find_reference, find_saved, take_overrides, warn_of_formats
 from settings import Config, data_settings, quoted
-from utils import HelpFormatter, UserError, log, make_dir, progress, redact, run_main, visible
 
 GREENS, REDS = (22, 28, 34, 40, 46), (52, 88, 124, 160, 196)  # of a terminal's 256 colours, small to large
 

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from batching import Batch, Cut, Example, epoch_order, make_batch
-from evaluation import Scorer, Share, shares
-from models import (
+from dpo.data.batching import Batch, Cut, Example, epoch_order, make_batch
+from dpo.model.loading import (
     Computation,
     load_policy,
     load_tokenizer,
@@ -24,11 +23,12 @@ from models import (
     pick_device,
     quiet_transformers,
 )
+from dpo.reference import LiveReference, StoredReference, build_reference, wanted_by
+from dpo.run.throughput import Cost, cost_of, peak_memory, throughput
+from dpo.scoring import Scorer, Share, shares
+from dpo.utils import UserError
 from preference_datasets import PreferenceData, load_data
-from reference import LiveReference, StoredReference, build_reference, wanted_by
 from settings import Config, data_settings, load_config, quoted
-from throughput import Cost, cost_of, peak_memory, throughput
-from utils import UserError
 
 ORIGINAL, TRIMMED, OURS = "original", "padded to the longest of a micro-batch", "+ stored reference"
 

@@ -177,8 +177,8 @@ def train_here(given: list[str]) -> None:
 
 def train_in_group(cases: list[dict]) -> None:
     """Train every resolved configuration, one after the other, in one group of gloo processes. For parallel.launch."""
-    import parallel
     import train
+    from dpo import parallel
 
     torch.set_num_threads(1)
     with parallel.group(torch.device("cpu")):

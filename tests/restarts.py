@@ -10,9 +10,9 @@ import datasets  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 from conftest import ROOT, compose
 
-import runs
 import train
-from utils import run_main
+from dpo.run import runs
+from dpo.utils import run_main
 
 
 def run(given: list[str], log: Path) -> None:

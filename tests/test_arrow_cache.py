@@ -15,9 +15,9 @@ import pyarrow as pa
 import pytest
 from conftest import ROOT, make_tokenizer, write_pairs
 
-import arrow_cache
+from dpo.data import cache as arrow_cache
+from dpo.utils import UserError, progress
 from preference_datasets import DataSettings, PreferenceData, load_data
-from utils import UserError, progress
 
 
 def build(folder: Path) -> None:
@@ -102,7 +102,7 @@ def test_what_cannot_be_mended_is_refused(tmp_path: Path) -> None:
 MAKER = """
 import sys, time
 from pathlib import Path
-import arrow_cache
+from dpo.data import cache as arrow_cache
 
 def build(folder):
     (folder / "x").touch()
@@ -214,7 +214,7 @@ def test_a_full_disk_ends_the_workers(tmp_path: Path) -> None:
 
 LEFT = """
 import multiprocessing, sys
-import arrow_cache
+from dpo.data import cache as arrow_cache
 
 def work():
     global left
@@ -237,7 +237,7 @@ def test_an_open_pool_does_not_hold_up_a_child_process() -> None:
 
 ORPHANS = """
 import os, sys, time
-import arrow_cache
+from dpo.data import cache as arrow_cache
 
 end = arrow_cache.end_with_parent
 

@@ -10,13 +10,13 @@ from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching import Batch, Cut, Plan, chunks, deal, epoch_order, eval_examples, make_batch
-from evaluation import Scorer
-from layouts import PADDING, lay_out
+from dpo.data.batching import Batch, Cut, Plan, chunks, deal, epoch_order, eval_examples, make_batch
+from dpo.model.layouts import PADDING, lay_out
+from dpo.model.loading import Computation, TokenLogps, add_token_logps, disable_dropout, response_logps
+from dpo.reference import LiveReference
+from dpo.scoring import Scorer
 from losses import DPOLoss, IPOLoss, Loss, SFTLoss, reduce_tokens
-from models import Computation, TokenLogps, add_token_logps, disable_dropout, response_logps
 from preference_datasets import Record
-from reference import LiveReference
 
 
 @dataclass

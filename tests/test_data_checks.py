@@ -8,7 +8,7 @@ import pytest
 from chat_templates import tokenizer_of
 from conftest import make_model, tiny_overrides, train_here
 
-from data_checks import format_warning
+from dpo.data.checks import format_warning
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import yaml
 from conftest import read_jsonl
 
 import frontier
+from dpo.utils import UserError
 from frontier import Point, at_kl, expected_best, verdicts
-from utils import UserError
 
 
 def test_expected_best_is_the_mean_over_all_subsets() -> None:

@@ -17,17 +17,24 @@ from test_batching import Data, make_data
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import models
-from batching import Batch, Cut, Tree, epoch_order
-from evaluation import Scorer, shares
-from layouts import FLEX, PADDING, block_mask, lay_out, set_attention, visible
+from dpo.data.batching import Batch, Cut, Tree, epoch_order
+from dpo.model import loading as models
+from dpo.model.layouts import FLEX, PADDING, block_mask, lay_out, set_attention, visible
+from dpo.model.loading import (
+    Computation,
+    add_token_logps,
+    disable_dropout,
+    head_difference,
+    pick_computation,
+    response_logps,
+)
+from dpo.reference import LiveReference, build_reference, model_key, wanted_by
+from dpo.run.throughput import cost_of
+from dpo.scoring import Scorer, shares
+from dpo.utils import UserError
 from losses import DPOLoss
-from models import Computation, add_token_logps, disable_dropout, head_difference, pick_computation, response_logps
 from preference_datasets import Record
-from reference import LiveReference, build_reference, model_key, wanted_by
 from settings import load_config
-from throughput import cost_of
-from utils import UserError
 
 SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}

@@ -16,8 +16,8 @@ from conftest import make_model, make_tokenizer, train_here
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import models
-from models import (
+from dpo.model import loading as models
+from dpo.model.loading import (
     Computation,
     add_token_logps,
     check_noise,
@@ -28,8 +28,8 @@ from models import (
     local_folder,
     pick_computation,
 )
+from dpo.utils import UserError
 from settings import load_config
-from utils import UserError
 
 Overrides = Callable[..., list[str]]
 

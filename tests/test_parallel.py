@@ -33,12 +33,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-import parallel
 import trainers
-from runs import locked
+from dpo import parallel
+from dpo.run import checkpoint
+from dpo.run.runs import locked
+from dpo.utils import UserError
 from settings import load_config
-from utils import UserError
 
 LOSSES = {"sft": "loss=sft", "dpo": "loss=dpo loss.beta=0.5"}
 # Batches that divide by the ranks, and that do not; the last of "b5" has 4 examples.

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-import arrow_cache
-import data_files
 import preference_datasets as pd_module
+from dpo.data import cache as arrow_cache
+from dpo.data import files as data_files
+from dpo.utils import UserError
 from preference_datasets import REGISTRY, BadRow, DataSettings, PreferenceData, format_funnel, load_data, truncate
-from utils import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EOS = "<|eos|>"

@@ -16,15 +16,15 @@ from safetensors.numpy import load, save
 from test_batching import Data, crowded, make_data
 from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel
 
-import health
-import layouts
-import reference
 import trainers
-from batching import Batch, Cut, Tree, epoch_order
-from models import Computation, add_token_logps, disable_dropout, response_logps
+from dpo import reference
+from dpo.data.batching import Batch, Cut, Tree, epoch_order
+from dpo.model import layouts
+from dpo.model.loading import Computation, add_token_logps, disable_dropout, response_logps
+from dpo.reference import StoredReference, build_reference, entry_key, model_key, wanted_by
+from dpo.run import health
+from dpo.utils import UserError
 from preference_datasets import Record
-from reference import StoredReference, build_reference, entry_key, model_key, wanted_by
-from utils import UserError
 
 HOW = Computation(torch.float32, "tree")
 
@@ -171,7 +171,7 @@ def test_entries_that_are_not_the_models_stop_the_run(model: PreTrainedModel, tm
 WRITER = """
 import sys
 import numpy as np
-import reference
+from dpo import reference
 from pathlib import Path
 reference.SECONDS_PER_SHARD = 0
 store = reference.StoredReference(Path(sys.argv[1]))
@@ -279,7 +279,7 @@ def test_a_model_whose_numbers_depend_on_the_micro_batch_is_refused(
     monkeypatch.setattr(trainers, "check_fits", lambda *_: None)
     monkeypatch.setattr(trainers.BasicTrainer, "cut", lambda trainer, n, size=None: Cut(layout, 1, n, None))
     monkeypatch.setattr(trainers, "pick_computation", lambda *_: Computation(torch.float32, layout))
-    monkeypatch.setattr("evaluation.ROUNDING", 0)
+    monkeypatch.setattr("dpo.scoring.ROUNDING", 0)
     given = overrides(
         *DPO, long_rope(tmp_path / "phi", original), f"cache_dir={tmp_path / 'cache'}", f"layout={layout}"
     )

@@ -9,9 +9,9 @@ import pytest
 from chat_templates import STYLES, tokenizer_of
 from conftest import make_tokenizer
 
-from rendering import ChatFormat, Rendering
-from row_forms import BadRow, messages
-from utils import UserError
+from dpo.data.rendering import ChatFormat, Rendering
+from dpo.data.rows import BadRow, messages
+from dpo.utils import UserError
 
 DATE = "2024-07-26"
 TOOLS = [{"type": "function", "function": {"name": "get_price", "parameters": {"type": "object", "properties": {}}}}]
@@ -154,7 +154,7 @@ def test_templates_that_are_not_true_to_the_row(template: str, reason: str) -> N
 
 
 def test_an_endless_template_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rendering.RENDER_SECONDS", 0.5)
+    monkeypatch.setattr("dpo.data.rendering.RENDER_SECONDS", 0.5)
     tokenizer = make_tokenizer()
     loops = "".join(f"{{% for {c} in range(90000) %}}" for c in "abc") + "{% endfor %}" * 3
     tokenizer.chat_template = loops + "{{ messages[0].content }}"

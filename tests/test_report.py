@@ -14,7 +14,7 @@ import yaml
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import report
-from utils import UserError
+from dpo.utils import UserError
 
 PROMPTS = ["The film was", "I found the plot", "Its music"]
 TEXTS = [" a great joy.", " terrible and dull.", " fine, I loved it!", ""]

@@ -24,15 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-import runs
-import utils
-from checkpoint import check, checkpoints, find_archive
-from health import Watch
-from models import Computation
+from dpo import utils
+from dpo.model.loading import Computation
+from dpo.run import checkpoint, runs
+from dpo.run.checkpoint import check, checkpoints, find_archive
+from dpo.run.health import Watch
+from dpo.run.stopping import EXIT_CODE
+from dpo.utils import UserError
 from settings import quoted
-from stopping import EXIT_CODE
-from utils import UserError
 
 Overrides = Callable[..., list[str]]
 LOSSES = {"sft": ["loss=sft"], "dpo": ["loss=dpo", "loss.beta=0.2"]}
@@ -576,7 +575,7 @@ def test_a_planted_nan_stops_there_with_what_shows_it_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given, token = poisoned(tmp_path / "model", tmp_path / "poisoned", 17)
-    monkeypatch.setattr("parallel.all_finite", lambda model: True)  # the planted weight itself is not
+    monkeypatch.setattr("dpo.parallel.all_finite", lambda model: True)  # the planted weight itself is not
     monkeypatch.setattr("trainers.pick_computation", lambda model, config: Computation(torch.float32, "tree"))
     given = overrides(*given, "n_eval_examples=0", "lr=1e-3", f"on_nonfinite={policy}")
     if policy == "skip":

@@ -19,8 +19,8 @@ from conftest import make_model, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dpo.utils import UserError
 from preference_datasets import DataSettings, PreferenceData, Record, load_data, overlap, parser_identity, ranked_pairs
-from utils import UserError
 
 EOS = "<|eos|>"
 USER, BOT = "user", "assistant"
@@ -633,9 +633,9 @@ def test_only_the_assistants_tokens_count(tmp_path: Path) -> None:
     """Sums of the log-probabilities of turns of the assistant, against transformers in float64."""
     import torch
 
-    from batching import make_batch
+    from dpo.data.batching import make_batch
+    from dpo.model.loading import Computation, add_token_logps, response_logps
     from losses import reduce_tokens
-    from models import Computation, add_token_logps, response_logps
 
     tokenizer = tokenizer_of("chatml")
     (tmp_path / "data").mkdir()
@@ -875,7 +875,7 @@ def test_times_inside_messages(tmp_path: Path) -> None:
 
 
 def test_many_markers_are_read_in_no_time() -> None:
-    from row_forms import BadRow, dialogue_parts, split_dialogues
+    from dpo.data.rows import BadRow, dialogue_parts, split_dialogues
 
     start, n = time.monotonic(), 10 * 2**20 // 12
     with pytest.raises(BadRow):

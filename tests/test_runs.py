@@ -16,14 +16,12 @@ import pytest
 from conftest import ROOT, read_jsonl, train_here
 from restarts import run_without_locks, start
 
-import checkpoint
-import runs
-import stopping
-import utils
-from hints import HERE, meant
+from dpo import utils
+from dpo.hints import HERE, meant
+from dpo.run import checkpoint, runs, stopping
+from dpo.run.stopping import EXIT_CODE
+from dpo.utils import TakenOver, UserError, get_local_run_dir
 from settings import KEYS, check_keys, load_config
-from stopping import EXIT_CODE
-from utils import TakenOver, UserError, get_local_run_dir
 
 Overrides = Callable[..., list[str]]
 SHORT = ["n_examples=8", "batch_size=4", "n_eval_examples=0", "save_every=4"]

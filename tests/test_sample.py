@@ -18,10 +18,10 @@ from conftest import ROOT, make_tokenizer, read_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sample as script
-from rendering import ChatFormat
-from sampling import Sampling, sample
-from saved import find_saved
-from utils import UserError
+from dpo.data.rendering import ChatFormat
+from dpo.run.saved import find_saved
+from dpo.sampling import Sampling, sample
+from dpo.utils import UserError
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"

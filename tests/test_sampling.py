@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import sampling
-from models import Computation, add_token_logps
-from sampling import Sampling, divergence, mean_and_error, sample
+from dpo import sampling
+from dpo.model.loading import Computation, add_token_logps
+from dpo.sampling import Sampling, divergence, mean_and_error, sample
 
 EOS, VOCABULARY, LONGEST = 0, 4, 3
 TOKENIZER = SimpleNamespace(eos_token_id=EOS)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from dpo.utils import UserError
 from settings import CONFIG_DIR, build_config, load_config
-from utils import UserError
 
 MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
 LOSSES = sorted(path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml"))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import speed
+from dpo.utils import UserError
 from settings import load_config
-from utils import UserError
 
 
 @pytest.fixture

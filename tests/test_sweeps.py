@@ -14,10 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 import settings
-import stopping
-import sweeps
 import trainers
-from utils import UserError
+from dpo.run import stopping, sweeps
+from dpo.utils import UserError
 
 Overrides = Callable[..., list[str]]
 

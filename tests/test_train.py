@@ -17,14 +17,14 @@ import torch
 from conftest import COSTS, ROOT, RunTrain, make_model, make_tokenizer, read_jsonl, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
 import trainers
-from checkpoint import CheckpointWriter
-from models import add_token_logps
-from sampling import Sampling, sample
-from saved import find_reference, find_saved
-from stopping import SAME_REQUEST
-from utils import UserError, file_hash, run_main
+from dpo.model.loading import add_token_logps
+from dpo.run import checkpoint
+from dpo.run.checkpoint import CheckpointWriter
+from dpo.run.saved import find_reference, find_saved
+from dpo.run.stopping import SAME_REQUEST
+from dpo.sampling import Sampling, sample
+from dpo.utils import UserError, file_hash, run_main
 
 Overrides = Callable[..., list[str]]
 DPO = ("loss=dpo", "loss.beta=0.1")
@@ -603,7 +603,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(train_process: RunTrain, tmp
         for checked in (True, False):
             with pytest.MonkeyPatch.context() as patch:
                 if not checked:  # the space runs out while writing
-                    patch.setattr("checkpoint._space_problem", lambda *_: None)
+                    patch.setattr("dpo.run.checkpoint._space_problem", lambda *_: None)
                 with pytest.raises(UserError, match=f"last complete checkpoint is {before}"):
                     writer.save(make_model(), make_tokenizer(), lambda: state)
             assert (disk / "run" / "LATEST").resolve() == before

@@ -14,10 +14,10 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer, read_jsonl, train_here, write_pairs
 
-from checkpoint import load_random_state, read_state
-from saved import find_reference, find_saved
+from dpo.run.checkpoint import load_random_state, read_state
+from dpo.run.saved import find_reference, find_saved
+from dpo.utils import UserError, log, open_log, progress, run_main
 from settings import load_config, quoted
-from utils import UserError, log, open_log, progress, run_main
 
 Overrides = Callable[..., list[str]]
 

@@ -9,7 +9,7 @@ from types import FrameType
 
 import psutil
 
-from utils import notice
+from dpo.utils import notice
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run again to go on
 WARNING = signal.SIGUSR1  # what schedulers can be asked to send some time before the end

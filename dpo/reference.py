@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from transformers import PreTrainedModel
 
-import parallel
-from batching import Batch, Cut, Example, Tree, make_tree
-from models import Computation, TokenLogps, response_logps
+from dpo import parallel
+from dpo.data.batching import Batch, Cut, Example, Tree, make_tree
+from dpo.model.loading import Computation, TokenLogps, response_logps
+from dpo.utils import UserError, log, make_dir, progress
 from preference_datasets import PreferenceData
-from utils import UserError, log, make_dir, progress
 
 SECONDS_PER_SHARD = 60.0
 # Parts of a model's configuration that say nothing about what it computes.

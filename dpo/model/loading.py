@@ -33,14 +33,14 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-import parallel
-from arrow_cache import cached
-from batching import Batch, Tree
-from checkpoint import Archive, find_archive, resolve_archive
-from layouts import Rows, lay_out, model_inputs, set_attention
-from parallel import Sharding
+from dpo import parallel
+from dpo.data.batching import Batch, Tree
+from dpo.data.cache import cached
+from dpo.model.layouts import Rows, lay_out, model_inputs, set_attention
+from dpo.parallel import Sharding
+from dpo.run.checkpoint import Archive, find_archive, resolve_archive
+from dpo.utils import UserError, file_hash, is_passing, log, visible
 from settings import Config
-from utils import UserError, file_hash, is_passing, log, visible
 
 # Buffers in a policy.pt of older versions of transformers, which today's models compute: causal masks and frequencies.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")

@@ -35,8 +35,8 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import ColwiseParallel, TensorParallelLayer, apply_tensor_parallelism
 
-import stopping
-from utils import UserError, end_with_parent, n_cores
+from dpo.run import stopping
+from dpo.utils import UserError, end_with_parent, n_cores
 
 T = TypeVar("T")
 # A dead process closes its connections, which the others see at once; this bounds the wait for one on a machine that is

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-import parallel
-from batching import Batch, Cut, Example, Tree, chunks
-from layouts import set_attention
-from models import LOGITS_AT_ONCE, Computation, autocast, input_device, next_token_logps
+from dpo import parallel
+from dpo.data.batching import Batch, Cut, Example, Tree, chunks
+from dpo.model.layouts import set_attention
+from dpo.model.loading import LOGITS_AT_ONCE, Computation, autocast, input_device, next_token_logps
+from dpo.utils import progress
 from preference_datasets import PreferenceData, own_bos
-from utils import progress
 
 ESTIMATORS = ("plain", "rao_blackwell")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint import STATE_FILE, read_state
+from dpo.run.checkpoint import STATE_FILE, read_state
+from dpo.utils import UserError, log
 from preference_datasets import PreferenceData, overlap
-from utils import UserError, log
 
 TRAINED_ON = "trained_on/prompts.npy"
 """File of a checkpoint with hashes of the prompts that its weights have seen."""

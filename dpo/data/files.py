@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from utils import UserError, file_hash_once, log
+from dpo.utils import UserError, file_hash_once, log
 
 Row = Mapping[str, Any]
 NumberedRows = Iterator[tuple[int, bytes | Row, int]]

@@ -23,13 +23,13 @@ from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-import parallel
-import stopping
-from checkpoint import checkpoints, read_state
-from hints import meant
-from runs import LOG, locked
+from dpo import parallel
+from dpo.hints import meant
+from dpo.run import stopping
+from dpo.run.checkpoint import checkpoints, read_state
+from dpo.run.runs import LOG, locked
+from dpo.utils import ROOT, UserError, log, open_log
 from settings import KEYS, check_command, name_problem
-from utils import ROOT, UserError, log, open_log
 
 PLUGINS = {"launcher": ("basic", "joblib", "submitit_local", "submitit_slurm"), "sweeper": ("basic", "optuna")}
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-import parallel
-from batching import Batch, Example, Tree, make_batch, n_tokens
-from checkpoint import BATCH_FILE
-from models import TokenLogps
+from dpo import parallel
+from dpo.data.batching import Batch, Example, Tree, make_batch, n_tokens
+from dpo.model.loading import TokenLogps
+from dpo.reference import Reference
+from dpo.run.checkpoint import BATCH_FILE
+from dpo.utils import UserError, log
 from preference_datasets import PreferenceData
-from reference import Reference
-from utils import UserError, log
 
 RECENT = 64  # updates
 MOST_NAMED = 4

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 """The project's folder, in which runs and caches lie by default, whatever folder a command is given in."""
 LESS_MEMORY = (
     "Any of these needs less: a larger gradient_accumulation_steps, a smaller eval_batch_size or max_length, "

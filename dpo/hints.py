@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from utils import UserError
+from dpo.utils import UserError
 
 # Names of the same thing in transformers, TRL and their like, with what is written here.
 ELSEWHERE = {

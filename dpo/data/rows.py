@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_files import Row, TextRow
+from dpo.data.files import Row, TextRow
 
 Message = dict[str, Any]
 """At least `role` and `content` (text); the rest goes to the chat template as it is."""

@@ -8,9 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoint import START, STATE_FILE, find_archive, read_state, weights_identity
-from data_checks import format_warning
-from models import (
+from dpo.data.checks import format_warning
+from dpo.model.loading import (
     Computation,
     check_fits,
     load_policy,
@@ -20,9 +19,10 @@ from models import (
     pick_device,
     refusing,
 )
-from runs import flat
+from dpo.run.checkpoint import START, STATE_FILE, find_archive, read_state, weights_identity
+from dpo.run.runs import flat
+from dpo.utils import UserError, log
 from settings import Config, check_keys, load_config, quoted
-from utils import UserError, log
 
 # What a checkpoint knows of its run that also matters for using its policy.
 KEPT = ["datasets", "dataset_sources", "holdout_fraction", "drop_bad_rows", "chat_format", "chat_date", "columns"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-import parallel
-from batching import Batch, n_tokens, packed_width
+from dpo import parallel
+from dpo.data.batching import Batch, n_tokens, packed_width
 
 # Dense peak of matrix products in bfloat16, FLOP/s, from the makers' data sheets.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "RTX 4090": 165e12}

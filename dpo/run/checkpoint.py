@@ -33,9 +33,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-import parallel
-import stopping
-from utils import TakenOver, UserError, file_hash, log, redact, visible
+from dpo import parallel
+from dpo.run import stopping
+from dpo.utils import TakenOver, UserError, file_hash, log, redact, visible
 
 T = TypeVar("T")
 WeightFile = tuple[str, dict[str, Tensor] | str]

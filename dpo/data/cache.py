@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from utils import UserError, end_with_parent, file_hash_once, log, n_cores
+from dpo.utils import UserError, end_with_parent, file_hash_once, log, n_cores
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ from datetime import datetime
 from types import FrameType
 from typing import Any
 
-from row_forms import ASSISTANT, BadRow, Message, dialogue_parts
-from utils import UserError
+from dpo.data.rows import ASSISTANT, BadRow, Message, dialogue_parts
+from dpo.utils import UserError
 
 RENDER_SECONDS = 10.0  # for one row
 RENDER_FACTOR = 64  # characters of a rendering for each of its messages'

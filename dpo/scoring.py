@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import parallel
-from batching import Batch, Cut, Example, deal, make_batch
+from dpo import parallel
+from dpo.data.batching import Batch, Cut, Example, deal, make_batch
+from dpo.model.loading import Computation, TokenLogps, response_logps
+from dpo.reference import Reference
+from dpo.utils import progress
 from losses import Loss, SequenceLogps, implicit_rewards, reduce_tokens
-from models import Computation, TokenLogps, response_logps
 from preference_datasets import PreferenceData
-from reference import Reference
-from utils import progress
 
 # What a float32 log-probability may be off by for another order of summation (other micro-batches, layouts, numbers of
 # processes, compiled kernels): relative, and in nats. SmolLM2-135M's differ by up to 1.3e-6 nats a token (60 pairs).

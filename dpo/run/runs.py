@@ -19,10 +19,8 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-import checkpoint
-from preference_datasets import PreferenceData
-from settings import Config
-from utils import (
+from dpo.run import checkpoint
+from dpo.utils import (
     HISTORY,
     TakenOver,
     UserError,
@@ -34,6 +32,8 @@ from utils import (
     open_log,
     redact,
 )
+from preference_datasets import PreferenceData
+from settings import Config
 
 HEARTBEAT = 15.0
 STALE = 90.0  # seconds without a heartbeat after which a run on another machine counts as dead

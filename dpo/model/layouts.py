@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from batching import Batch, n_tokens, packed_width
+from dpo.data.batching import Batch, n_tokens, packed_width
 
 PADDING = -1
 FLEX = "trees_by_flex_attention"

@@ -1,136 +1,119 @@
-"""Losses as pure functions of sequence log-probabilities. Facts about a loss are attributes of its class."""
+"""Every loss: one class per loss, a pure function of log-probabilities (see dpo/loss.py for what it may ask for).
 
-from collections.abc import Callable
+To add one: a class here and config/loss/<name>.yaml. Its fields are its YAML keys; their types and bounds stand here.
+"""
+
+import importlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
-import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
+from dpo.loss import Examples, Loss, Responses
+from dpo.utils import UserError
 
-@dataclass(frozen=True)
-class SequenceLogps:
-    """log p(response | prompt) of the responses of `n` examples; each tensor is float32 of shape [n], in nats.
-
-    Sums over response tokens, or averages where the loss has `average_log_prob`. The rejected and the reference sides
-    are None where the loss needs neither.
-    """
-
-    policy_chosen: Tensor
-    policy_rejected: Tensor | None = None
-    reference_chosen: Tensor | None = None
-    reference_rejected: Tensor | None = None
+Beta = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)
-class SFTLoss:
+class SFT(Loss, name="sft"):
     """Negative log-likelihood of the target response, -log pi(y | x), summed over its tokens."""
 
-    needs_pairs: ClassVar[bool] = False
-    needs_reference: ClassVar[bool] = False
-    average_log_prob: ClassVar[bool] = False
-    beta: ClassVar[float] = 0.0
+    needs_rejected = False
+    needs_reference = False
 
-    def __call__(self, logps: SequenceLogps) -> Tensor:
-        """Returns the loss of each example, shape [n]."""
-        return -logps.policy_chosen
+    def __call__(self, examples: Examples) -> Tensor:
+        return -examples.chosen.sum
 
 
 @dataclass(frozen=True)
-class DPOLoss:
+class DPO(Loss, name="dpo"):
     """Direct Preference Optimization, Rafailov et al. 2023 (arXiv:2305.18290), equation 7.
 
-    -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), h = log pi(y_w)/ref(y_w) - log pi(y_l)/ref(y_l), where
-    e = `label_smoothing` is the assumed share of flipped labels: conservative DPO, Mitchell 2023, "A note on DPO with
-    noisy preferences", equation 3. `robust` takes flips at rate e out of the loss l instead: ((1 - e) l(h) - e l(-h)) /
-    (1 - 2e) has the expectation that l has without flips (Chowdhury et al. 2024, arXiv:2403.00409). `reference_free`
-    takes a uniform reference: its ratio drops out of h. Implicit rewards are still reported against the frozen one.
+    -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), with h = log pi(y_w)/ref(y_w) - log pi(y_l)/ref(y_l).
+    e = `label_smoothing` is the assumed rate of flipped labels: conservative DPO, Mitchell 2023, "A note on DPO with
+    noisy preferences", equation 3. `robust` removes flips at rate e from the loss l: ((1 - e) l(h) - e l(-h)) / (1-2e)
+    has the expectation that l has without flips (Chowdhury et al. 2024, arXiv:2403.00409). `reference_free` assumes a
+    uniform reference: its ratio drops out of h. Rewards are still measured against the frozen reference.
     """
 
-    beta: float
-    label_smoothing: float = 0.0
+    beta: Beta
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     reference_free: bool = False
     robust: bool = False
-    needs_pairs: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = True
-    average_log_prob: ClassVar[bool] = False
 
-    def __call__(self, logps: SequenceLogps) -> Tensor:
-        """Returns the loss of each pair, shape [n]."""
-        h, e = self.beta * _logratio_difference(logps, self.reference_free), self.label_smoothing
+    def __post_init__(self) -> None:
+        if self.robust and not self.label_smoothing:
+            raise ValueError("loss.robust=true needs loss.label_smoothing: the rate at which labels are flipped")
+
+    def __call__(self, examples: Examples) -> Tensor:
+        if self.reference_free:
+            difference = examples.chosen.sum - examples.losers.sum
+        else:
+            difference = examples.logratio_difference()
+        h, e = self.beta * difference, self.label_smoothing
         if self.robust:
             return (-F.logsigmoid(h) * (1 - e) + F.logsigmoid(-h) * e) / (1 - 2 * e)
         return -F.logsigmoid(h) * (1 - e) - F.logsigmoid(-h) * e
 
+    def rewards(self, responses: Responses) -> Tensor:
+        """beta log pi(y)/ref(y), section 4 of the paper, below equation 7."""
+        return self.beta * responses.log_ratio
+
 
 @dataclass(frozen=True)
-class IPOLoss:
+class IPO(Loss, name="ipo"):
     """Identity Preference Optimization, Azar et al. 2023 (arXiv:2310.12036), equation 17: (h - 1 / (2 beta))^2.
 
     beta is the paper's tau. `average_log_prob` takes log-probabilities per token instead of per response, as the
-    authors later recommended; the sum is what the original DPO code computes.
+    authors later recommended. The sum is what the original DPO code computes.
     """
 
-    beta: float
+    beta: Beta
     average_log_prob: bool = False
-    needs_pairs: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = True
 
-    def __call__(self, logps: SequenceLogps) -> Tensor:
-        """Returns the loss of each pair, shape [n]."""
-        return (_logratio_difference(logps) - 1 / (2 * self.beta)) ** 2
+    def __call__(self, examples: Examples) -> Tensor:
+        return (examples.logratio_difference(mean=self.average_log_prob) - 1 / (2 * self.beta)) ** 2
+
+    def rewards(self, responses: Responses) -> Tensor:
+        return self.beta * (responses.mean_log_ratio if self.average_log_prob else responses.log_ratio)
 
 
 @dataclass(frozen=True)
-class UnlikelihoodLoss:
-    """-log pi(y_w) + alpha log pi(y_l): the baseline of Rafailov et al. 2023, section 6, with its coefficient alpha.
+class Unlikelihood(Loss, name="unlikelihood"):
+    """-log pi(y_w) + alpha log pi(y_l): a baseline of Rafailov et al. 2023, section 6. It has no lower bound."""
 
-    It has no lower bound, and does not look at the reference. Rewards are reported against it all the same, as plain
-    log-ratios (beta 1).
-    """
+    alpha: Annotated[float, Field(ge=0, le=1)]
+    needs_reference = False
 
-    alpha: float
-    needs_pairs: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = True
-    average_log_prob: ClassVar[bool] = False
-    beta: ClassVar[float] = 1.0
-
-    def __call__(self, logps: SequenceLogps) -> Tensor:
-        """Returns the loss of each pair, shape [n]."""
-        assert logps.policy_rejected is not None
-        return -logps.policy_chosen + self.alpha * logps.policy_rejected
+    def __call__(self, examples: Examples) -> Tensor:
+        return -examples.chosen.sum + self.alpha * examples.losers.sum
 
 
-Loss = SFTLoss | DPOLoss | IPOLoss | UnlikelihoodLoss
-LOSSES: dict[str, Callable[..., Loss]] = {
-    "sft": SFTLoss,
-    "dpo": DPOLoss,
-    "ipo": IPOLoss,
-    "unlikelihood": UnlikelihoodLoss,
-}
+def names() -> list[str]:
+    """Return the names of this file's losses."""
+    return [kind.name for kind in _classes(Loss)]
 
 
-def _logratio_difference(logps: SequenceLogps, reference_free: bool = False) -> Tensor:
-    """log pi(y_w)/pi(y_l) - log ref(y_w)/ref(y_l), shape [n]."""
-    assert logps.policy_rejected is not None
-    difference = logps.policy_chosen - logps.policy_rejected
-    if reference_free:
-        return difference
-    assert logps.reference_chosen is not None and logps.reference_rejected is not None
-    return difference - (logps.reference_chosen - logps.reference_rejected)
+def _classes(base: type[Loss]) -> list[type[Loss]]:
+    found = [kind for child in base.__subclasses__() for kind in (child, *_classes(child))]
+    return [kind for kind in found if kind.__module__ == __name__]
 
 
-def implicit_rewards(logps: SequenceLogps, beta: float) -> tuple[Tensor, Tensor]:
-    """beta log pi(y)/ref(y) of chosen and rejected (the paper's section 4, below equation 7), two of shape [n]."""
-    assert logps.policy_rejected is not None
-    assert logps.reference_chosen is not None and logps.reference_rejected is not None
-    chosen = beta * (logps.policy_chosen - logps.reference_chosen)
-    rejected = beta * (logps.policy_rejected - logps.reference_rejected)
-    return chosen.detach(), rejected.detach()
-
-
-def reduce_tokens(token_logps: Tensor, mask: Tensor, average: bool) -> Tensor:
-    """Sum (or mean) of per-token log-probabilities [r, t] where `mask` [r, t] is true. Returns shape [r]."""
-    total = torch.where(mask, token_logps, 0.0).sum(-1)
-    return total / mask.sum(-1).clamp(min=1) if average else total
+def find(name: str) -> type[Loss]:
+    """Return the loss class called `name`: one of this file, or module.Class. Raise UserError if there is none."""
+    for kind in _classes(Loss):
+        if kind.name == name:
+            return kind
+    module, dot, attribute = name.rpartition(".")
+    if dot:
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"loss.name={name} cannot be imported: {error}") from error
+        if isinstance(found, type) and issubclass(found, Loss):
+            return found
+        raise UserError(f"loss.name={name} is no subclass of dpo.loss.Loss")
+    raise UserError(f"loss.name={name} is not known; choose from: {', '.join(names())}; or give module.Class")

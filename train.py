@@ -34,9 +34,10 @@ from dpo.data.checks import check_format, check_overlap
 from dpo.model.loading import load_policy, load_tokenizer, local_folder, pick_device, quiet_transformers
 from dpo.run import runs, stopping, sweeps
 from dpo.run.checkpoint import find_archive, read_state
+from dpo.run.config import Config
 from dpo.utils import RunLogger, TakenOver, UserError, be_quiet, log, open_log, redact, run_main
 from preference_datasets import REGISTRY, PreferenceData, find_source, format_funnel, load_data
-from settings import Config, build_config, data_settings, literal, register_resolvers
+from settings import build_config, data_settings, literal, register_resolvers
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name, or a relative path
 
@@ -108,7 +109,7 @@ def open_wandb(config: Config, run_dir: Path) -> Any:
         project=config.wandb.project,
         name=config.exp_name if run_dir.name.startswith(name) else f"{config.exp_name} {run_dir.name}",
         dir=str(run_dir),
-        config=json.loads(redact(json.dumps(dataclasses.asdict(config)))),
+        config=json.loads(redact(json.dumps(config.to_dict()))),
         id=known,
         resume="allow" if known else None,
         settings=wandb.Settings(console="off", silent=True, init_timeout=30),

@@ -19,12 +19,13 @@ from dpo.model.loading import check_fits, check_noise, pick_computation
 from dpo.parallel import Sharding
 from dpo.reference import LiveReference, Reference, StoredReference, build_reference, wanted_by
 from dpo.run import checkpoint, health, stopping
+from dpo.run.config import Config
 from dpo.run.throughput import Cost, cost_of, throughput
 from dpo.sampling import SampleEvaluator, Sampling, divergence, prompts_of
 from dpo.scoring import Metrics, Scorer, Share, evaluate_loss, extend_metrics, mean_metrics, shares
 from dpo.utils import RunLogger, UserError, log, progress
 from preference_datasets import PreferenceData
-from settings import Config, command_line
+from settings import command_line
 
 MOST_SKIPPED = 25  # in a row: from its start at 2^16, the loss scale is then far below 1
 SECONDS_BETWEEN_TRIES = 10
@@ -119,7 +120,7 @@ class BasicTrainer:
         if not parallel.all_finite(self.policy):
             raise UserError(f"{config.model.start}: {health.broken_parameters(self.policy)}; it cannot be trained")
         health.warn_of_lost_steps(self.policy, config.lr, config.optimizer)
-        self.scorer = Scorer(config.loss.build(), pick_computation(self.policy, config), None)
+        self.scorer = Scorer(config.loss, pick_computation(self.policy, config), None)
         check_noise(self.policy, self.scorer.how)
         self.sampler = self._sampler()
         self.reference_seconds = 0.0
@@ -372,8 +373,9 @@ class BasicTrainer:
         self.policy.train()
         total: Metrics = {}
         mine: list[Example] = []
-        cost, scorer = Cost(), dataclasses.replace(self.scorer, untrained=not self.updates)
-        for share in shares(self.train_data, examples, self.cut(len(examples))):
+        cost, parts = Cost(), shares(self.train_data, examples, self.cut(len(examples)))
+        scorer = dataclasses.replace(self.scorer, untrained=not self.updates).with_statistics(self.policy, parts)
+        for share in parts:
             cost += cost_of(share.batch, self.scorer.how.layout) if share.counts else Cost()
             losses, metrics = scorer(self.policy, share.batch, "train")
             self.scaler.scale(losses.sum() * share.counts / len(examples)).backward()
@@ -438,7 +440,7 @@ class BasicTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         folder = self.logger.run_dir / f"nonfinite-{self.examples}"
         try:
-            loss = dataclasses.asdict(self.config.loss)
+            loss = self.config.to_dict()["loss"]
             batch = health.batch_text(self.train_data, examples, self.scorer.reference, loss)
             self.writer.save(self.policy, self.tokenizer, self._state, self.optimizer, name=folder.name, batch=batch)
             self.writer.wait()
@@ -536,7 +538,7 @@ class BasicTrainer:
             "eval_examples": len(self.eval_examples),
             "command": command_line(),
             "scaler": self.scaler.state_dict(),
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.to_dict(),
             "history": self.logger.history(),
             "wandb_id": self.logger.wandb_id,
             "formats": self.train_data.formats,

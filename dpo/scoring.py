@@ -1,7 +1,7 @@
-"""What a policy is measured by: the loss and metrics of a batch, and their means over data and processes."""
+"""Loss and metrics of a batch, and their means over data and processes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -9,74 +9,157 @@ from transformers import PreTrainedModel
 
 from dpo import parallel
 from dpo.data.batching import Batch, Cut, Example, deal, make_batch
+from dpo.loss import Examples, Loss, Responses, sum_tokens
 from dpo.model.loading import Computation, TokenLogps, response_logps
 from dpo.reference import Reference
 from dpo.utils import progress
-from losses import Loss, SequenceLogps, implicit_rewards, reduce_tokens
 from preference_datasets import PreferenceData
 
-# What a float32 log-probability may be off by for another order of summation (other micro-batches, layouts, numbers of
-# processes, compiled kernels): relative, and in nats. SmolLM2-135M's differ by up to 1.3e-6 nats a token (60 pairs).
+# By how much a float32 log-probability may change with the order of summation (micro-batches, layouts, number of
+# processes, compiled kernels): relative, and in nats. SmolLM2-135M's change by up to 1.3e-6 nats a token (60 pairs).
 ROUNDING, TOKEN_ROUNDING = 1e-6, 2e-6
 Metrics = dict[str, list[float]]
 """Metric name -> one value for each example."""
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """Computes the loss of a batch under a policy, and the metrics that go with it.
+class Scored:
+    """A batch after the loss. What a metric may use; every tensor has shape [n]."""
 
-    `untrained`: the policy still is the reference, so they differ by rounding only, and no pair is told apart.
+    loss: Tensor
+    chosen: Responses
+    rejected: Responses
+    chosen_reward: Tensor
+    rejected_reward: Tensor
+    rounding: Tensor  # of the reward margin: a smaller margin counts as a tie
+
+    @property
+    def margin(self) -> Tensor:
+        """Reward of the chosen response minus that of the rejected one."""
+        return self.chosen_reward - self.rejected_reward
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number per example. `needs`: what the loss must have for it: rejected, reference, rewards."""
+
+    value: Callable[[Scored], Tensor]
+    needs: frozenset[str] = frozenset()
+
+
+def _metric(value: Callable[[Scored], Tensor], *needs: str) -> Metric:
+    return Metric(value, frozenset(needs))
+
+
+# Name -> metric; {} is "train" or "eval". Names are those of the original code. Log-probabilities are sums in nats.
+METRICS = {
+    "logps_{}/chosen": _metric(lambda s: s.chosen.sum),
+    "loss/{}": _metric(lambda s: s.loss),
+    "rewards_{}/chosen": _metric(lambda s: s.chosen_reward, "rewards"),
+    "rewards_{}/rejected": _metric(lambda s: s.rejected_reward, "rewards", "rejected"),
+    "rewards_{}/accuracies": _metric(lambda s: (s.margin > s.rounding).float(), "rewards", "rejected"),
+    "rewards_{}/margins": _metric(lambda s: s.margin, "rewards", "rejected"),
+    "logps_{}/rejected": _metric(lambda s: s.rejected.sum, "rejected"),
+    "logratios_per_token_{}/chosen": _metric(lambda s: s.chosen.mean_log_ratio, "reference"),
+    "logratios_per_token_{}/rejected": _metric(lambda s: s.rejected.mean_log_ratio, "reference", "rejected"),
+}
+
+
+def measured(loss: Loss, split: str) -> dict[str, Metric]:
+    """Return the metrics that a batch of `loss` has, under their names in `split` ("train" or "eval")."""
+    facts = {"rejected": loss.needs_rejected, "reference": loss.needs_reference, "rewards": loss.gives_rewards}
+    return {name.format(split): m for name, m in METRICS.items() if all(facts[need] for need in m.needs)}
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Computes the loss and the metrics of a batch under a policy.
+
+    `untrained`: the policy still equals the reference, so they differ by rounding only, and no pair is told apart.
+    `statistics`: see Examples.
     """
 
     loss: Loss
     how: Computation
     reference: Reference | None
     untrained: bool = False
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, policy: PreTrainedModel, batch: Batch, split: str) -> tuple[Tensor, Metrics]:
-        """Returns the loss of each example, shape [n], with gradients, and the metrics of each example.
-
-        Metric names end in `split` ("train" or "eval") as in the original code. `logps_*` are sums over tokens, in
-        nats, whatever the loss averages; rewards are beta times the log-ratio that the loss uses.
-        """
+        """Return the loss of each example, shape [n], with gradients, and the metrics of each example."""
         tokens = response_logps(policy, batch, self.how)
+        examples = self.examples(batch, tokens)
+        losses = self.loss(examples)
+        scored = self._scored(batch, tokens, examples, losses)
+        values = {name: metric.value(scored) for name, metric in measured(self.loss, split).items()}
+        return losses, {name: value.detach().cpu().tolist() for name, value in values.items()}
+
+    def examples(self, batch: Batch, tokens: TokenLogps) -> Examples:
+        """Return what the loss sees of a batch whose response tokens have these log-probabilities."""
         device = tokens.logps.device
         reference = self.reference.response_logps(batch).to(device) if self.reference is not None else None
-        sums = self._sequences(batch, tokens, reference, average=False)
-        means = self._sequences(batch, tokens, reference, average=True)
-        logps = means if self.loss.average_log_prob else sums
-        losses = self.loss(logps)
-        metrics = {f"logps_{split}/chosen": sums.policy_chosen, f"loss/{split}": losses}
-        if logps.policy_rejected is not None and sums.policy_rejected is not None:
-            chosen, rejected = implicit_rewards(logps, self.loss.beta)
-            chosen_change, rejected_change = implicit_rewards(means, 1.0)
+        sums, lengths = sum_tokens(tokens.logps, tokens.mask), tokens.mask.sum(-1).clamp(min=1)
+        reference_sums = sum_tokens(reference.logps, reference.mask) if reference is not None else None
+
+        def side(index: list[int]) -> Responses:
+            responses = Responses(
+                sums[index], lengths[index], reference_sums[index] if reference_sums is not None else None
+            )
+            if not self.loss.needs_tokens:
+                return responses
+            theirs = reference.logps[index] if reference is not None else None
+            return replace(responses, tokens=tokens.logps[index], reference_tokens=theirs, mask=tokens.mask[index])
+
+        rejected = side(batch.rejected) if batch.rejected is not None else None
+        columns: dict[str, Tensor] = {}
+        return Examples(side(batch.chosen), rejected, columns, self.statistics)
+
+    def _scored(self, batch: Batch, tokens: TokenLogps, examples: Examples, losses: Tensor) -> Scored:
+        """Return what metrics are computed from. Without rejected responses or rewards, these hold stand-ins that no
+        metric of such a loss reads."""
+        chosen, rejected = examples.chosen, examples.rejected or examples.chosen
+        rewards = [self.loss.rewards(side) for side in (chosen, rejected)]
+        ours, theirs = [losses if reward is None else reward.detach() for reward in rewards]
+        rounding = torch.zeros_like(ours)
+        if rewards[0] is not None and batch.rejected is not None:
             slack = ROUNDING * tokens.logps.detach().abs() + (self.how.tolerance if self.untrained else TOKEN_ROUNDING)
-            slack = reduce_tokens(slack, tokens.mask, self.loss.average_log_prob)
-            rounding = self.loss.beta * (slack[batch.chosen] + slack[batch.rejected])  # of the margin: a tie up to this
-            metrics |= {
-                f"rewards_{split}/chosen": chosen,
-                f"rewards_{split}/rejected": rejected,
-                f"rewards_{split}/accuracies": (chosen - rejected > rounding).float(),
-                f"rewards_{split}/margins": chosen - rejected,
-                f"logps_{split}/rejected": sums.policy_rejected,
-                f"logratios_per_token_{split}/chosen": chosen_change,
-                f"logratios_per_token_{split}/rejected": rejected_change,
-            }
-        return losses, {name: value.detach().cpu().tolist() for name, value in metrics.items()}
+            slack = sum_tokens(slack, tokens.mask)
+            rounding = self._sensitivity(chosen, slack[batch.chosen]) + self._sensitivity(
+                rejected, slack[batch.rejected]
+            )
+        return Scored(losses, chosen, rejected, ours, theirs, rounding)
 
-    @staticmethod
-    def _sequences(batch: Batch, policy: TokenLogps, reference: TokenLogps | None, average: bool) -> SequenceLogps:
-        def sides(tokens: TokenLogps) -> tuple[Tensor, Tensor | None]:
-            responses = reduce_tokens(tokens.logps, tokens.mask, average)
-            return responses[batch.chosen], responses[batch.rejected] if batch.rejected is not None else None
+    @torch.no_grad()
+    def _sensitivity(self, responses: Responses, slack: Tensor) -> Tensor:
+        """Return by how much rewards change if log-probabilities change by `slack` nats."""
+        low, high = (self.loss.rewards(responses.raised_by(change)) for change in (torch.zeros_like(slack), slack))
+        assert low is not None and high is not None
+        return (high - low).abs().float()
 
-        return SequenceLogps(*sides(policy), *(sides(reference) if reference is not None else (None, None)))
+    @torch.no_grad()
+    def with_statistics(self, policy: PreTrainedModel, parts: Sequence["Share"]) -> "Scorer":
+        """Return this scorer with `Loss.observe` of all examples of a global batch, whose micro-batches here are
+        `parts`. A collective if the loss needs statistics; else the scorer stays as it is."""
+        if not self.loss.needs_statistics:
+            return self
+        mine: dict[str, list[float]] = {}
+        for part in parts:
+            seen = self.loss.observe(self.examples(part.batch, response_logps(policy, part.batch, self.how)))
+            parallel.reshard(policy)  # no backward pass follows
+            extend_metrics(mine, {name: value.tolist() for name, value in seen.items()}, part.counts)
+        every = parallel.gather_over_data([mine])
+        device = policy.device
+        return replace(
+            self,
+            statistics={
+                name: torch.tensor([v for [values] in every for v in values[name]], device=device) for name in mine
+            },
+        )
 
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of a forward pass. Its examples do not count where it only keeps others company."""
+    """One rank's micro-batch. Dummy batches (`counts` false) run only because collectives need every rank."""
 
     batch: Batch
     counts: bool
@@ -109,7 +192,9 @@ def evaluate_loss(
     """Each metric of `Scorer` on this process's share of exactly `examples`, and that share."""
     total: Metrics = {}
     mine: list[Example] = []
-    for share in progress(shares(data, examples, cut), desc="evaluating", leave=False):
+    parts = shares(data, examples, cut)
+    scorer = scorer.with_statistics(policy, parts)
+    for share in progress(parts, desc="evaluating", leave=False):
         _, metrics = scorer(policy, share.batch, "eval")
         extend_metrics(total, metrics, share.counts)
         mine += share.examples

@@ -20,8 +20,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dpo.loss import Examples, Loss, Responses
 from dpo.utils import HelpFormatter, UserError, make_dir, run_main
-from losses import DPOLoss, Loss, SequenceLogps
+from losses import DPO
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ def train(world: World, loss: Loss, preferred: Tensor) -> Tensor:
     def closure() -> Tensor:
         optimizer.zero_grad()
         models = logits.log_softmax(-1), world.reference
-        logps = SequenceLogps(*(model[:, side].flatten() for model in models for side in (better, worse)))
-        total = 2 * (preferred[:, better, worse].flatten() * loss(logps)).mean()  # a pair stands there both ways
+        one = torch.ones_like(preferred[:, better, worse].flatten())
+        sides = [Responses(models[0][:, side].flatten(), one, models[1][:, side].flatten()) for side in (better, worse)]
+        pairs = Examples(sides[0], sides[1])
+        total = 2 * (preferred[:, better, worse].flatten() * loss(pairs)).mean()  # a pair stands there both ways
         total.backward()
         return total
 
@@ -97,11 +100,11 @@ def compare(world: World, betas: Sequence[float], noise: float) -> list[dict[str
     for beta in betas:
         policies = {
             "optimum": optimum(world, beta),
-            "DPO": train(world, DPOLoss(beta), clean),
-            "DPO, flipped labels": train(world, DPOLoss(beta), noisy),
-            "conservative DPO": train(world, DPOLoss(beta, noise), clean),
-            "conservative DPO, flipped labels": train(world, DPOLoss(beta, noise), noisy),
-            "robust DPO, flipped labels": train(world, DPOLoss(beta, noise, robust=True), noisy),
+            "DPO": train(world, DPO(beta), clean),
+            "DPO, flipped labels": train(world, DPO(beta), noisy),
+            "conservative DPO": train(world, DPO(beta, noise), clean),
+            "conservative DPO, flipped labels": train(world, DPO(beta, noise), noisy),
+            "robust DPO, flipped labels": train(world, DPO(beta, noise, robust=True), noisy),
         }
         for method, policy in policies.items():
             row: dict[str, float | str] = {"method": method, "beta": beta}

@@ -17,14 +17,14 @@ from dpo.run.health import broken_parameters, read_batch
 from dpo.run.saved import find_saved
 from dpo.scoring import Scorer
 from dpo.utils import HelpFormatter, run_main, visible
-from settings import LossConfig, quoted
+from settings import build_loss, quoted
 
 
 def replay(folder: Path, overrides: list[str]) -> None:
     """Print one line for each example, and whether any was not finite."""
     loss, examples = read_batch(folder)
     with refusing(f"{folder}: its loss cannot be computed"):
-        built = LossConfig(**loss).build()
+        built = build_loss(loss)
     config = find_saved(str(folder), [f"device={quoted(read_state(folder)['config']['device'])}", *overrides]).config
     quiet_transformers()
     policy = load_policy(config, pick_device(config)).train()

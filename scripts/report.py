@@ -35,7 +35,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from dpo.run.runs import FREE, flat
+from dpo.config import MayChange
+from dpo.config import keys as config_keys
+from dpo.run.config import Config
+from dpo.run.runs import flat
 from dpo.sampling import mean_and_error
 from dpo.utils import HelpFormatter, UserError, log, make_dir, redact, run_main, visible
 
@@ -265,7 +268,8 @@ def _finished(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> bool:
 def differences(runs: Sequence[Run]) -> list[str]:
     """Keys of the configuration whose values differ, but for those that change nothing of what is trained; a key that
     a run does not have counts as null."""
-    keys = dict.fromkeys(key for run in runs for key in run.config if not {key, key.split(".")[0]} & FREE)
+    free = set(config_keys(Config, MayChange))
+    keys = dict.fromkeys(key for run in runs for key in run.config if not {key, key.split(".")[0]} & free)
     return [key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1]
 
 

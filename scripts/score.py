@@ -28,7 +28,9 @@ import torch
 
 from dpo.data.batching import Batch, Cut, make_tree
 from dpo.data.files import Source, numbered_rows
+from dpo.loss import Loss, Responses
 from dpo.model.loading import load_tokenizer, quiet_transformers, response_logps
+from dpo.run.config import Config
 from dpo.run.saved import Saved, find_reference, find_saved, take_overrides, warn_of_formats
 from dpo.utils import HelpFormatter, UserError, log, make_dir, progress, redact, run_main, visible
 from inspect_data import DIM, RESET, in_colour, pieces
@@ -43,7 +45,7 @@ from preference_datasets import (
     own_bos,
     short_names,
 )
-from settings import Config, data_settings, quoted
+from settings import data_settings, quoted
 
 GREENS, REDS = (22, 28, 34, 40, 46), (52, 88, 124, 160, 196)  # of a terminal's 256 colours, small to large
 
@@ -171,23 +173,34 @@ def _dealt(items: Sequence[Item], layout: str, config: Config) -> tuple[list[tup
     return places, cut.deal(sizes)
 
 
-def rows_of(items: Sequence[Item], policy: Saved, reference: Saved, beta: float, tokenizer: Any) -> Iterator[dict]:
-    """The lines of the result: texts as the models saw them, that is, after truncation; log-probabilities are sums, in
-    nats, and a token's reward is its part in the response's: 0 if the token does not count."""
-    average = policy.config.loss.build().average_log_prob
+def token_rewards(loss: Loss, policy: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return each token's part in the loss's reward of a response, from float64 log-probabilities [n] of its tokens.
+
+    Rewards are linear in them, so the parts add up to the reward. A loss without rewards gives the log-ratios.
+    """
+    logps = torch.tensor(np.stack([policy, reference]), dtype=torch.float64, requires_grad=True)
+    response = Responses(logps[:1].sum(-1), torch.tensor([max(len(policy), 1)]), logps[1:].sum(-1))
+    reward = loss.rewards(response)
+    (slope,) = torch.autograd.grad((response.log_ratio if reward is None else reward).sum(), logps)
+    return (slope * logps.detach()).sum(0).numpy()
+
+
+def rows_of(items: Sequence[Item], policy: Saved, reference: Saved, loss: Loss, tokenizer: Any) -> Iterator[dict]:
+    """Yield the lines of the result. Texts are those after truncation; log-probabilities are sums, in nats. A token's
+    reward is its part in the response's: 0 if the token does not count."""
 
     def text(ids: list[int]) -> str:
         return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def scored(ids: list[int], ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
         counted = ~np.isnan(ours)
-        ours, theirs = np.where(counted, ours, 0), np.where(counted, theirs, 0)
-        parts = beta * (ours.astype(np.float64) - theirs) / (counted.sum() if average else 1)
+        parts = np.zeros(len(ours))
+        parts[counted] = token_rewards(loss, ours[counted].astype(np.float64), theirs[counted].astype(np.float64))
         return {
             "text": text(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids),
             "reward": float(parts.sum()),
-            "logp_policy": float(ours.sum(dtype=np.float64)),
-            "logp_reference": float(theirs.sum(dtype=np.float64)),
+            "logp_policy": float(ours[counted].sum(dtype=np.float64)),
+            "logp_reference": float(theirs[counted].sum(dtype=np.float64)),
             "token_rewards": parts.tolist(),
             "tokens": pieces(ids, tokenizer),
         }
@@ -314,14 +327,12 @@ def main() -> None:
     reference = find_reference(policy, arguments.reference, overrides)
     make_dir(arguments.out.parent, "--out")
     tokenizer, loss = load_tokenizer(policy.config), policy.config.loss
-    beta = 1.0 if loss.beta is None else loss.beta
     items = load_items(policy, tokenizer, arguments.split, not data, arguments.limit)
-    rows = rows_of(items, policy, reference, beta, tokenizer)
+    rows = rows_of(items, policy, reference, loss, tokenizer)
     pairs, every = write(arguments.out, rows, arguments.show)
-    why = f" (loss={loss.name} has none)" if loss.beta is None else ""
-    why = " (the run's loss is not known)" if not policy.trained and "loss.beta" not in " ".join(overrides) else why
-    unit = "mean over" if loss.average_log_prob else "sum over"
-    log(f"\nreward: the {unit} a response's tokens of beta log policy / reference, beta={beta}{why}")
+    known = bool(policy.trained) or any(override.startswith("loss") for override in overrides)
+    why = f"loss={loss.name} has none" if known else "the run's loss is not known"
+    log(f"\nreward: that of {loss}" if loss.gives_rewards else f"\nreward: log policy / reference ({why})")
     log(f"{len(items)} records, {len(every)} responses, mean reward {np.mean(every):+.4f}: {arguments.out}")
     log(table(pairs) if pairs else "no pairs: no accuracy")
 

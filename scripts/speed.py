@@ -24,11 +24,12 @@ from dpo.model.loading import (
     quiet_transformers,
 )
 from dpo.reference import LiveReference, StoredReference, build_reference, wanted_by
+from dpo.run.config import Config
 from dpo.run.throughput import Cost, cost_of, peak_memory, throughput
 from dpo.scoring import Scorer, Share, shares
 from dpo.utils import UserError
 from preference_datasets import PreferenceData, load_data
-from settings import Config, data_settings, load_config, quoted
+from settings import data_settings, load_config, quoted
 
 ORIGINAL, TRIMMED, OURS = "original", "padded to the longest of a micro-batch", "+ stored reference"
 
@@ -118,7 +119,7 @@ def original_step(work: Work, width: int | None) -> float:
     The original code pads to the longest row of the global batch, here `width`, and then slices it into micro-batches
     (`get_collate_fn` and `slice_and_move_batch_for_device` there). None: to the longest row of each micro-batch.
     """
-    total, beta, device = 0.0, work.config.loss.beta or 0.1, work.policy.device
+    total, beta, device = 0.0, work.config.loss.beta, work.policy.device
     for start in range(0, work.pairs, work.micro):
         rows = []
         for side in (0, 1):
@@ -213,7 +214,7 @@ def store(work: Work) -> StoredReference:
 
 def variants(work: Work) -> dict[str, Callable[[], float]]:
     """Steps by name, each with one more idea than the one before."""
-    loss = work.config.loss.build()
+    loss = work.config.loss
     padded = dataclasses.replace(work.how, layout="padded")
 
     def live(how: Computation) -> Scorer:
@@ -241,7 +242,7 @@ def sweeps(work: Work, betas: Sequence[float]) -> dict[str, Callable[[], float]]
 
     def ours() -> float:
         stored = store(work)
-        scorers = [Scorer(with_beta(beta).config.loss.build(), work.how, stored) for beta in betas]
+        scorers = [Scorer(with_beta(beta).config.loss, work.how, stored) for beta in betas]
         return sum(our_step(work, scorer, work.shares(work.how)) for scorer in scorers)
 
     return {ORIGINAL: lambda: sum(original_step(with_beta(beta), work.longest) for beta in betas), OURS: ours}
@@ -319,5 +320,5 @@ def step_memory(work: Work, name: str) -> float:
         original_step(work, None)
     else:
         one = [Share(make_batch(work.data, work.examples), True)]
-        our_step(work, Scorer(work.config.loss.build(), work.how, stored), one)
+        our_step(work, Scorer(work.config.loss, work.how, stored), one)
     return peak_memory(cuda)

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo.data.batching import Batch, Cut, Plan, chunks, deal, epoch_order, eval_examples, make_batch
+from dpo.loss import Loss, sum_tokens
 from dpo.model.layouts import PADDING, lay_out
 from dpo.model.loading import Computation, TokenLogps, add_token_logps, disable_dropout, response_logps
 from dpo.reference import LiveReference
 from dpo.scoring import Scorer
-from losses import DPOLoss, IPOLoss, Loss, SFTLoss, reduce_tokens
+from losses import DPO, IPO, SFT
 from preference_datasets import Record
 
 
@@ -127,7 +128,7 @@ def test_log_probabilities_equal_a_loop_in_float64(kind: str) -> None:
     model, data = add_token_logps(make_model(kind).double().eval()), make_data()
     batch = make_batch(data, [(4, 0), (2, 0), (7, 1)])
     tokens = response_logps(model, batch, Computation(torch.float64, "tree"))
-    sums = reduce_tokens(tokens.logps, tokens.mask, average=False)
+    sums = sum_tokens(tokens.logps, tokens.mask)
     rows = [(tree.prompt, response) for tree in batch.trees for response in tree.responses]
     for i, (prompt, response) in enumerate(rows):
         logits = model(torch.tensor([prompt + response])).logits[0].detach()
@@ -159,7 +160,7 @@ def test_gradients_do_not_depend_on_the_split(kind: str, sft: bool) -> None:
             for p in other.parameters():
                 p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
         reference = LiveReference(other, Computation(torch.float32))
-    scorer = Scorer(SFTLoss() if sft else DPOLoss(0.1), Computation(torch.float32), reference)
+    scorer = Scorer(SFT() if sft else DPO(0.1), Computation(torch.float32), reference)
     examples = next(Plan(0, 16, 1, None).batches(data))
     whole = gradient(policy, data, examples, 16, scorer)
     assert whole.norm() > 0
@@ -240,7 +241,7 @@ def test_gradients_and_metrics_of_a_crowded_prompt_do_not_depend_on_the_limit(la
         for p in other.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     how = Computation(torch.float32, layout)
-    scorer = Scorer(DPOLoss(0.1), how, LiveReference(other, how))
+    scorer = Scorer(DPO(0.1), how, LiveReference(other, how))
     examples = eval_examples(data, 10**6)
 
     def computed(tokens: int | None) -> tuple[torch.Tensor, dict[tuple[int, int], list[float]], int]:
@@ -279,7 +280,7 @@ class Off:
         return TokenLogps(found.logps + self.most * noise, found.mask)
 
 
-@pytest.mark.parametrize("loss", [DPOLoss(0.1), IPOLoss(0.1, average_log_prob=True)])
+@pytest.mark.parametrize("loss", [DPO(0.1), IPO(0.1, average_log_prob=True)])
 @pytest.mark.parametrize(("untrained", "tolerance", "off", "biased", "accuracy"), [
     (True, 1e-4, 0.9e-4, False, 0),  # up to what is taken for rounding before the first update
     (True, 0.1, 0.09, False, 0),  # of bfloat16

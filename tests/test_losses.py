@@ -5,13 +5,24 @@ import math
 import pytest
 import torch
 
-from losses import LOSSES, DPOLoss, IPOLoss, SequenceLogps, SFTLoss, UnlikelihoodLoss, implicit_rewards, reduce_tokens
+from dpo.loss import Examples, Loss, Responses, sum_tokens
+from losses import DPO, IPO, SFT, Unlikelihood, find, names
+from settings import CONFIG_DIR, load_config
 
 
-def random_logps(n: int = 7) -> SequenceLogps:
+def pairs_of(sides: dict[str, torch.Tensor]) -> Examples:
+    """Pairs of responses of 3 and 5 tokens."""
+    lengths = (torch.full_like(sides["win"], 3), torch.full_like(sides["win"], 5))
+    chosen = Responses(sides["win"], lengths[0], sides["ref_win"])
+    return Examples(chosen, Responses(sides["lose"], lengths[1], sides["ref_lose"]))
+
+
+def random_sides(n: int = 7) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    sides = (-50 * torch.rand(n, generator=generator, dtype=torch.float64) for _ in range(4))
-    return SequenceLogps(*sides)
+    return {
+        name: -50 * torch.rand(n, generator=generator, dtype=torch.float64)
+        for name in ("win", "lose", "ref_win", "ref_lose")
+    }
 
 
 def log_sigmoid(x: float) -> float:
@@ -22,70 +33,86 @@ def log_sigmoid(x: float) -> float:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
 @pytest.mark.parametrize("reference_free", [False, True])
 def test_dpo_is_equation_7_of_the_paper(beta: float, smoothing: float, reference_free: bool) -> None:
-    logps = random_logps()
-    found = DPOLoss(beta, smoothing, reference_free)(logps).tolist()
-    for i, value in enumerate(found):
-        win, lose, ref_win, ref_lose = (float(side[i]) for side in vars(logps).values())
+    sides = random_sides()
+    for i, value in enumerate(DPO(beta, smoothing, reference_free)(pairs_of(sides)).tolist()):
+        win, lose, ref_win, ref_lose = (float(side[i]) for side in sides.values())
         h = (win - lose) - (0.0 if reference_free else ref_win - ref_lose)
         expected = -(1 - smoothing) * log_sigmoid(beta * h) - smoothing * log_sigmoid(-beta * h)
         assert value == pytest.approx(expected, rel=1e-12)
 
 
-def test_ipo_is_equation_17_of_its_paper() -> None:
-    logps = random_logps()
-    for i, value in enumerate(IPOLoss(0.2)(logps).tolist()):
-        win, lose, ref_win, ref_lose = (float(side[i]) for side in vars(logps).values())
-        assert value == pytest.approx(((win - ref_win) - (lose - ref_lose) - 2.5) ** 2, rel=1e-12)
+@pytest.mark.parametrize("average", [False, True])
+def test_ipo_is_equation_17_of_its_paper(average: bool) -> None:
+    sides = random_sides()
+    for i, value in enumerate(IPO(0.2, average)(pairs_of(sides)).tolist()):
+        win, lose, ref_win, ref_lose = (float(side[i]) for side in sides.values())
+        n_win, n_lose = (3, 5) if average else (1, 1)
+        h = (win - ref_win) / n_win - (lose - ref_lose) / n_lose
+        assert value == pytest.approx((h - 2.5) ** 2, rel=1e-12)
 
 
 def test_sft_is_the_negative_log_likelihood() -> None:
-    logps = random_logps()
-    assert torch.equal(SFTLoss()(logps), -logps.policy_chosen)
+    sides = random_sides()
+    assert torch.equal(SFT()(pairs_of(sides)), -sides["win"])
 
 
 def test_robust_dpo_expects_on_flipped_pairs_what_dpo_computes_on_clean_ones() -> None:
-    logps, e = random_logps(), 0.2
-    flipped = SequenceLogps(*(side for a, b in zip(*[iter(vars(logps).values())] * 2) for side in (b, a)))
-    robust = DPOLoss(0.1, e, robust=True)
-    expected = (1 - e) * robust(logps) + e * robust(flipped)
-    torch.testing.assert_close(expected, DPOLoss(0.1)(logps), rtol=1e-12, atol=0)
+    pairs, e = pairs_of(random_sides()), 0.2
+    flipped = Examples(pairs.losers, pairs.chosen)
+    robust = DPO(0.1, e, robust=True)
+    expected = (1 - e) * robust(pairs) + e * robust(flipped)
+    torch.testing.assert_close(expected, DPO(0.1)(pairs), rtol=1e-12, atol=0)
 
 
-def test_unlikelihood_is_its_formula() -> None:
-    logps = random_logps()
-    assert torch.equal(UnlikelihoodLoss(0.3)(logps), 0.3 * logps.policy_rejected - logps.policy_chosen)
+def test_unlikelihood_is_its_formula_and_needs_no_reference() -> None:
+    sides = random_sides()
+    pairs = Examples(Responses(sides["win"], sides["win"]), Responses(sides["lose"], sides["lose"]))
+    assert torch.equal(Unlikelihood(0.3)(pairs), 0.3 * sides["lose"] - sides["win"])
+    assert not Unlikelihood(0.3).needs_reference and not Unlikelihood(0.3).gives_rewards
 
 
-LOSSES_OF_PAIRS = [DPOLoss(0.1), DPOLoss(0.5, 0.1), DPOLoss(0.3, 0.0, True), DPOLoss(0.3, 0.1, False, True)]
+LOSSES_OF_PAIRS = [DPO(0.1), DPO(0.5, 0.1), DPO(0.3, 0.0, True), DPO(0.3, 0.1, False, True)]
 
 
-@pytest.mark.parametrize("loss", [*LOSSES_OF_PAIRS, IPOLoss(0.1), UnlikelihoodLoss(0.5)])
-def test_gradients_equal_finite_differences(loss: DPOLoss | IPOLoss | UnlikelihoodLoss) -> None:
-    logps = random_logps()
+@pytest.mark.parametrize("loss", [*LOSSES_OF_PAIRS, IPO(0.1), IPO(0.1, True), Unlikelihood(0.5)])
+def test_gradients_equal_finite_differences(loss: Loss) -> None:
+    sides = random_sides()
     assert torch.autograd.gradcheck(
-        lambda chosen, rejected: loss(
-            SequenceLogps(chosen, rejected, logps.reference_chosen, logps.reference_rejected)
-        ),
-        (logps.policy_chosen.requires_grad_(), logps.policy_rejected.requires_grad_()),  # type: ignore[union-attr]
+        lambda win, lose: loss(pairs_of(sides | {"win": win, "lose": lose})),
+        (sides["win"].requires_grad_(), sides["lose"].requires_grad_()),
     )
 
 
 def test_policy_equal_to_reference_gives_log_2_and_no_reward() -> None:
     side = torch.tensor([-3.0, -70.0])
-    logps = SequenceLogps(side, 2 * side, side, 2 * side)
-    assert DPOLoss(0.1)(logps).tolist() == pytest.approx([math.log(2)] * 2)
-    assert [r.tolist() for r in implicit_rewards(logps, 0.1)] == [[0.0, 0.0], [0.0, 0.0]]
+    pairs = pairs_of({"win": side, "lose": 2 * side, "ref_win": side, "ref_lose": 2 * side})
+    assert DPO(0.1)(pairs).tolist() == pytest.approx([math.log(2)] * 2)
+    for loss in (DPO(0.1), IPO(0.1), IPO(0.1, True)):
+        assert [loss.rewards(responses).tolist() for responses in (pairs.chosen, pairs.losers)] == [[0.0, 0.0]] * 2
 
 
-def test_sum_and_average_of_tokens() -> None:
+def test_rewards_are_those_of_the_papers() -> None:
+    sides = random_sides()
+    ratio = sides["lose"] - sides["ref_lose"]
+    rejected = pairs_of(sides).losers
+    assert torch.equal(DPO(0.3).rewards(rejected), 0.3 * ratio)
+    torch.testing.assert_close(IPO(0.3, True).rewards(rejected), 0.3 * ratio / 5)
+
+
+def test_tokens_that_do_not_count_are_left_out_of_the_sum() -> None:
     logps = torch.tensor([[-1.0, -2.0, -9.0], [-4.0, float("-inf"), -6.0]])
     mask = torch.tensor([[True, True, False], [True, False, True]])
-    assert reduce_tokens(logps, mask, average=False).tolist() == [-3.0, -10.0]
-    assert reduce_tokens(logps, mask, average=True).tolist() == [-1.5, -5.0]
+    assert sum_tokens(logps, mask).tolist() == [-3.0, -10.0]
 
 
-def test_every_loss_states_its_facts() -> None:
-    for name, build in LOSSES.items():
-        loss = build(**{"sft": {}, "unlikelihood": {"alpha": 1.0}}.get(name, {"beta": 0.1}))
-        assert loss.needs_reference == loss.needs_pairs == (name != "sft")
-        assert loss.average_log_prob is False
+def test_every_loss_has_a_file_of_its_values_and_each_file_a_loss() -> None:
+    files = sorted(path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml"))
+    assert sorted(names()) == files
+    required = {"dpo": {"beta": 0.1}, "ipo": {"beta": 0.1}}
+    for name in names():
+        given = required.get(name, {})
+        loss = load_config(
+            ["exp_name=x", f"loss={name}", *(f"loss.{key}={value}" for key, value in given.items())]
+        ).loss
+        assert loss == find(name)(**(given or ({"alpha": 1.0} if name == "unlikelihood" else {})))
+        assert loss.name == name and loss.needs_rejected == (name != "sft")

@@ -634,8 +634,8 @@ def test_only_the_assistants_tokens_count(tmp_path: Path) -> None:
     import torch
 
     from dpo.data.batching import make_batch
+    from dpo.loss import sum_tokens
     from dpo.model.loading import Computation, add_token_logps, response_logps
-    from losses import reduce_tokens
 
     tokenizer = tokenizer_of("chatml")
     (tmp_path / "data").mkdir()
@@ -658,7 +658,7 @@ def test_only_the_assistants_tokens_count(tmp_path: Path) -> None:
     model = add_token_logps(model.float())
     for layout in ("padded", "tree", "packed"):
         found = response_logps(model, batch, Computation(torch.float32, layout))
-        sums = reduce_tokens(found.logps, found.mask, average=False)
+        sums = sum_tokens(found.logps, found.mask)
         assert sums.tolist() == pytest.approx(expected, abs=1e-4)
 
 

@@ -107,9 +107,14 @@ def test_rewards_are_those_of_a_slow_computation(
     ("given", "beta", "average", "said"),
     [
         (["loss=dpo", "loss.beta=0.2"], 0.2, False, "beta=0.2"),
-        (["loss=ipo", "loss.beta=0.5", "loss.average_log_prob=true"], 0.5, True, "mean over a response's tokens"),
-        (["loss=sft"], 1.0, False, "beta=1.0 (loss=sft has none)"),
-        (["loss=unlikelihood"], 1.0, False, "beta=1.0 (loss=unlikelihood has none)"),
+        (
+            ["loss=ipo", "loss.beta=0.5", "loss.average_log_prob=true"],
+            0.5,
+            True,
+            "IPO(beta=0.5, average_log_prob=True)",
+        ),
+        (["loss=sft"], 1.0, False, "log policy / reference (loss=sft has none)"),
+        (["loss=unlikelihood"], 1.0, False, "log policy / reference (loss=unlikelihood has none)"),
         (["layout=padded", "microbatch_tokens=20"], 0.3, False, "beta=0.3"),
     ],
 )
@@ -307,7 +312,7 @@ def test_misuse(scored: Score, tiny_model_dir: Path, pairs_dir: Path, tmp_path: 
         (["--data", data, data], "twice"),
         (["--reference", tmp_path / "none"], "no such folder(.|\n)*--reference"),
         (["max_lenght=3"], "did you mean 'max_length'"),
-        (["device=gpu"], "device=gpu is not available"),
+        (["device=gpu"], "device=gpu is not known"),
         (["loss.alpha=1"], "alpha"),
         (["--limit", "0"], "--limit 0"),
         (
@@ -374,5 +379,5 @@ def test_command(run_dir: Path, tiny_model_dir: Path, cache_dir: Path, pairs_dir
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "beta=1.0 (the run's loss is not known)" in done.stdout and "[+" in done.stdout
+    assert "log policy / reference (the run's loss is not known)" in done.stdout and "[+" in done.stdout
     assert len(read_jsonl(tmp_path / "scores.jsonl")) == 8

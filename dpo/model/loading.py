@@ -39,8 +39,8 @@ from dpo.data.cache import cached
 from dpo.model.layouts import Rows, lay_out, model_inputs, set_attention
 from dpo.parallel import Sharding
 from dpo.run.checkpoint import Archive, find_archive, resolve_archive
+from dpo.run.config import Config
 from dpo.utils import UserError, file_hash, is_passing, log, visible
-from settings import Config
 
 # Buffers in a policy.pt of older versions of transformers, which today's models compute: causal masks and frequencies.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")

@@ -305,7 +305,7 @@ STATE_RULES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("config.device", "config.model.name_or_path", "config.model.policy_dtype"), _is_text),
     "config.model.archive": lambda name: name is None or _is_text(name),
     "config.loss": lambda loss: isinstance(loss, dict),
-    "config.loss.name": lambda name: _is_text(name) and name.isidentifier(),
+    "config.loss.name": lambda name: _is_text(name) and all(map(str.isidentifier, name.split("."))),
     "config.datasets": _are(_is_text),
 }
 

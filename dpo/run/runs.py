@@ -1,7 +1,6 @@
 """A run's folder: one run at a time writes to it, and a run that ended early goes on in it."""
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import json
@@ -19,7 +18,9 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dpo.config import MayChange, keys
 from dpo.run import checkpoint
+from dpo.run.config import Config
 from dpo.utils import (
     HISTORY,
     TakenOver,
@@ -33,28 +34,12 @@ from dpo.utils import (
     redact,
 )
 from preference_datasets import PreferenceData
-from settings import Config
 
 HEARTBEAT = 15.0
 STALE = 90.0  # seconds without a heartbeat after which a run on another machine counts as dead
 SETTLE = 2.0  # seconds that another process may take to write its name into a lock, on a file system without locks
 FUNNEL, LOG = "data_funnel.json", "log.txt"
 WRITTEN = (*HISTORY, LOG, FUNNEL, "config.yaml", ".hydra/overrides.yaml")  # besides folders
-# Keys that may differ where a run goes on: they say where and how fast it is computed, what is kept and shown.
-# trainer and its sizes, micro-batches and layout change sums by rounding only.
-FREE = set(
-    """
-    exp_name local_dirs local_run_dir cache_dir debug device num_proc max_row_mb reference wandb tensorboard
-    trainer nproc tensor_parallel_size fsdp_port fsdp_replicate_size fsdp_reshard_after_forward fsdp_cpu_offload
-    gradient_accumulation_steps microbatch_tokens layout compile activation_checkpointing activation_checkpointing_every
-    do_first_eval do_final_eval eval_every eval_batch_size n_eval_examples minimum_log_interval_secs
-    sample_during_eval n_eval_model_samples n_eval_samples_per_prompt kl_during_eval
-    resume resume_allow_changes save_every keep_last_n keep_optimizer_last_n save_weights_only keep_best async_save
-    save_patience checkpoint_check
-    max_runtime on_nonfinite warn_loss_spike warn_chosen_drop
-    model.block model.block_name model.device_map model.trust_remote_code
-    """.split()
-)
 
 
 @contextlib.contextmanager
@@ -321,7 +306,7 @@ def _runs_of(config: Config) -> list[Path]:
 
 def _changes(config: Config, state: dict[str, Any], free: set[str]) -> tuple[dict[str, str], list[str]]:
     """A line for each key in which this run differs from the one of `state`, and those keys that are not `free`."""
-    before, now = flat(state["config"]), flat(dataclasses.asdict(config))
+    before, now = flat(state["config"]), flat(config.to_dict())
     # A key that there was not yet has not changed where it is off.
     changed = {key for key, value in now.items() if before.get(key) != value and (key in before or value)}
     lines = {key: f"{key}={now.get(key)} (was {before.get(key)})" for key in sorted(changed)}
@@ -333,7 +318,7 @@ def is_finished(config: Config, data: PreferenceData) -> bool:
     if config.checkpoint is None or not goes_on_inside(config):
         return False
     state = checkpoint.read_state(config.checkpoint)
-    if not _at_its_end(config.checkpoint) or _changes(config, state, FREE)[1]:
+    if not _at_its_end(config.checkpoint) or _changes(config, state, set(keys(type(config), MayChange)))[1]:
         return False
     if config.do_final_eval and config.n_eval_examples and state["evaluated"] != state["examples"]:
         return False  # it was stopped just before
@@ -347,7 +332,9 @@ def check_changes(config: Config, state: dict[str, Any]) -> None:
     Raises UserError for those that change what the run means, unless resume_allow_changes is true.
     """
     # A run at a constant learning rate may be made longer.
-    free = FREE | ({"n_epochs", "n_examples"} if config.lr_schedule == "constant" else set())
+    free = set(keys(type(config), MayChange)) | (
+        {"n_epochs", "n_examples"} if config.lr_schedule == "constant" else set()
+    )
     lines, meaningful = _changes(config, state, free)
     told = [lines[key] for key in lines if key not in (*meaningful, "resume", "local_run_dir")]
     if told:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo.config import Inherited, keys
 from dpo.data.checks import format_warning
 from dpo.model.loading import (
     Computation,
@@ -20,21 +21,10 @@ from dpo.model.loading import (
     refusing,
 )
 from dpo.run.checkpoint import START, STATE_FILE, find_archive, read_state, weights_identity
+from dpo.run.config import Config
 from dpo.run.runs import flat
 from dpo.utils import UserError, log
-from settings import Config, check_keys, load_config, quoted
-
-# What a checkpoint knows of its run that also matters for using its policy.
-KEPT = ["datasets", "dataset_sources", "holdout_fraction", "drop_bad_rows", "chat_format", "chat_date", "columns"]
-KEPT += [
-    "sft_turns",
-    "max_pairs_per_prompt",
-    "max_row_mb",
-    "max_length",
-    "max_prompt_length",
-    "mixed_precision",
-    "layout",
-]
+from settings import check_keys, load_config, quoted
 
 CHANGED = "it is not what the policy was trained against: its weights have changed since"
 
@@ -105,10 +95,14 @@ def find_saved(name: str, overrides: list[str]) -> Saved:
 def _configure(model: list[str], values: dict[str, Any], known: dict[str, Any], overrides: list[str]) -> Config:
     """The configuration of `overrides`; what they do not give is taken from `values`, then from the run's `known`."""
     given = {override.partition("=")[0].lstrip("+") for override in overrides}
-    settings = flat({key: known[key] for key in KEPT if key in known})
+    settings = flat({key: known[key] for key in keys(Config, Inherited) if key in known})
     chosen = []
-    if "loss" not in given:
-        loss = known.get("loss", {"name": "dpo", "beta": 1.0})
+    if "loss" not in given and "loss" in known:
+        loss = known["loss"]
+        if "." in loss["name"]:
+            raise UserError(
+                f"{loss['name']} is code outside losses.py, which no checkpoint may choose: add loss=<name>"
+            )
         settings |= {f"loss.{key}": value for key, value in loss.items() if key != "name" and value is not None}
         chosen = [f"loss={loss['name']}"]
     settings = {key: value for key, value in (settings | values).items() if key not in given}

@@ -27,9 +27,10 @@ from dpo import parallel
 from dpo.hints import meant
 from dpo.run import stopping
 from dpo.run.checkpoint import checkpoints, read_state
+from dpo.run.config import name_problem
 from dpo.run.runs import LOG, locked
 from dpo.utils import ROOT, UserError, log, open_log
-from settings import KEYS, check_command, name_problem
+from settings import all_keys, check_command
 
 PLUGINS = {"launcher": ("basic", "joblib", "submitit_local", "submitit_slurm"), "sweeper": ("basic", "optuna")}
 
@@ -72,7 +73,7 @@ def arranged(arguments: list[str]) -> list[str]:
         raise UserError(str(error)) from error
     if unknown:
         key, _, value = unknown[0].lstrip("-").partition("=")
-        hint = meant(key, KEYS) or f": {key}={value or '<value>'}"
+        hint = meant(key, all_keys()) or f": {key}={value or '<value>'}"
         raise UserError(f"{unknown[0]} is no option; settings are written key=value{hint}")
     if known.help or known.hydra_help or known.shell_completion:
         return arguments

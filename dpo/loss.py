@@ -1,0 +1,121 @@
+"""The seam between losses and the rest: what a loss sees of a batch, and what it says about itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+def sum_tokens(token_logps: Tensor, mask: Tensor) -> Tensor:
+    """Return the sum over tokens of `token_logps` [n, t] where `mask` [n, t] is true: shape [n]."""
+    return torch.where(mask, token_logps, 0.0).sum(-1)
+
+
+@dataclass(frozen=True)
+class Responses:
+    """One side (chosen or rejected) of n examples. Log-probabilities are in nats; each tensor has shape [n].
+
+    The reference is None if the loss needs none. `tokens`, `reference_tokens` and `mask` (true for the tokens that
+    count) have shape [n, t]; they are None unless the loss has `needs_tokens`.
+    """
+
+    sum: Tensor
+    length: Tensor
+    reference_sum: Tensor | None = None
+    tokens: Tensor | None = None
+    reference_tokens: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """Log-probability per token under the policy."""
+        return self.sum / self.length
+
+    @property
+    def reference_mean(self) -> Tensor:
+        """Log-probability per token under the reference."""
+        return self._reference / self.length
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log policy(y | x) - log reference(y | x)."""
+        return self.sum - self._reference
+
+    @property
+    def mean_log_ratio(self) -> Tensor:
+        """`log_ratio` per token."""
+        return self.mean - self.reference_mean
+
+    @property
+    def _reference(self) -> Tensor:
+        assert self.reference_sum is not None, "the loss has needs_reference=False"
+        return self.reference_sum
+
+    def raised_by(self, nats: Tensor) -> "Responses":
+        """Return the same responses in float64, each with a policy log-probability higher by `nats` [n]."""
+        reference = self.reference_sum.double() if self.reference_sum is not None else None
+        return replace(self, sum=self.sum.double() + nats, length=self.length.double(), reference_sum=reference)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a loss sees of n examples."""
+
+    chosen: Responses  # in SFT: the targets
+    rejected: Responses | None = None  # None unless the loss has `needs_rejected`
+    columns: Mapping[str, Tensor] = field(default_factory=dict)  # the data columns that the loss names, each [n]
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)  # `Loss.observe` of all N global examples, each [N]
+
+    def logratio_difference(self, mean: bool = False) -> Tensor:
+        """log policy(y_w)/policy(y_l) - log reference(y_w)/reference(y_l), of sums or of means over tokens: [n]."""
+        chosen, rejected = self.chosen, self.losers
+        if mean:
+            return (chosen.mean - rejected.mean) - (chosen.reference_mean - rejected.reference_mean)
+        return (chosen.sum - rejected.sum) - (chosen._reference - rejected._reference)
+
+    @property
+    def losers(self) -> Responses:
+        """The rejected side of a loss that has `needs_rejected`."""
+        assert self.rejected is not None, "the loss has needs_rejected=False"
+        return self.rejected
+
+
+class Loss:
+    """Base of all losses. A subclass is a frozen dataclass; its fields are the keys of its YAML file in config/loss.
+
+    `class MyLoss(Loss, name="mine")` is found by that name in losses.py; without a name, as module.MyLoss in any
+    module that can be imported.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
+    name: ClassVar[str]
+    needs_rejected: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = True
+    needs_tokens: ClassVar[bool] = False
+    needs_statistics: ClassVar[bool] = False
+    columns: ClassVar[tuple[str, ...]] = ()  # numeric columns of the data, one value per example
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        cls.name = name or f"{cls.__module__}.{cls.__qualname__}"
+
+    def __call__(self, examples: Examples) -> Tensor:
+        """Return the loss of each example, shape [n]."""
+        raise NotImplementedError
+
+    def rewards(self, responses: Responses) -> Tensor | None:
+        """Return the implicit reward of each response, shape [n]; None if the loss defines none."""
+        return None
+
+    def observe(self, examples: Examples) -> dict[str, Tensor]:
+        """Return values [n] that the loss needs from every example of the global batch (`needs_statistics`).
+
+        They are computed without gradients before the loss, and gathered in no particular order.
+        """
+        raise NotImplementedError
+
+    @property
+    def gives_rewards(self) -> bool:
+        """Whether the loss defines implicit rewards."""
+        return type(self).rewards is not Loss.rewards

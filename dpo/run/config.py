@@ -1,0 +1,159 @@
+"""Configuration keys of training, and of a run's folder, checkpoints and resuming; explained in config/config.yaml."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from dpo.config import AboveZero, Component, Count, MayChange, NotNegative, Positive, Share
+from dpo.data.config import DataConfig
+from dpo.model.config import ParallelConfig
+
+LONGEST_WARMUP = 150  # updates: the original's warm-up
+
+
+@dataclass(kw_only=True)
+class WandbConfig(Component):
+    """Weights & Biases."""
+
+    enabled: bool
+    entity: str | None
+    project: str
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(Component):
+    """The loop of trainers.py: batches, optimizer, schedule, evaluations."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    batch_size: Positive
+    gradient_accumulation_steps: Annotated[Positive, MayChange]
+    n_epochs: Positive | None
+    n_examples: Positive | None
+    lr: NotNegative
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    lr_min_ratio: Share
+    warmup_steps: Count | None
+    max_grad_norm: AboveZero
+    on_nonfinite: Annotated[Literal["stop", "skip"], MayChange]
+    optimizer: Literal[
+        "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop",
+        "Rprop", "SGD",
+    ]  # fmt: skip
+    optimizer_kwargs: dict[str, Any]
+    weight_decay: NotNegative | None
+    decay_norms_and_biases: bool
+    eval_every: Annotated[Positive, MayChange]
+    eval_batch_size: Annotated[Positive, MayChange]
+    n_eval_examples: Annotated[Count, MayChange]
+    do_first_eval: Annotated[bool, MayChange]
+    do_final_eval: Annotated[bool, MayChange]
+    sample_during_eval: Annotated[bool, MayChange]
+    n_eval_model_samples: Annotated[Count, MayChange]
+    n_eval_samples_per_prompt: Annotated[Positive, MayChange]
+    kl_during_eval: Annotated[bool | None, MayChange]
+
+    def warmup(self, updates: int) -> int:
+        """Return the updates of warm-up of a run of `updates`."""
+        return min(LONGEST_WARMUP, updates // 10) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the optimizer's class."""
+        decay = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
+        return {"lr": self.lr, **self.optimizer_kwargs, **decay}
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.n_epochs is None and self.n_examples is None:
+            yield "n_epochs and n_examples are both null: the run would never end; set one of them"
+        steps = self.gradient_accumulation_steps
+        if self.batch_size % steps:
+            division = f"{self.batch_size} / {steps} = {self.batch_size / steps:.2f}"
+            yield f"batch_size={self.batch_size} is not divisible by gradient_accumulation_steps={steps}: {division}"
+        if self.kl_during_eval and not (self.sample_during_eval and self.n_eval_model_samples and self.n_eval_examples):
+            yield "kl_during_eval=true: it needs sample_during_eval=true, n_eval_model_samples and n_eval_examples"
+
+    def optimizer_problems(self) -> Iterator[str]:
+        """Yield what the optimizer's class says of its arguments. Imports torch."""
+        import torch
+
+        try:
+            getattr(torch.optim, self.optimizer)([torch.nn.Parameter(torch.zeros(1, 1))], **self.optimizer_arguments)
+        except (TypeError, ValueError) as error:
+            yield f"optimizer={self.optimizer} refuses its arguments {self.optimizer_arguments}: {error}"
+        except RuntimeError:  # of a device
+            return
+
+
+@dataclass(kw_only=True)
+class RunConfig(Component):
+    """A run's folder: its name, what is written into it, and how it is resumed."""
+
+    exp_name: Annotated[str, MayChange]
+    local_dirs: Annotated[list[str], MayChange]
+    local_run_dir: Annotated[str, MayChange]
+    debug: Annotated[bool, MayChange]
+    wandb: Annotated[WandbConfig, MayChange]
+    tensorboard: Annotated[bool, MayChange]
+    minimum_log_interval_secs: Annotated[NotNegative, MayChange]
+    resume: Annotated[str | None, MayChange]
+    resume_allow_changes: Annotated[bool, MayChange]
+    save_every: Annotated[Positive | None, MayChange]
+    keep_last_n: Annotated[Positive | None, MayChange]
+    keep_optimizer_last_n: Annotated[Positive | None, MayChange]
+    save_weights_only: Annotated[bool, MayChange]
+    keep_best: Annotated[str | None, MayChange]
+    async_save: Annotated[bool, MayChange]
+    save_patience: Annotated[Count, MayChange]
+    checkpoint_check: Annotated[Literal["fast", "full"], MayChange]
+    max_runtime: Annotated[AboveZero | None, MayChange]
+    warn_loss_spike: Annotated[Annotated[float, Field(gt=1)] | None, MayChange]
+    warn_chosen_drop: Annotated[AboveZero | None, MayChange]
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that the run resumes from."""
+        return Path(self.resume) if self.resume not in (None, "auto") else None
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if problem := name_problem(self.exp_name):
+            yield problem
+        if self.save_weights_only and self.keep_optimizer_last_n is not None:
+            both = f"keep_optimizer_last_n={self.keep_optimizer_last_n} and save_weights_only=true"
+            yield f"{both} exclude each other"
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig, DataConfig, ParallelConfig, RunConfig):
+    """Every key of config/config.yaml. `loss` is the loss itself, made of the group config/loss."""
+
+    loss: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys as nested dictionaries, for files."""
+        values = asdict(self)
+        return values | {"loss": {"name": self.loss.name, **values["loss"]}}
+
+    def problems(self) -> Iterator[str]:
+        """Yield what keys contradict, and what this machine lacks, one message each. Imports torch."""
+        from dpo.scoring import measured
+
+        yield from super().problems()
+        if self.keep_best is not None and not self.n_eval_examples:
+            yield f"keep_best={self.keep_best} needs evaluations: set n_eval_examples"
+        names = list(measured(self.loss, "eval"))
+        if self.keep_best is not None and self.keep_best not in names:
+            yield f"keep_best={self.keep_best} is not measured; choose from: {', '.join(names)}"
+        yield from self.device_problems()
+        yield from self.optimizer_problems()
+
+
+def name_problem(name: str) -> str | None:
+    """Return what is wrong with an exp_name, or None. It is part of a path, and stays inside local_dirs."""
+    if name.isprintable() and all(part not in ("", ".", "..") for part in name.split("/")):
+        return None
+    return f"exp_name={name!r} must be a name, or several with / between (team/run1), and no part may be . or .."

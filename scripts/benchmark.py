@@ -181,16 +181,16 @@ def benchmark_data(arguments: argparse.Namespace) -> None:
 
 def load_sharded(overrides: list[str], ready: Path) -> None:
     """What each process of `start` does: join, say so, load, write to each weight."""
-    import trainers
     from dpo import parallel
     from dpo.model.loading import load_policy, pick_device, quiet_transformers
+    from dpo.parallel.arrange import sharding_of
     from settings import load_config
 
     config = load_config(overrides)
     quiet_transformers()
     device = pick_device(config)
     with parallel.group(device):
-        sharding = trainers.FSDPTrainer.sharding(config)
+        sharding = sharding_of(config)
         parallel.build_mesh(sharding, device)
         parallel.gather(0)
         if parallel.is_main():

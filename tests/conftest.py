@@ -14,7 +14,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
@@ -177,13 +177,14 @@ def train_here(given: list[str]) -> None:
 
 def train_in_group(cases: list[dict]) -> None:
     """Train every resolved configuration, one after the other, in one group of gloo processes. For parallel.launch."""
-    import train
+    import trainers
     from dpo import parallel
+    from settings import build_config, literal
 
     torch.set_num_threads(1)
     with parallel.group(torch.device("cpu")):
         for case in cases:
-            train.train_in_process(case, [])
+            trainers.train_in_process(build_config(OmegaConf.create(literal(case))), [])
 
 
 @pytest.fixture(scope="session")

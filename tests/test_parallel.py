@@ -33,8 +33,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import trainers
 from dpo import parallel
+from dpo.parallel.arrange import sharding_of
 from dpo.run import checkpoint
 from dpo.run.runs import locked
 from dpo.utils import UserError
@@ -407,7 +407,7 @@ def test_processes_that_cannot_be_arranged(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(parallel, "world_size", lambda: 2)
     config = load_config(["exp_name=x", FSDP, "fsdp_replicate_size=3"])
     with pytest.raises(UserError, match=r"2 / \(3 x 1\) = 0.67"):
-        trainers.FSDPTrainer.sharding(config)
+        sharding_of(config)
 
 
 @pytest.mark.parametrize(("nodes", "first"), [("gpu[003-004,007]", "gpu003"), ("a1,b2", "a1"), ("solo", "solo")])

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainers
 from dpo.model.loading import add_token_logps
+from dpo.optimizer import Updater
 from dpo.run import checkpoint
 from dpo.run.checkpoint import CheckpointWriter
 from dpo.run.saved import find_reference, find_saved
@@ -148,14 +149,14 @@ def test_an_archive_that_changes_during_the_run_is_not_taken_for_the_reference(
     given.append(f"model.{'name_or_path' if what == 'base model' else 'archive'}={archive}")
     train_here(overrides(*given, f"local_run_dir={tmp_path / 'whole'}"))
     before = checkpoint.weights_identity(str(archive))
-    evaluate = trainers.BasicTrainer.evaluate
+    evaluate = trainers.Trainer.evaluate
 
-    def change_it(trainer: trainers.BasicTrainer) -> dict[str, float]:
+    def change_it(trainer: trainers.Trainer) -> None:
         if trainer.examples == 12:
             retrained(archive) if change == "retrained" else shutil.rmtree(archive)
-        return evaluate(trainer)
+        evaluate(trainer)
 
-    monkeypatch.setattr(trainers.BasicTrainer, "evaluate", change_it)
+    monkeypatch.setattr(trainers.Trainer, "evaluate", change_it)
     capsys.readouterr()
     train_here(overrides(*given))
     shown = capsys.readouterr().out
@@ -282,8 +283,6 @@ def test_margin_is_rounding_before_the_first_update_with_a_stored_reference(
 
 
 def test_a_reference_that_differs_stops_the_run(overrides: Overrides, monkeypatch: pytest.MonkeyPatch) -> None:
-    import train
-
     loaded = []
 
     def load(*arguments: object, **_: object) -> torch.nn.Module:
@@ -293,7 +292,7 @@ def test_a_reference_that_differs_stops_the_run(overrides: Overrides, monkeypatc
         loaded.append(model)
         return add_token_logps(model)
 
-    monkeypatch.setattr(train, "load_policy", load)
+    monkeypatch.setattr(trainers, "load_policy", load)
     with pytest.raises(UserError, match="differ before the first update"):
         train_here(overrides(*DPO, "reference.mode=live"))
 
@@ -342,8 +341,8 @@ def test_learning_rates(schedule: str, overrides: Overrides, tmp_path: Path) -> 
 
 
 def test_weight_decay_spares_norms_and_biases() -> None:
+    from dpo.optimizer import build_optimizer
     from settings import load_config
-    from trainers import build_optimizer
 
     config = load_config(["exp_name=x", "optimizer=AdamW", "weight_decay=0.1", "decay_norms_and_biases=false"])
     groups = build_optimizer(make_model("gpt2"), config).param_groups
@@ -523,10 +522,10 @@ def test_a_run_that_diverges_at_its_last_update_saves_nothing(overrides: Overrid
 def test_weights_that_are_not_finite_are_not_saved(
     overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def poison(trainer: trainers.BasicTrainer, grad_norm: float) -> None:
-        next(trainer.policy.parameters()).data[0] = float("nan")
+    def poison(updater: Updater, grad_norm: float) -> None:
+        next(updater.policy.parameters()).data[0] = float("nan")
 
-    monkeypatch.setattr(trainers.BasicTrainer, "update", poison)
+    monkeypatch.setattr(Updater, "step", poison)
     with pytest.raises(UserError, match="weights are not finite"):
         train_here(overrides("batch_size=24", "n_eval_examples=0"))
     assert not list((tmp_path / "run").glob("step-*"))
@@ -535,31 +534,27 @@ def test_weights_that_are_not_finite_are_not_saved(
 def test_gradients_that_never_become_finite_stop_a_scaled_run(
     overrides: Overrides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import train
-
-    load = train.load_policy
+    load = trainers.load_policy
 
     def broken(*arguments: object, **_: object) -> torch.nn.Module:
         model = load(*arguments)
         model.lm_head.weight.register_hook(lambda gradient: gradient * float("nan"))
         return model
 
-    monkeypatch.setattr(train, "load_policy", broken)
+    monkeypatch.setattr(trainers, "load_policy", broken)
     with pytest.raises(UserError, match="gradient norm nan"):
         train_here(overrides("mixed_precision=float16", "n_epochs=20", "n_eval_examples=0"))
 
 
 def test_a_gradient_that_is_not_finite_is_named(overrides: Overrides, monkeypatch: pytest.MonkeyPatch) -> None:
-    import train
-
-    load = train.load_policy
+    load = trainers.load_policy
 
     def broken(*arguments: object, **_: object) -> torch.nn.Module:
         model = load(*arguments)
         model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
         return model
 
-    monkeypatch.setattr(train, "load_policy", broken)
+    monkeypatch.setattr(trainers, "load_policy", broken)
     named = r"every example's loss is finite; .* gradients that are not finite: model\.norm\.weight \(of \d+\)"
     with pytest.raises(UserError, match=named):
         train_here(overrides("n_eval_examples=0"))
@@ -628,12 +623,12 @@ def test_ctrl_c_says_what_is_left(overrides: Overrides, tmp_path: Path) -> None:
 
 
 def test_a_second_ctrl_c_stops_at_once(overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(trainer: trainers.BasicTrainer, examples: list) -> None:
+    def slow(trainer: trainers.Trainer, examples: list) -> None:
         signal.raise_signal(signal.SIGINT)
         time.sleep(SAME_REQUEST + 0.1)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(trainers.BasicTrainer, "train_step", slow)
+    monkeypatch.setattr(trainers.Trainer, "train_step", slow)
     with pytest.raises(SystemExit) as stop:
         run_main(lambda: train_here(overrides("n_eval_examples=0")))
     assert stop.value.code == 130 and not list((tmp_path / "run").glob("step-*"))

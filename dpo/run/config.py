@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -125,6 +126,8 @@ class RunConfig(Component):
         if self.save_weights_only and self.keep_optimizer_last_n is not None:
             both = f"keep_optimizer_last_n={self.keep_optimizer_last_n} and save_weights_only=true"
             yield f"{both} exclude each other"
+        if self.tensorboard and find_spec("tensorboard") is None:
+            yield "tensorboard=true needs the package: pip install tensorboard"
 
 
 @dataclass(kw_only=True)

@@ -24,6 +24,11 @@ from preference_datasets import PreferenceData
 
 RECENT = 64  # updates
 MOST_NAMED = 4
+ADVICE = (
+    "Lower lr, compute in float32 (mixed_precision=null) if it is not, or look at the data with "
+    "scripts/inspect_data.py; to go on from an earlier checkpoint: resume=<folder> resume_allow_changes=true"
+)
+DIVERGED = f"training stopped, and nothing of this state was saved. {ADVICE}"
 LOST_STEPS = 0.1  # share of the weights that a step does not change, from which a run warns
 
 

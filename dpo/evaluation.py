@@ -1,0 +1,100 @@
+"""Evaluations of a run: loss and metrics on held-out examples, samples, and the KL divergence from the reference."""
+
+import gc
+import math
+from collections.abc import Callable
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo import parallel
+from dpo.agreement import must_agree
+from dpo.data.batching import Cut, eval_examples
+from dpo.reference import LiveReference
+from dpo.run import checkpoint, health
+from dpo.run.config import Config
+from dpo.sampling import SampleEvaluator, Sampling, divergence, prompts_of
+from dpo.scoring import Scorer, evaluate_loss, mean_metrics
+from dpo.utils import RunLogger, UserError, log
+from preference_datasets import PreferenceData
+
+
+class Evaluator:
+    """Measures a policy on the run's evaluation examples and samples from it.
+
+    `load_reference` reads the reference's weights again, for the KL divergence if it is not in memory.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: PreferenceData | None,
+        tokenizer: PreTrainedTokenizerBase,
+        logger: RunLogger,
+        load_reference: Callable[[], PreTrainedModel],
+    ):
+        self.config, self.data, self.logger = config, data, logger
+        self.load_reference = load_reference
+        self.examples = eval_examples(data, config.n_eval_examples) if data is not None else []
+        prompts = prompts_of(data, self.examples, config.n_eval_model_samples) if data is not None else []
+        self.sampler: SampleEvaluator | None = None
+        if config.sample_during_eval and prompts:
+            room = max(config.max_length - max(map(len, prompts)), 1)  # the same for all prompts
+            how = Sampling(room, config.eval_batch_size, config.seed, config.compute_dtype)
+            repeated = [prompt for prompt in prompts for _ in range(config.n_eval_samples_per_prompt)]
+            self.sampler = SampleEvaluator(tokenizer, repeated, how)
+
+    def __call__(self, policy: PreTrainedModel, scorer: Scorer, cut: Cut, seen: int) -> dict[str, float]:
+        """Return and log all metrics of `policy` after training on `seen` examples. A collective.
+
+        Raise UserError if one is not finite, or if the policy differs from the reference before the first update.
+        """
+        if self.data is None:
+            return {}
+        policy.eval()
+        each, mine = evaluate_loss(scorer, policy, self.data, self.examples, cut)
+        metrics = mean_metrics(each)
+        if broken := [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]:
+            raise UserError(f"evaluation after {seen} examples gave {', '.join(broken)}: {health.DIVERGED}")
+        if scorer.reference is not None and not seen:
+            worst = health.difference(self.data, mine, each, "eval")
+            must_agree(scorer, worst, f"all {len(self.examples)} evaluation examples")
+        if self.sampler is not None:
+            metrics |= self._sample(policy, scorer, seen)
+        parallel.reshard(policy)
+        n = len(self.examples)
+        self.logger.log(metrics | {"counters/eval_examples": n}, seen, always=True)
+        shown = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+        log(f"evaluation after {seen} examples, n={n}: {shown}")
+        return metrics
+
+    def _sample(self, policy: PreTrainedModel, scorer: Scorer, seen: int) -> dict[str, float]:
+        """Write samples of policy and reference. Return their lengths, and the KL divergence if it is wanted."""
+        assert self.sampler is not None
+        responses, metrics, rows = self.sampler(policy)
+        self.logger.samples(rows, seen)
+        wanted = self.config.kl_during_eval
+        if scorer.loss.needs_reference if wanted is None else wanted:
+            metrics |= self._divergence(policy, scorer, responses)
+            gc.collect()  # a model refers to itself
+        return metrics
+
+    def _divergence(self, policy: PreTrainedModel, scorer: Scorer, responses: list[list[int]]) -> dict[str, float]:
+        """Return how far the policy is from the reference on its own `responses` to the sampled prompts.
+
+        A reference that is not in memory is loaded for this, while there are no gradients to hold. Return nothing, with
+        a warning, if its weights are gone or have changed.
+        """
+        assert self.sampler is not None
+        if isinstance(scorer.reference, LiveReference):
+            reference = scorer.reference.model
+        else:
+            try:
+                reference = self.load_reference().requires_grad_(False).eval()
+            except UserError as error:
+                if parallel.active() and not isinstance(error, checkpoint.OtherWeights):  # others may wait inside load
+                    raise
+                log(f"warning: the reference cannot be read again: {error}. This evaluation has no kl_eval")
+                return {}
+        found = divergence(policy, reference, self.sampler.prompts, responses, scorer.how)
+        parallel.reshard(reference)
+        return found.metrics(self.sampler.prompts)

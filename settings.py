@@ -1,5 +1,6 @@
 """The configuration: composed of the components' config classes, and validated once, here."""
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -113,10 +114,16 @@ def build_config(composed: DictConfig) -> Config:
     these, what `Config.problems` lists.
     """
     values, problems = _resolved(composed)
-    loss, loss_problems = _loss(values.pop("loss", {}))
-    config, found = build(Config, values | {"loss": loss})
-    problems += [line for line in [*found, *loss_problems] if line not in problems]
-    if problems or (problems := [*config.problems(), *_source_problems(config)]):
+    chosen = values.pop("loss", {})
+    config, found = build(Config, values | {"loss": None})
+    problems += [line for line in found if line not in problems]
+    if not problems or set(chosen) != {"name"}:  # otherwise an answer need not wait for torch
+        loss, found = _loss(chosen)
+        problems += [line for line in found if line not in problems]
+    if problems:
+        raise UserError("\n".join(problems))
+    config = dataclasses.replace(config, loss=loss)
+    if problems := [*config.problems(), *_source_problems(config)]:
         raise UserError("\n".join(problems))
     return config
 

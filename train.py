@@ -6,20 +6,27 @@
 Every key of config/config.yaml can be overridden in this way.
 """
 
+import atexit
 import os
+import shlex
+import shutil
 import signal
 import sys
+from pathlib import Path
+from typing import Any
 
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # a scheduler's warning waits for stopping.listen
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it quietly; run_main takes over later
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo.utils import run_main
-from settings import build_config, register_resolvers
+from dpo.commandline import arranged
+from dpo.utils import ROOT, UserError, run_main
+from settings import all_keys, build_config, check_command, register_resolvers
 
 # torch and transformers are imported once the configuration is accepted: a misspelt key is answered at once.
 
@@ -58,15 +65,32 @@ def main(composed: DictConfig) -> float | None:
     return None
 
 
-def arranged(arguments: list[str]) -> list[str]:
-    from dpo.run import sweeps
+class TableAtEnd(Callback):
+    """Hydra's callback that ends a sweep with a table of its runs, however it ends."""
 
-    return sweeps.arranged(arguments)
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        atexit.register(show_table, Path(config.hydra.sweep.dir))
+
+
+def show_table(folder: Path) -> None:
+    """Print the results of a sweep's runs, and the command of their report."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from report import load_runs, table_rows, text_table
+
+    begun = [path.parent for path in folder.glob("*/config.yaml")]
+    others = sorted(path.parent.name for path in folder.glob("*/log.txt") if path.parent not in begun)
+    try:
+        table = text_table(table_rows(load_runs(begun)), shutil.get_terminal_size((120, 24)).columns) if begun else ""
+    except UserError as error:
+        table = str(error)
+    failed = f"\nnot begun, for the reason see their log.txt: {', '.join(others)}" if others else ""
+    report = shlex.join(["python", "scripts/report.py", str(folder)])
+    print(f"\n=== {folder.name}\n{table}{failed}\ncurves and samples: {report}", flush=True)
 
 
 if __name__ == "__main__":
     # Hydra's launchers start jobs in processes of their own, which have to find these modules.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.path[0], os.environ.get("PYTHONPATH"))))
     register_resolvers()
-    sys.argv[1:] = run_main(lambda: arranged(sys.argv[1:]), fails_first)
+    sys.argv[1:] = run_main(lambda: arranged(sys.argv[1:], check_command, all_keys()), fails_first)
     main()

@@ -334,3 +334,16 @@ def test_runs_and_caches_lie_in_the_project(tmp_path: Path, monkeypatch: pytest.
     assert config.cache.is_relative_to(ROOT / ".cache")
     defaults = load_config(["exp_name=x"])
     assert Path(defaults.local_dirs[-1]) == ROOT / "runs"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("lrr=1", "did you mean 'lr'?"), ("batch_size=four", "batch_size=four"), ("--help", "train is powered by Hydra")],
+)
+def test_mistakes_are_answered_without_importing_torch(given: str, message: str, tmp_path: Path) -> None:
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(99)")
+    command = [sys.executable, str(ROOT / "train.py"), "exp_name=x", given]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if given == "--help" else 1) and message in done.stdout + done.stderr, done.stderr

@@ -15,10 +15,16 @@ from omegaconf import OmegaConf
 
 import settings
 import trainers
+from dpo import commandline
 from dpo.run import stopping, sweeps
 from dpo.utils import UserError
+from settings import all_keys, check_command
 
 Overrides = Callable[..., list[str]]
+
+
+def arranged(arguments: list[str]) -> list[str]:
+    return commandline.arranged(arguments, check_command, all_keys())
 
 
 @pytest.fixture
@@ -155,10 +161,10 @@ def test_runs_are_named_by_what_is_swept() -> None:
     arguments = ["-m", "exp_name=x", "loss=dpo", "loss.beta=0.1,0.3", "+optimizer_kwargs.betas=[0.9,0.95],[0.8,0.9]"]
     arguments += ["lr=choice(1e-6,1e-5)", "hydra.sweep.dir=/a", "dataset_sources.hh=/b"]
     for given in (arguments, [*arguments[1:], "-m"], [*arguments[1:3], "--multirun", *arguments[3:]]):
-        naming = [word for word in sweeps.arranged(given) if "exclude_keys" in word]
+        naming = [word for word in arranged(given) if "exclude_keys" in word]
         assert naming == ['hydra.job.config.override_dirname.exclude_keys=["dataset_sources.hh", "exp_name", "loss"]']
     one = ["exp_name=x", "loss=dpo", "loss.beta=0.1"]
-    assert sweeps.arranged(one) == one
+    assert arranged(one) == one
 
 
 @pytest.mark.parametrize(
@@ -180,15 +186,15 @@ def test_runs_are_named_by_what_is_swept() -> None:
     ],
 )
 def test_sweeps_that_cannot_be(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeps, "find_spec", lambda name: None)
+    monkeypatch.setattr(commandline, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=message):
-        sweeps.arranged(["-m", *arguments])
+        arranged(["-m", *arguments])
     with pytest.raises(UserError, match=message):
-        sweeps.arranged([*arguments, "-m"])
-    monkeypatch.setattr(sweeps, "find_spec", lambda name: name)
+        arranged([*arguments, "-m"])
+    monkeypatch.setattr(commandline, "find_spec", lambda name: name)
     sweep = ["-m", "exp_name=x", "loss=dpo"]
-    assert len(sweeps.arranged([*sweep, "loss.beta=choice(0.1)"])) == 5
-    assert len(sweeps.arranged([*sweep, "loss.beta=interval(0.1,1)", "hydra/sweeper=optuna"])) == 6
+    assert len(arranged([*sweep, "loss.beta=choice(0.1)"])) == 5
+    assert len(arranged([*sweep, "loss.beta=interval(0.1,1)", "hydra/sweeper=optuna"])) == 6
 
 
 def test_names_of_runs_suit_folders() -> None:

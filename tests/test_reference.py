@@ -17,7 +17,7 @@ from test_batching import Data, crowded, make_data
 from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel
 
 import trainers
-from dpo import reference
+from dpo import agreement, reference
 from dpo.data.batching import Batch, Cut, Tree, epoch_order
 from dpo.model import layouts
 from dpo.model.loading import Computation, add_token_logps, disable_dropout, response_logps
@@ -324,9 +324,9 @@ def test_what_is_checked_has_a_limit_and_is_said(
     overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     given = overrides(*DPO, f"cache_dir={tmp_path / 'cache'}", "layout=tree", "batch_size=4")
-    monkeypatch.setattr(trainers, "LEAST_CHECKED", 10)
+    monkeypatch.setattr(agreement, "LEAST_CHECKED", 10)
     for seconds, n in ((60.0, 24), (0.0, 12)):
-        monkeypatch.setattr(trainers, "SECONDS_TO_CHECK", seconds)
+        monkeypatch.setattr(agreement, "SECONDS", seconds)
         train_here([*given, f"local_run_dir={tmp_path / str(n)}"])
         assert f"policy and reference agree on {n} of 24 training examples" in capsys.readouterr().out
 

@@ -21,7 +21,7 @@ from dpo.hints import HERE, meant
 from dpo.run import checkpoint, runs, stopping
 from dpo.run.stopping import EXIT_CODE
 from dpo.utils import TakenOver, UserError, get_local_run_dir
-from settings import KEYS, check_keys, load_config
+from settings import all_keys, check_keys, load_config
 
 Overrides = Callable[..., list[str]]
 SHORT = ["n_examples=8", "batch_size=4", "n_eval_examples=0", "save_every=4"]
@@ -307,11 +307,11 @@ def test_commands_that_are_answered_at_once(tmp_path: Path, given: list[str], co
 
 def test_hints_name_keys_that_exist() -> None:
     for name in HERE:
-        if name in KEYS:
+        if name in all_keys():
             continue
         with pytest.raises(UserError, match="here that is"):
             check_keys([f"{name}=1"])
-    assert meant("Batch-Size", KEYS) == "; did you mean 'batch_size'?" and meant("zzzz", KEYS) == ""
+    assert meant("Batch-Size", all_keys()) == "; did you mean 'batch_size'?" and meant("zzzz", all_keys()) == ""
 
 
 # make clean

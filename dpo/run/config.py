@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from dpo.config import AboveZero, Component, Count, MayChange, NotNegative, Positive, Share
 from dpo.data.config import DataConfig
@@ -93,7 +93,7 @@ class TrainingConfig(Component):
 class RunConfig(Component):
     """A run's folder: its name, what is written into it, and how it is resumed."""
 
-    exp_name: Annotated[str, MayChange]
+    exp_name: Annotated[str, BeforeValidator(lambda name: str(name) if isinstance(name, bool) else name), MayChange]
     local_dirs: Annotated[list[str], MayChange]
     local_run_dir: Annotated[str, MayChange]
     debug: Annotated[bool, MayChange]

@@ -36,8 +36,15 @@ OTHERS = [pytest.param(name, marks=pytest.mark.full) for name in ("tldr", "se", 
 @pytest.mark.parametrize("name", ["hh", *OTHERS])
 def test_sft_then_dpo(name: str, tiny_model_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
     for loss in ("sft", "dpo"):
-        given = [f"datasets=[{name}]", f"dataset_sources.{name}={source_of(name, loss)}", "holdout_fraction=0.2", "lr=1e-3"]
-        given += ["max_length=192", "max_prompt_length=96", "n_examples=16", "n_epochs=8", "n_eval_examples=4"]
+        given = [f"datasets=[{name}]", f"dataset_sources.{name}={source_of(name, loss)}", "holdout_fraction=0.2"]
+        given += [
+            "lr=1e-3",
+            "max_length=192",
+            "max_prompt_length=96",
+            "n_examples=16",
+            "n_epochs=8",
+            "n_eval_examples=4",
+        ]
         given += [f"loss={loss}", *(["loss.beta=0.1", f"model.archive={tmp_path / 'sft'}"] if loss == "dpo" else [])]
         train_here(tiny_overrides(tiny_model_dir, tmp_path, cache_dir, tmp_path / loss, *given))
     check(tmp_path / "sft", tmp_path / "dpo")

@@ -1,6 +1,6 @@
 """The house is as it should be: imports point downward, no circles, short functions, line budgets.
 
-Read from the source; nothing is imported here. Imports inside functions count, too: they hide a circle, they do not break it.
+The source is read, not imported. Imports inside functions count, too: they hide a circle, they do not break it.
 """
 
 import ast

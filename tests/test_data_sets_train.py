@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_jsonl, real_data, tiny_overrides, train_here
+from conftest import ROOT, first_fast, read_jsonl, real_data, tiny_overrides, train_here
 
 COMMITTED_HH = ROOT / "tests" / "data" / "hh"
 REAL = {
@@ -30,10 +30,7 @@ def source_of(name: str, loss: str) -> Path:
     return COMMITTED_HH if name == "hh" else ROOT / "tests" / "fixtures" / name
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.full) for name in ("tldr", "se", "shp", "ultrafeedback")]
-
-
-@pytest.mark.parametrize("name", ["hh", *OTHERS])
+@pytest.mark.parametrize("name", first_fast(["hh", "tldr", "se", "shp", "ultrafeedback"]))
 def test_sft_then_dpo(name: str, tiny_model_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
     for loss in ("sft", "dpo"):
         given = [f"datasets=[{name}]", f"dataset_sources.{name}={source_of(name, loss)}", "holdout_fraction=0.2"]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import EVERYTHING, ROOT, read_jsonl, train_here
+from conftest import EVERYTHING, ROOT, first_fast, read_jsonl, train_here
 
 DATA = ROOT / "tests" / "data"
 SETTINGS = (
@@ -17,14 +17,10 @@ SETTINGS = (
 )
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        "dpo",
-        *(pytest.param(run, marks=pytest.mark.full) for run in ("sft", "ipo", "dpo trainer=FSDPTrainer nproc=2")),
-        *(pytest.param(run, marks=pytest.mark.full) for run in ("cdpo", "reffree") if EVERYTHING),
-    ],
-)
+RUNS = ["dpo", "sft", "ipo", "dpo trainer=FSDPTrainer nproc=2", *(["cdpo", "reffree"] if EVERYTHING else [])]
+
+
+@pytest.mark.parametrize("run", first_fast(RUNS))
 def test_trajectory_of_the_original(run: str, tmp_path: Path, cache_dir: Path) -> None:
     run, *more = run.split()
     expected = json.loads((DATA / "original.json").read_text())["runs"][run]

@@ -393,7 +393,8 @@ BAD_GROUPS = [
 ]
 
 
-@pytest.mark.parametrize(("given", "message"), first_fast(BAD_GROUPS))
+@pytest.mark.full
+@pytest.mark.parametrize(("given", "message"), BAD_GROUPS)
 def test_bad_groups_give_one_clear_message(given: str, message: str, folder: Path) -> None:
     for name in ("gpt2", "pairs"):
         given = given.replace("{" + name + "}", str(folder / name))

@@ -25,6 +25,7 @@ def test_help_works_from_any_folder(script: str, tmp_path: Path) -> None:
     assert "None)" not in done.stdout and not [*tmp_path.iterdir()]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("script", "shown"), [
     ("score.py", ["scores.jsonl", "default: 3", "default: test"]), ("sample.py", ["default: 128", "default: 1.0"]),
     ("report.py", ["default: report", "default: 8"]), ("inspect_data.py", ["default 3", "default train"]),

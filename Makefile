@@ -1,10 +1,11 @@
-# make demo: SFT and DPO on the embedded data, and what they did.   make test: lint, types, tests.   make setup: .venv alone.
+# make demo: train SFT and DPO on the embedded data, and show the results.   make setup: .venv alone.
+# make test: lint, types, and the fast tests.   make test-all: the other tests.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test test-all clean
 setup: $(INSTALLED)
 
 $(INSTALLED): requirements.txt requirements-dev.txt pyproject.toml Makefile
@@ -23,7 +24,10 @@ test: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest
+	$(RUN) -m pytest -m "not full"
+
+test-all: $(INSTALLED)
+	$(RUN) -m pytest -m full
 
 # Never runs or caches: a run cannot be made again for free, and earlier versions kept runs in .cache too.
 clean:

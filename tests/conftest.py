@@ -5,11 +5,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers run tests at once, and torch reads it when it is imported
 
 import functools
+import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -39,6 +41,15 @@ TEXTS = [
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
+
+
+def first_fast(values: Iterable[Any], n: int = 1) -> list[Any]:
+    """Return pytest parameters of which `make test` runs the first `n` only."""
+    tuples = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [
+        *itertools.starmap(pytest.param, tuples[:n]),
+        *(pytest.param(*v, marks=pytest.mark.full) for v in tuples[n:]),
+    ]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

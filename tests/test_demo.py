@@ -9,6 +9,7 @@ import demo
 from report import load_runs, sentiment_rewards
 
 
+@pytest.mark.full
 def test_the_demo_runs_and_writes_table_and_page(
     tmp_path: Path, tiny_model_dir: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:

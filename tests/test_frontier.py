@@ -73,6 +73,7 @@ SMALL = {
 }
 
 
+@pytest.mark.full
 def test_the_experiment_runs_and_goes_on_where_it_ended(
     tmp_path: Path,
     tiny_model_dir: Path,

@@ -138,6 +138,7 @@ def flex(model: PreTrainedModel, forest: list[Tree]) -> tuple[torch.Tensor, torc
 FOREST = [Tree([*range(60)], [[5] * 40, [6, 7, 8]]), Tree([1], [[2, 3]]), Tree([], [[*range(90)], [9]])]
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @torch.no_grad()
 def test_flex_attention_computes_a_packed_row() -> None:
@@ -229,6 +230,7 @@ def test_costs_are_those_of_the_rows(forest: list[Tree]) -> None:
         assert cost.predicted == sum(len(response) for tree in forest for response in tree.responses)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled_blocks_compute_the_same(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     def losses(name: str, *given: str) -> list[float]:

@@ -18,6 +18,7 @@ ENVIRONMENTS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_commands_work_in_any_locale(name: str, overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     folder = tmp_path / "é 日本"

@@ -21,6 +21,7 @@ from conftest import (
     EVERYTHING,
     ROOT,
     compose,
+    first_fast,
     make_model,
     make_tokenizer,
     read_jsonl,
@@ -56,11 +57,12 @@ HARDEST = (("dpo", "b8 both"),)
 FSDP, TENSOR = "trainer=FSDPTrainer", "trainer=TensorParallelTrainer"
 # World size, trainer, and for each model architecture its runs.
 GROUPS: dict[str, tuple[int, str, dict[str, tuple[tuple[str, str], ...]]]] = {
-    "FSDP 2": (2, FSDP, {"llama": MOST, "gpt_neox": SOME, "gpt2": SOME}),
+    "FSDP 2": (2, FSDP, {"llama": SOME}),
+    "TP 2": (2, TENSOR, {"llama": HARDEST}),
+    "FSDP 2 other models": (2, FSDP, {"llama": MOST, "gpt_neox": SOME, "gpt2": SOME}),
     "FSDP 4": (4, FSDP, {"llama": SOME, "gpt_neox": HARDEST, "gpt2": HARDEST}),
     "HSDP 2x2": (4, f"{FSDP} fsdp_replicate_size=2 fsdp_reshard_after_forward=false", {"llama": HARDEST}),
-    "TP 2": (2, TENSOR, {"llama": SOME, "gpt_neox": SOME}),
-    "TP 2 other models": (2, TENSOR, dict.fromkeys(("qwen3", "olmo2"), HARDEST)),
+    "TP 2 other models": (2, TENSOR, {"llama": SOME, "gpt_neox": SOME, "qwen3": HARDEST, "olmo2": HARDEST}),
     "FSDP 2 x TP 2": (4, f"{TENSOR} tensor_parallel_size=2", {"llama": SOME[1:], "gpt_neox": SOME[:1]}),  # slow
 }
 if EVERYTHING:
@@ -111,11 +113,15 @@ def case(folder: Path, group: str, kind: str, loss: str, batch: str) -> list[str
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path) -> Path:
-    for run in sorted({run for group in GROUPS for run in runs(group)}):
+def trained(folder: Path, request: pytest.FixtureRequest) -> Path:
+    """The runs of every group that a selected test needs, by one process and by the group. One launch a world size."""
+    tests = [item for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    groups = {test.callspec.params["group"] for test in tests if "group" in test.callspec.params}
+    for run in sorted({run for group in groups for run in runs(group)}):
         train_here(case(folder, "one", *run))
-    for n in (2, 4):
-        launch([case(folder, group, *run) for group in GROUPS if GROUPS[group][0] == n for run in runs(group)], n)
+    for n in {GROUPS[group][0] for group in groups}:
+        same_size = sorted(group for group in groups if GROUPS[group][0] == n)
+        launch([case(folder, group, *run) for group in same_size for run in runs(group)], n)
     return folder
 
 
@@ -142,7 +148,7 @@ def assert_same_run(found: Path, wanted: Path) -> None:
         torch.testing.assert_close(tensor, there[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", first_fast(GROUPS, n=2))
 def test_five_steps_equal_those_of_one_process(group: str, trained: Path) -> None:
     for run in runs(group):
         assert_same_run(trained / name_of(group, *run), trained / name_of("one", *run))
@@ -167,6 +173,7 @@ def test_evaluation_and_samples_are_those_of_one_process(folder: Path) -> None:
         assert read_jsonl(one / "samples.jsonl") == read_jsonl(two / "samples.jsonl")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("key", ["mixed_precision", "model.policy_dtype"])
 def test_bfloat16_is_that_of_one_process_within_its_rounding(key: str, folder: Path) -> None:
     def run(name: str) -> list[str]:
@@ -184,6 +191,7 @@ def test_bfloat16_is_that_of_one_process_within_its_rounding(key: str, folder: P
 NAMES = ("one", "fsdp", "tensor")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("first", "then"), [(4, 2), (4, 1), (1, 4)])
 def test_a_run_goes_on_with_another_number_of_processes(first: int, then: int, folder: Path) -> None:
     def run(name: str, n: int, *given: str) -> list[dict]:
@@ -208,6 +216,7 @@ def test_a_run_goes_on_with_another_number_of_processes(first: int, then: int, f
     assert_same_events(rest, expected)
 
 
+@pytest.mark.full
 def test_every_trainer_writes_the_bytes_of_save_pretrained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "gpt_neox")
     model.save_pretrained(folder / "expected", max_shard_size="20KB")
@@ -281,6 +290,7 @@ FAILURES = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("data", "kill", "messages"), FAILURES)
 def test_a_failure_while_data_is_read_ends_the_job(
     data: str, kill: Callable | None, messages: tuple[str, ...], folder: Path
@@ -310,6 +320,7 @@ def test_a_failure_while_data_is_read_ends_the_job(
     wait_for(lambda: not still_alive(everything), 10)
 
 
+@pytest.mark.full
 def test_workers_go_with_a_parent_that_is_killed_while_they_import(folder: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), *overrides_of(folder, "orphans", "llama", FSDP, "nproc=2")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -336,6 +347,7 @@ def fill_caches(folder: Path, lives: bool) -> None:
                 assert (folder / str(turn)).exists()
 
 
+@pytest.mark.full
 def test_a_cache_that_takes_long_is_waited_for_while_its_maker_lives(tmp_path: Path) -> None:
     parallel.launch(fill_caches, (tmp_path, True), 2, None)
     (tmp_path / "0").unlink()
@@ -351,6 +363,7 @@ def test_processes_that_do_not_come_are_not_waited_for_long(monkeypatch: pytest.
         parallel._join("gloo")
 
 
+@pytest.mark.full
 def test_two_machines_under_torchrun(folder: Path) -> None:
     with socket.socket() as found:
         found.bind(("localhost", 0))
@@ -373,13 +386,14 @@ def test_two_machines_under_torchrun(folder: Path) -> None:
 
 
 BAD_GROUPS = [
+    ("trainer=TensorParallelTrainer nproc=3", "does not divide num_attention_heads=4"),
     ("trainer=FSDPTrainer nproc=2 model.block_name=GPT2Block", "LlamaDecoderLayer"),
     ("trainer=TensorParallelTrainer nproc=2 model.name_or_path={gpt2}", "transformers has no plan for it"),
-    ("trainer=TensorParallelTrainer nproc=3", "does not divide num_attention_heads=4"),
     ("trainer=FSDPTrainer nproc=2 resume={pairs}", "so training cannot go on from it"),
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("given", "message"), BAD_GROUPS)
 def test_bad_groups_give_one_clear_message(given: str, message: str, folder: Path) -> None:
     for name in ("gpt2", "pairs"):
@@ -392,6 +406,7 @@ def test_bad_groups_give_one_clear_message(given: str, message: str, folder: Pat
     assert done.stderr.count("error:") == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.full
 def test_a_folder_in_use_is_left_as_it_is(folder: Path) -> None:
     (folder / "taken" / ".step-8-1").mkdir(parents=True)
     (folder / "taken" / "metrics.jsonl").touch()

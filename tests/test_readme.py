@@ -43,7 +43,7 @@ def test_make_targets_exist() -> None:
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_inspect_data_command(cache_dir: Path) -> None:
     (command,) = (c for c in COMMANDS if "inspect_data" in c)
     arguments = [*shlex.split(command)[1:], f"cache_dir={cache_dir}"]

@@ -18,7 +18,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import COSTS, make_model, make_tokenizer, read_jsonl, tiny_overrides, train_here, write_pairs
+from conftest import (
+    COSTS,
+    first_fast,
+    make_model,
+    make_tokenizer,
+    read_jsonl,
+    tiny_overrides,
+    train_here,
+    write_pairs,
+)
 from restarts import start
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -83,7 +92,7 @@ def assert_same_run(found: Path, wanted: Path) -> None:
         assert all(torch.equal(tensor, states[1][name][key]) for key, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", first_fast(reversed(LOSSES)))
 def test_stopped_and_killed_runs_equal_one_that_was_not(loss: str, overrides: Overrides, tmp_path: Path) -> None:
     log = tmp_path / "log"
     given = overrides(*LOSSES[loss], *LONG, "resume=auto")
@@ -100,6 +109,7 @@ def test_stopped_and_killed_runs_equal_one_that_was_not(loss: str, overrides: Ov
     assert ended(given, log) == 0 and (run_dir / "metrics.jsonl").read_bytes() == before  # nothing is left to do
 
 
+@pytest.mark.full
 def test_an_fsdp_run_that_is_stopped_and_killed_equals_one_that_was_not(overrides: Overrides, tmp_path: Path) -> None:
     log, run_dir = tmp_path / "log", tmp_path / "run"
     loss = os.environ.get("DPO_FSDP_LOSS", "dpo")
@@ -120,6 +130,7 @@ def test_an_fsdp_run_that_is_stopped_and_killed_equals_one_that_was_not(override
     assert_same_run(run_dir, tmp_path / "whole")
 
 
+@pytest.mark.full
 def test_kills_at_any_moment(overrides: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """DPO_KILLS=50 pytest -s -n 0 -k any_moment prints the tally of so many kills. Each restart saves in the background
     or not, by chance."""
@@ -523,6 +534,7 @@ def test_a_lock_of_another_machine(alive: bool, tmp_path: Path, monkeypatch: pyt
         assert not lock.read_text()
 
 
+@pytest.mark.full
 def test_a_disk_that_fills_up_costs_a_checkpoint_and_not_the_run(overrides: Overrides, tmp_path: Path) -> None:
     disk, log = tmp_path / "disk", tmp_path / "log"
     disk.mkdir()
@@ -632,6 +644,7 @@ def test_secrets_reach_no_file(overrides: Overrides, tmp_path: Path, monkeypatch
             assert secret.encode() not in path.read_bytes() and token.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.full
 def test_a_wandb_run_is_taken_up_again(overrides: Overrides, tmp_path: Path) -> None:
     given = overrides("wandb.enabled=true", "resume=auto", "n_eval_examples=0", *LONG[:2])
     log = tmp_path / "log"

@@ -102,6 +102,7 @@ def test_an_interrupted_file_becomes_the_same(left: str, call: Call, tmp_path: P
     assert call("--n", 2, name="again.jsonl").read_bytes() == whole
 
 
+@pytest.mark.full
 def test_a_killed_process_goes_on(call: Call, run_dir: Path, cache_dir: Path, prompts: Path, tmp_path: Path) -> None:
     whole = call("--n", 12).read_bytes()
     out = tmp_path / "killed.jsonl"

@@ -17,6 +17,7 @@ def run(script: str, *arguments: str, folder: Path) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_works_from_any_folder(script: str, tmp_path: Path) -> None:
     done = run(script, "--help", folder=tmp_path)
@@ -24,6 +25,7 @@ def test_help_works_from_any_folder(script: str, tmp_path: Path) -> None:
     assert "None)" not in done.stdout and not [*tmp_path.iterdir()]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("script", "shown"), [
     ("score.py", ["scores.jsonl", "default: 3", "default: test"]), ("sample.py", ["default: 128", "default: 1.0"]),
     ("report.py", ["default: report", "default: 8"]), ("inspect_data.py", ["default 3", "default train"]),
@@ -33,6 +35,7 @@ def test_help_shows_defaults(script: str, shown: list[str], tmp_path: Path) -> N
     assert not [part for part in shown if part not in text]
 
 
+@pytest.mark.full
 def test_inspect_data_as_json(tiny_model_dir: Path, tmp_path: Path) -> None:
     human = "\n\nHuman: Why?\n\nAssistant:"
     rows = [

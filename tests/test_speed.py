@@ -38,6 +38,7 @@ def test_a_formulation_that_differs_is_refused(work: speed.Work) -> None:
         speed.compare(work, {speed.ORIGINAL: steps[speed.ORIGINAL], "wrong": wrong}, 1, 1e-5)
 
 
+@pytest.mark.full
 def test_a_model_of_random_weights(tmp_path: Path, cache_dir: Path) -> None:
     given = ["loss=dpo", "loss.beta=0.1", "datasets=[sentiment]", f"cache_dir={cache_dir}"]
     given += speed.random_model("1x512", tmp_path / "model", given)

@@ -39,6 +39,7 @@ def sweep(overrides: Overrides, tmp_path: Path) -> Callable[..., subprocess.Comp
     return run
 
 
+@pytest.mark.full
 def test_a_sweep_finishes_what_it_can_and_the_second_call_trains_nothing(
     sweep: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

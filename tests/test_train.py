@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COSTS, ROOT, RunTrain, make_model, make_tokenizer, read_jsonl, train_here
+from conftest import COSTS, ROOT, RunTrain, first_fast, make_model, make_tokenizer, read_jsonl, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainers
@@ -67,6 +67,7 @@ def test_sft_then_dpo_as_processes(train_process: RunTrain, tmp_path: Path) -> N
         assert fact in card
 
 
+@pytest.mark.full
 def test_kl_is_seen_while_training(overrides: Overrides, tmp_path: Path) -> None:
     given = ("n_eval_examples=8", "n_eval_model_samples=4", "n_eval_samples_per_prompt=3", "lr=1e-3", "eval_every=12")
     for mode in ("stored", "live"):
@@ -132,7 +133,7 @@ def retrained(archive: Path) -> None:
         (archive / "manifest.json").write_text(checkpoint._manifest(files))
 
 
-@pytest.mark.parametrize("what", ["folder", "checkpoint", "base model"])
+@pytest.mark.parametrize("what", first_fast(["folder", "checkpoint", "base model"]))
 @pytest.mark.parametrize("change", ["retrained", "removed"])
 def test_an_archive_that_changes_during_the_run_is_not_taken_for_the_reference(
     what: str,
@@ -390,6 +391,7 @@ def test_a_device_map_changes_nothing(overrides: Overrides, tmp_path: Path) -> N
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.full
 def test_an_offline_wandb_run_holds_the_metrics(train_process: RunTrain, tmp_path: Path) -> None:
     env = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
     done = train_process("wandb.enabled=true", "n_eval_examples=8", "minimum_log_interval_secs=0", **env)
@@ -417,6 +419,7 @@ def test_tensorboard_files_hold_the_metrics(overrides: Overrides, tmp_path: Path
     assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
 
 
+@pytest.mark.full
 def test_without_local_run_dir_a_fresh_folder_is_made(train_process: RunTrain, tmp_path: Path) -> None:
     done = train_process("local_run_dir=", "local_dirs=[/does/not/exist,runs]", "debug=true", "n_eval_examples=0")
     assert done.returncode == 0, done.stderr
@@ -568,7 +571,7 @@ def test_samples_do_not_take_the_models_own_generation_settings() -> None:
     assert model.generation_config.repetition_penalty == 5.0
 
 
-@pytest.mark.parametrize("given", ["bacth_size=4", "model=gpt5", "model.archive=/none"])
+@pytest.mark.parametrize("given", first_fast(["bacth_size=4", "model=gpt5", "model.archive=/none"]))
 def test_errors_of_the_process_have_no_traceback(given: str, train_process: RunTrain, tmp_path: Path) -> None:
     done = train_process(given)
     assert done.returncode == 1

@@ -15,17 +15,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, make_tokenizer, real_data
+from conftest import ROOT, make_tokenizer, real_data, train_here, write_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-import preference_datasets as pd_module
 from dpo.data import cache as arrow_cache
 from dpo.data import files as data_files
+from dpo.data import parse, records, tokenise
+from dpo.data.records import PreferenceData, format_funnel
+from dpo.data.rows import BadRow, generic
+from dpo.data.sources import DataSet, DataSettings
+from dpo.data.tokenise import truncate
 from dpo.utils import UserError
-from preference_datasets import REGISTRY, BadRow, DataSettings, PreferenceData, format_funnel, load_data, truncate
+from preference_datasets import REGISTRY, html_to_text, load_data
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EOS = "<|eos|>"
@@ -97,7 +101,7 @@ def check_funnel(data: PreferenceData) -> None:
                    for kind in ("rows", "prompts", "pairs")}  # fmt: skip
         assert funnel["rows"] == funnel["rows kept"] + dropped["rows"]
         assert funnel["prompts"] == funnel["records"] + dropped["prompts"]
-        unused = funnel.get(pd_module.MERGED, 0)
+        unused = funnel.get(tokenise.MERGED, 0)
         assert unused <= funnel["rows kept"] - funnel["prompts"]
         if "pairs" not in funnel and not any(key.startswith("prompts dropped") for key in funnel):
             assert funnel["rows kept"] == funnel["records"] + unused
@@ -220,7 +224,7 @@ def test_stack_exchange_text_and_ties(settings: DataSettings, tokenizer: Any) ->
     ],
 )
 def test_html_to_text_keeps_all_words(source: str, text: str) -> None:
-    assert pd_module.html_to_text(source) == text
+    assert html_to_text(source) == text
 
 
 def test_embedded_sentiment(settings: DataSettings, tokenizer: Any) -> None:
@@ -758,7 +762,7 @@ def test_chat_template_that_refuses(settings: DataSettings, tmp_path: Path) -> N
 def count_calls(monkeypatch: Any) -> list[str]:
     """Record which of the two stages do any work."""
     calls: list[str] = []
-    for stage in (pd_module.ParseRows, pd_module.TokeniseRecords):
+    for stage in (parse.ParseRows, tokenise.TokeniseRecords):
         original = stage.__call__
 
         def counted(self: Any, chunk: Any, original: Any = original) -> Any:
@@ -796,7 +800,7 @@ def test_cache_holds_what_it_depends_on(settings: DataSettings, tmp_path: Path, 
     (tmp_path / "moved").mkdir()
     path = path.rename(tmp_path / "moved/x.jsonl")
     assert work() == []  # other name, same content
-    monkeypatch.setattr(pd_module, "FORMAT", 0)
+    monkeypatch.setattr(records, "FORMAT", 0)
     assert work() == both
 
 
@@ -850,6 +854,63 @@ def test_cache_that_cannot_be_written_or_read(settings: DataSettings, tokenizer:
 def test_no_torch_for_the_data() -> None:
     code = "import sys, preference_datasets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+NEW_SET = """
+from dpo.data.rows import ParsedRow, get
+
+def reviews(row):
+    sides = [" " + get(row, side) for side in ("better", "worse")]
+    return ParsedRow(f"Review {get(row, 'product')}:", sides, [(0, 1)])
+"""
+
+
+def test_a_data_set_is_one_function_and_one_entry(
+    settings: DataSettings, tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "new_set.py").write_text(NEW_SET)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = write_rows(tmp_path / "r.jsonl", [{"product": "tea", "better": "Good.", "worse": "Bad."}])
+    import new_set  # type: ignore[import-not-found]
+
+    monkeypatch.setitem(REGISTRY, "reviews", DataSet(new_set.reviews, local=path))
+    data = load_data(replace(settings, names=("reviews",), holdout_fraction=0.0), tokenizer, "train")
+    assert texts(data, tokenizer) == [("Review tea:", [" Good." + EOS, " Bad." + EOS], [(0, 1)])]
+    copy = write_rows(tmp_path / "copy.jsonl", [{"product": "tea", "better": "Better.", "worse": "Bad."}])
+    data = load_data(built_in(settings, "reviews", copy, holdout_fraction=0.0), tokenizer, "train")
+    assert texts(data, tokenizer)[0][1][0] == " Better." + EOS
+    write_rows(path, [{"product": "tea", "better": "Good."}])
+    with pytest.raises(UserError, match=r"r.jsonl:1: missing field: 'worse'"):
+        load_data(replace(settings, names=("reviews",), holdout_fraction=0.0), tokenizer, "train")
+
+
+def test_a_new_data_set_trains(overrides: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(REGISTRY, "new", DataSet(generic, local=write_pairs(tmp_path / "new")))
+    train_here(overrides("loss=dpo", "loss.beta=0.1", "datasets=[new]", "n_examples=4", "n_eval_examples=4"))
+    assert '"new"' in (tmp_path / "run/data_funnel.json").read_text()
+    monkeypatch.setitem(REGISTRY, "new", DataSet(generic, hub="nobody/nothing"))
+    given = ("loss=sft", "datasets=[new]", f"+dataset_sources.new={tmp_path / 'new'}", f"local_run_dir={tmp_path}/two")
+    train_here(overrides(*given, "n_examples=4", "n_eval_examples=4"))
+
+
+NOTEBOOK = """
+import sys, time
+start = time.monotonic()
+import dpo, dpo.data
+assert not {"torch", "transformers", "datasets", "pyarrow", "numpy"} & sys.modules.keys()
+from transformers import AutoTokenizer
+settings = dpo.data.DataSettings(names=(sys.argv[1],), cache_dir="cache", num_proc=1)
+data = dpo.data.load(settings, AutoTokenizer.from_pretrained(sys.argv[2]), "train")
+assert "preference_datasets" not in sys.modules
+print(len(data), len(dpo.data.make_batch(data, [(0, 0), (1, 0)])), type(data[0]).__name__)
+"""
+
+
+def test_a_notebook_loads_files_without_the_registry(tiny_model_dir: Path, pairs_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", NOTEBOOK, str(pairs_dir), str(tiny_model_dir)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert run.stdout.splitlines()[-1:] == ["24 2 Record"], run.stderr
 
 
 def test_bad_row_is_short() -> None:

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from dpo.data.records import PreferenceData, Record
 from dpo.utils import UserError
-from preference_datasets import PreferenceData, Record
 
 Example = tuple[int, int]
 """(record, pair of that record); in SFT the second is 0: the record's one target."""

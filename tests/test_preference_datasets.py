@@ -1,10 +1,13 @@
 """Rows -> records: every data set's rules, truncation, BOS and EOS, bad input, and the Arrow cache."""
 
 import gzip
+import importlib
 import itertools
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -24,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo.data import cache as arrow_cache
 from dpo.data import files as data_files
 from dpo.data import parse, records, tokenise
+from dpo.data.batching import make_batch
 from dpo.data.records import PreferenceData, format_funnel
 from dpo.data.rows import BadRow, generic
 from dpo.data.sources import DataSet, DataSettings
@@ -473,6 +477,68 @@ def test_hub_ids_go_through_the_datasets_library(settings: DataSettings, tokeniz
         load_data(replace(settings, names=("hh",)), tokenizer, "train")
 
 
+# Numeric columns for the loss
+
+
+def test_pairs_keep_their_columns_through_merging_and_truncation(
+    settings: DataSettings, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "Q", "chosen": "A", "rejected": "B", "weight": 1, "margin": 0.5},
+        {"prompt": "Q", "chosen": "A", "rejected": "A", "weight": 2, "margin": 1.5},  # dropped: identical
+        {"prompt": "R", "chosen": "A", "rejected": "B", "weight": 4, "margin": -1},
+        {"prompt": "Q", "chosen": "a" * 99, "rejected": "a" * 100, "weight": 8, "margin": 2},  # dropped: truncation
+        {"prompt": "Q", "responses": ["E", "F", "G"], "scores": [3, 2, 1], "weight": 16, "margin": 3},
+    ]
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    short = {"max_length": 20, "max_prompt_length": 10, "pair_columns": ("weight", "margin")}
+    data = load_file(settings, path, tokenizer, **short)
+    wanted = {"weight": [1.0, 16.0, 16.0, 16.0], "margin": [0.5, 3.0, 3.0, 3.0]}
+    assert data[0].columns == wanted and data[1].columns == {"weight": [4.0], "margin": [-1.0]}
+    batch = make_batch(data, [(0, 3), (1, 0), (0, 0)])
+    assert batch.columns == {"weight": [16.0, 4.0, 1.0], "margin": [3.0, -1.0, 0.5]}
+    assert not data.notes[str(path)]
+    one = load_file(settings, path, tokenizer, **short | {"pair_columns": ("weight",)})
+    assert list(one[0].columns) == ["weight"] and "column 'margin' is not used" in one.notes[str(path)]
+    sft = load_file(settings, path, tokenizer, **short, sft=True)
+    assert [record.columns["weight"] for record in sft] == [[16.0], [4.0]]
+    assert make_batch(sft, [(1, 0), (0, 0)]).columns["weight"] == [4.0, 16.0]
+    most = load_file(settings, path, tokenizer, **short, max_pairs_per_prompt=2)
+    assert len(most[0].columns["weight"]) == len(most[0].pairs)
+
+
+def test_columns_of_csv_and_parquet(settings: DataSettings, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("prompt,chosen,rejected,weight\nQ,A,B,0.25\n")
+    table = pa.table({"prompt": ["Q"], "chosen": ["A"], "rejected": ["B"], "weight": pa.array([0.25], pa.float32())})
+    pq.write_table(table, tmp_path / "x.parquet")
+    for name in ("x.csv", "x.parquet"):
+        data = load_file(settings, tmp_path / name, tokenizer, pair_columns=("weight",))
+        assert data[0].columns == {"weight": [0.25]}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "missing field: 'weight'"),
+        ({"weight": None}, "null field: 'weight'"),
+        ({"weight": "1"}, "wrong type: 'weight' is str"),
+        ({"weight": True}, "wrong type: 'weight' is bool"),
+        ({"weight": math.inf}, "number not finite: 'weight' is inf"),
+        ({"weight": 10**400}, "number not finite: 'weight'"),
+    ],
+)
+def test_a_column_without_a_number_is_named(
+    settings: DataSettings, tokenizer: Any, tmp_path: Path, value: dict, message: str
+) -> None:
+    good = {"prompt": "Q", "chosen": "A", "rejected": "B", "weight": 1}
+    bad = {"prompt": "R", "chosen": "A", "rejected": "B"} | value
+    path = write_rows(tmp_path / "x.jsonl", [good, bad])
+    with pytest.raises(UserError, match=rf"x\.jsonl:2: {message}"):
+        load_file(settings, path, tokenizer, pair_columns=("weight",))
+    data = load_file(settings, path, tokenizer, pair_columns=("weight",), drop_bad_rows=True)
+    assert len(data) == 1 and data.funnel[str(path)][f"rows dropped: {message.partition(':')[0]}"] == 1
+
+
 # Bad input. Each: file name, content, what the one message says.
 
 GOOD = b'{"prompt": "Q", "chosen": "A", "rejected": "B"}\n'
@@ -802,6 +868,51 @@ def test_cache_holds_what_it_depends_on(settings: DataSettings, tmp_path: Path, 
     assert work() == []  # other name, same content
     monkeypatch.setattr(records, "FORMAT", 0)
     assert work() == both
+
+
+def test_a_parser_is_known_by_its_code_and_that_of_its_helpers(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def identity(name: str, helper: str) -> list[Any]:
+        code = f"def helper(x):\n    {helper}\n\ndef parse(row):\n    return helper(row)\n"
+        (tmp_path / f"{name}.py").write_text(code)
+        return records.parser_identity(importlib.import_module(name).parse)
+
+    plain = identity("parser_a", "return x")
+    assert identity("parser_b", "return x  # a comment") == plain != identity("parser_c", "return x + 1")
+    assert len(records.parser_identity(REGISTRY["se"].parse)[0]) == 4  # se, human, html_to_text, _HtmlText
+
+
+COMMENTED = ("preference_datasets.py", "dpo/data/rows.py", "dpo/data/parse.py", "dpo/data/tokenise.py")
+
+
+def test_a_comment_in_the_code_neither_stops_a_resume_nor_tokenises_again(overrides: Any, tmp_path: Path) -> None:
+    project, cache = tmp_path / "project", tmp_path / "cache"
+    for part in ("dpo", "config", "data", *(path.name for path in ROOT.glob("*.py")), "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        (project / part).parent.mkdir(exist_ok=True)
+        copy(ROOT / part, project / part)
+    rows = [{"history": f"Q{i}", "human_ref_A": "A", "human_ref_B": "B", "labels": 1, "score_A": 9, "score_B": 2}
+            for i in range(30)]  # fmt: skip
+    write_rows(tmp_path / "shp/train.jsonl", rows)
+    given = overrides("loss=dpo", "loss.beta=0.1", "datasets=[shp]", f"dataset_sources.shp={tmp_path / 'shp'}")
+    given += [f"cache_dir={cache}", "n_eval_examples=2", "sample_during_eval=false"]
+
+    def train(*more: str) -> str:
+        command = [sys.executable, str(project / "train.py"), *given, *more]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[-3000:]
+        return run.stdout
+
+    train("n_examples=8")
+    made = {path: path.stat().st_mtime_ns for path in cache.glob("*-*/*")}
+    assert any(path.name == "records.arrow" for path in made)
+    for name in COMMENTED:
+        text = re.sub(r"^( +)return ", r"\1# a new comment\n\1return ", (project / name).read_text(), flags=re.M)
+        (project / name).write_text(text)
+    printed = train("n_examples=16", "resume=auto")
+    assert "resum" in printed and '"counters/examples": 16' in (tmp_path / "run/metrics.jsonl").read_text()
+    assert {path: path.stat().st_mtime_ns for path in cache.glob("*-*/*")} == made
 
 
 def test_processes_give_what_one_gives(settings: DataSettings, tokenizer: Any, tmp_path: Path) -> None:

@@ -971,7 +971,7 @@ def test_settings_reach_the_data() -> None:
     assert settings == replace(settings, columns={**settings.columns, "prompt": "ask"}, max_pairs_per_prompt=5)
     assert (settings.max_row_mb, settings.sft_turns, settings.chat_date) == (2, "all", "2025-01-02")
     for wrong, message in (
-        ("columns.nonsense=x", "columns.nonsense is no column"),
+        ("columns.nonsense=x", "columns.nonsense is not a column"),
         ("chat_date=tomorrow", "chat_date=tomorrow must be a date"),
         ("sft_turns=first", "sft_turns=first is not known"),
         ("max_pairs_per_prompt=0", "max_pairs_per_prompt=0 must be at least 1"),

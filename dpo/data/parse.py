@@ -14,7 +14,19 @@ import pyarrow as pa
 
 from dpo.data.files import Chunk, Row, numbered_rows
 from dpo.data.rendering import ChatFormat, leaves
-from dpo.data.rows import HUMAN, BadRow, Pairs, ParsedRow, SkippedRow, Text, all_answers, dialogue_parts, to_messages
+from dpo.data.rows import (
+    HUMAN,
+    BadRow,
+    Pairs,
+    ParsedRow,
+    SkippedRow,
+    Text,
+    all_answers,
+    dialogue_parts,
+    number,
+    to_messages,
+    unused_column,
+)
 from dpo.data.sources import DataSet, DataSettings
 from dpo.utils import UserError, visible
 
@@ -31,6 +43,7 @@ ROWS = pa.schema(
         "keep_end": pa.bool_(),
         "demonstration": pa.bool_(),
         "undesired": pa.bool_(),
+        "columns": pa.list_(pa.float64()),  # values of `pair_columns`, for each of the row's pairs
         "hash": pa.uint64(),  # equal for rows of one prompt
         "key": pa.uint64(),  # of the prompt, whatever its rendering
     }
@@ -142,13 +155,16 @@ class ParseRows:
             parsed = to_messages(parsed)
         exact: Any = parsed.prompt
         exact = exact if isinstance(exact, str) else json.dumps([exact, parsed.tools], default=str)
+        wanted = self.settings.pair_columns
         more: dict[str, Any] = {"hash": hash64(exact), "key": _prompt_key(parsed), "over": 0}
+        more["columns"] = [number(row, name) for name in wanted]
         if parsed.scores is not None:
             most = self.settings.max_pairs_per_prompt
             parsed.pairs, parsed.ties, more["over"] = ranked_pairs(parsed.scores, most, more["key"])
         if self.all_turns:
             parsed = all_answers(parsed)
-        notes = parsed.notes + ([UNDESIRED] if parsed.undesired else [])
+        notes = [note for note in parsed.notes if note not in [unused_column(name) for name in wanted]]
+        notes += [UNDESIRED] if parsed.undesired else []
         if isinstance(parsed.prompt, str):
             texts = [str(side) for side in parsed.responses]
             dialogue = parsed.prompt.startswith(HUMAN)

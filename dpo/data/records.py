@@ -10,10 +10,11 @@ import ast
 import functools
 import inspect
 import json
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from dpo.data.tokenise import (
 from dpo.utils import UserError, log, progress, visible
 
 # Raise it whenever the code makes other rows or records of the same input. It is part of the caches' keys.
-FORMAT = 1
+FORMAT = 2
 MOST_FILES = 12  # named in the log; data_funnel.json names all
 SILENT = "rows that state no preference are not used"
 
@@ -55,6 +56,7 @@ class Record:
     responses: list[list[int]]
     pairs: Pairs
     masks: list[list[bool]] | None = None
+    columns: dict[str, list[float]] = field(default_factory=dict)  # of `pair_columns`: a value a pair; SFT: one value
 
 
 def group_rows(table: ArrowRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -90,14 +92,26 @@ def in_test_split(hashes: np.ndarray, fraction: float | None) -> np.ndarray:
 
 
 def parser_identity(parse: Callable[..., ParsedRow]) -> list[Any]:
-    """Return a parser's syntax tree, in which comments and layout play no part, and its columns."""
+    """Return a parser's syntax tree, in which comments and layout play no part, and its columns.
+
+    Functions and classes of its own module that it calls are part of it, except in this package, which has `FORMAT`.
+    """
     columns = dict(parse.keywords["columns"]) if isinstance(parse, functools.partial) else {}
-    function = parse.func if isinstance(parse, functools.partial) else parse
-    try:
-        text = ast.dump(ast.parse(textwrap.dedent(inspect.getsource(function))))
-    except (OSError, TypeError, SyntaxError):  # it was defined where no source is kept
-        text = function.__qualname__
-    return [text, columns]
+    used: list[Any] = [parse.func if isinstance(parse, functools.partial) else parse]
+    trees = []
+    for code in used:  # grows
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+        except (OSError, TypeError, SyntaxError):  # it was defined where no source is kept
+            trees.append(code.__qualname__)
+            continue
+        trees.append(ast.dump(tree))
+        module = sys.modules.get(code.__module__ or "")
+        if module is not None and not code.__module__.startswith("dpo."):
+            names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            others = (getattr(module, name, None) for name in sorted(names))
+            used += [o for o in others if getattr(o, "__module__", "") == code.__module__ and o not in used]
+    return [trees, columns]
 
 
 @dataclass(frozen=True)
@@ -130,7 +144,8 @@ class Loader:
         chat = ChatFormat(self.tokenizer, s.chat_format, s.chat_date)
         parser = ParseRows(self.data_set, chat, self.tokenizer.eos_token, s)
         parsed_by = [FORMAT, parser_identity(self.data_set.parse), self.data_set.hub, parser.eos, chat.identity]
-        raw = digest(parsed_by, self.source.identity, s.drop_bad_rows, s.max_pairs_per_prompt, parser.all_turns)
+        choices = [s.drop_bad_rows, s.max_pairs_per_prompt, parser.all_turns, s.pair_columns]
+        raw = digest(parsed_by, self.source.identity, choices)
         held_out = (self.split, s.holdout_fraction) if self.source.held_out else None
         tokens = digest(raw, tokenizer_identity(self.tokenizer), s.max_length, s.max_prompt_length, s.sft, held_out)
 
@@ -214,8 +229,8 @@ class Loader:
 class PreferenceData:
     """One split of a mixture of data sets. `data[i]` reads a `Record` from disk."""
 
-    def __init__(self, names: tuple[str, ...], sets: Sequence[LoadedSet]):
-        self.names = names
+    def __init__(self, names: tuple[str, ...], sets: Sequence[LoadedSet], pair_columns: tuple[str, ...] = ()):
+        self.names, self.pair_columns = names, pair_columns
         self.funnel = {name: loaded.funnel for name, loaded in zip(names, sets, strict=True)}
         self.notes = {name: loaded.notes for name, loaded in zip(names, sets, strict=True)}
         self.identity = [loaded.folder.name for loaded in sets]  # of each data set: a hash of all it depends on
@@ -237,12 +252,13 @@ class PreferenceData:
 
     def __getitem__(self, i: int) -> Record:
         row = self._rows.row(range(len(self))[i])
-        prompt, responses, pairs, masks = (row.column(name)[0] for name in RECORDS.names[:4])
+        prompt, responses, pairs, masks, columns = (row.column(name)[0] for name in RECORDS.names[:5])
         return Record(
             prompt.values.to_numpy().tolist(),
             [response.values.to_numpy().tolist() for response in responses],
             [(a, b) for a, b in pairs.as_py()],
             masks.as_py(),
+            {name: list(values) for name, values in zip(self.pair_columns, zip(*columns.as_py()))},
         )
 
 
@@ -262,7 +278,7 @@ def load(settings: DataSettings, tokenizer: Any, split: str, registry: Registry 
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, which ends every response; choose a tokenizer that has one")
     sets = [Loader(name, settings, tokenizer, split, registry or {}).load() for name in settings.names]
-    return PreferenceData(settings.names, sets)
+    return PreferenceData(settings.names, sets, settings.pair_columns)
 
 
 def short_names(names: Sequence[str]) -> list[str]:

@@ -375,8 +375,13 @@ def generic(row: Row, columns: Mapping[str, str | None] | None = None) -> Parsed
         parsed.undesired = not label
     if parsed.pairs and fields.has("score_chosen") and fields.has("score_rejected"):
         parsed.notes += score_notes(*(fields.get(name, int, float) for name in ("score_chosen", "score_rejected")))
-    parsed.notes += [f"column {name!r} is not used" for name in fields.unused()]
+    parsed.notes += [unused_column(name) for name in fields.unused()]
     return parsed
+
+
+def unused_column(name: str) -> str:
+    """Return the warning about a column with content that nothing reads."""
+    return f"column {name!r} is not used"
 
 
 def score_notes(chosen: float, rejected: float) -> list[str]:

@@ -27,6 +27,7 @@ class DataSettings:
     chat_date: str = "2024-07-26"  # replaces today's date in chat templates
     columns: Mapping[str, str | None] = field(default_factory=dict)  # this program's name of a column -> the files'
     sft_turns: str = "last"  # "last" | "all": which answers of a conversation SFT learns
+    pair_columns: tuple[str, ...] = ()  # numeric columns that the loss asks for, such as weight or margin
     max_pairs_per_prompt: int = 10_000
     max_row_mb: float = 16  # of a line, or of an object of a list, unpacked, in MiB
     holdout_fraction: float | None = None  # of the prompts, if a source has no test split; None: see `in_test_split`

@@ -26,6 +26,7 @@ RECORDS = pa.schema(
         "responses": pa.list_(IDS),
         "pairs": PAIRS,
         "masks": pa.list_(pa.list_(pa.bool_())),
+        "columns": pa.list_(pa.list_(pa.float64())),  # [pairs, pair_columns]; SFT: [1, pair_columns]
         "key": pa.uint64(),
         "pair_keys": pa.list_(pa.uint64()),  # of prompt, chosen and rejected; SFT: of prompt and response
     }
@@ -156,6 +157,7 @@ class Merged:
     prompt: str
     responses: list[tuple[str, ...]]
     pairs: Pairs
+    columns: list[list[float]]  # [pairs, pair_columns]; SFT: [1, pair_columns]
     keep_end: bool
     key: int
 
@@ -188,16 +190,18 @@ class TokeniseRecords:
 
     def merge(self, rows: list[dict[str, Any]], counts: Counter[str]) -> Merged | None:
         """Merge the rows of one prompt; None if they state no preference."""
-        merged = Merged(rows[0]["prompt"], [], [], rows[0]["keep_end"], rows[0]["key"])
+        merged = Merged(rows[0]["prompt"], [], [], [], rows[0]["keep_end"], rows[0]["key"])
         if self.settings.sft:
             rated = [row for row in rows if row["score"] is not None]
             best = max(rated, key=lambda row: row["score"]) if rated else rows[-1]
             counts[MERGED] += len(rows) - 1
-            merged.responses = [tuple(best["responses"][best["target"]])]
+            merged.responses, merged.columns = [tuple(best["responses"][best["target"]])], [best["columns"]]
             return merged
         responses: list[tuple[str, ...]] = []
         pairs: Pairs = []
+        columns: list[list[float]] = []
         for row in rows:
+            columns += [row["columns"]] * len(row["pairs"])
             pairs += [(len(responses) + a, len(responses) + b) for a, b in row["pairs"]]
             responses += map(tuple, row["responses"])
             counts["pairs"] += len(row["pairs"]) + row["ties"] + row["over"]
@@ -206,9 +210,10 @@ class TokeniseRecords:
         most = self.settings.max_pairs_per_prompt
         if len(pairs) > most:
             counts[OVER] += len(pairs) - most
-            pairs = [pairs[i] for i in sorted(random.Random(merged.key).sample(range(len(pairs)), most))]
+            chosen = sorted(random.Random(merged.key).sample(range(len(pairs)), most))
+            pairs, columns = [pairs[i] for i in chosen], [columns[i] for i in chosen]
         first, merged.pairs, kept = compact(responses, pairs)
-        merged.responses = [responses[i] for i in first]
+        merged.responses, merged.columns = [responses[i] for i in first], [columns[i] for i in kept]
         counts["pairs dropped: identical responses"] += len(pairs) - len(kept)
         if not merged.pairs:
             counts["prompts dropped: no pair"] += 1
@@ -230,10 +235,10 @@ class TokeniseRecords:
         cut, ends = truncate(prompt, responses, n_bos, s.max_length, s.max_prompt_length, tree.keep_end)
         masks = [[i % 2 == 0 for i, part in enumerate(response) for _ in part] + [True] for response in parts]
         masks = [mask[: len(end)] for mask, end in zip(masks, ends, strict=True)]
-        keys, first, pairs = tree.pair_keys(), [0], tree.pairs
+        keys, columns, first, pairs = tree.pair_keys(), tree.columns, [0], tree.pairs
         if not s.sft:
             first, pairs, kept = compact([(*end, None, *mask) for end, mask in zip(ends, masks)], tree.pairs)
-            keys = [keys[i] for i in kept]
+            keys, columns = [keys[i] for i in kept], [columns[i] for i in kept]
             counts["pairs dropped: identical after truncation"] += len(tree.pairs) - len(kept)
             if not pairs:
                 counts["prompts dropped: no pair"] += 1
@@ -245,7 +250,7 @@ class TokeniseRecords:
         counts["examples"] += len(pairs) or 1
         masks = [masks[i] for i in first]
         return {
-            **{"prompt": cut, "responses": [ends[i] for i in first], "pairs": pairs},
+            **{"prompt": cut, "responses": [ends[i] for i in first], "pairs": pairs, "columns": columns},
             **{"masks": None if all(map(all, masks)) else masks, "key": tree.key, "pair_keys": keys},
         }
 

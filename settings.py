@@ -23,7 +23,7 @@ from dpo.run.config import Config
 from dpo.utils import ROOT, UserError, get_local_dir, get_local_run_dir
 
 if TYPE_CHECKING:
-    from preference_datasets import DataSettings
+    from dpo.data.sources import DataSettings
 
 LONGEST_NAME = 120
 CONFIG_DIR = ROOT / "config"
@@ -204,7 +204,7 @@ def _read(composed: DictConfig, name: str, into: dict[str, Any], problems: list[
 
 def data_settings(config: Config) -> "DataSettings":
     """What of the configuration the data depends on."""
-    from preference_datasets import DataSettings
+    from dpo.data.sources import DataSettings
 
     return DataSettings(
         names=tuple(config.datasets),

@@ -9,7 +9,6 @@ import functools
 import gc
 import math
 import os
-import re
 import shlex
 import sys
 import time
@@ -25,6 +24,8 @@ from dpo import parallel
 from dpo.agreement import check_training_data, evaluation_part, parts_to_check
 from dpo.data.batching import Cut, Example, Plan
 from dpo.data.checks import check_format, check_overlap, trained_on
+from dpo.data.records import PreferenceData, format_funnel
+from dpo.data.sources import HUB_ID, find_source
 from dpo.evaluation import Evaluator
 from dpo.model.loading import (
     check_fits,
@@ -41,15 +42,15 @@ from dpo.parallel.arrange import sharding_of
 from dpo.reference import LiveReference, Reference, StoredReference, build_reference, wanted_by
 from dpo.run import checkpoint, health, runs, stopping
 from dpo.run.config import Config
+from dpo.run.saved import formats_of
 from dpo.run.saving import Saver
 from dpo.run.throughput import Cost, cost_of, throughput
 from dpo.run.trackers import open_logger
 from dpo.scoring import Metrics, Scorer, extend_metrics, mean_metrics, shares
 from dpo.utils import RunLogger, TakenOver, UserError, be_quiet, log, open_log, progress, run_main
-from preference_datasets import REGISTRY, PreferenceData, find_source, format_funnel, load_data
+from preference_datasets import REGISTRY, load_data
 from settings import data_settings, literal
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name, or a relative path
 SHOWN = {"loss": "loss/train", "acc": "rewards_train/accuracies", "margin": "rewards_train/margins"}
 
 
@@ -471,7 +472,7 @@ def check_sources(config: Config) -> None:
     for name in config.datasets:
         on_hub = name in REGISTRY or HUB_ID.fullmatch(name)
         if settings.sources.get(name) or not on_hub:
-            find_source(name, settings, "train")
+            find_source(name, settings, "train", REGISTRY)
 
 
 def load_splits(
@@ -495,7 +496,7 @@ def load_splits(
         reached = config.lr * steps / (warmup + 1)
         log(f"note: warmup_steps={warmup} outlasts the run: lr reaches {reached:.2g} of {config.lr:.2g}")
     archive = Path(config.model.archive) if config.model.archive else None
-    check_format(train_data, archive, tokenizer)
+    check_format(train_data, formats_of(archive), tokenizer)
     splits = {"train": train_data, **({"test": test} if test is not None else {})}
     funnel: dict[str, Any] = {name: split.funnel for name, split in splits.items()} | {"examples": examples}
     funnel |= {"updates": steps, "overlap": check_overlap(train_data, test, archive)}

@@ -8,11 +8,11 @@ from transformers import PreTrainedModel
 
 from dpo import parallel
 from dpo.data.batching import Cut, Example, deal, make_batch
+from dpo.data.records import PreferenceData
 from dpo.reference import LiveReference, StoredReference
 from dpo.run import health
 from dpo.scoring import Scorer, Share, shares
 from dpo.utils import UserError, log
-from preference_datasets import PreferenceData
 
 ROUNDING = 1e-5  # nats per token, of a live reference
 SECONDS = 20.0

@@ -9,13 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo import parallel
 from dpo.agreement import must_agree
 from dpo.data.batching import Cut, eval_examples
+from dpo.data.records import PreferenceData
 from dpo.reference import LiveReference
 from dpo.run import checkpoint, health
 from dpo.run.config import Config
 from dpo.sampling import SampleEvaluator, Sampling, divergence, prompts_of
 from dpo.scoring import Scorer, evaluate_loss, mean_metrics
 from dpo.utils import RunLogger, UserError, log
-from preference_datasets import PreferenceData
 
 
 class Evaluator:

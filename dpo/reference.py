@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 from dpo import parallel
 from dpo.data.batching import Batch, Cut, Example, Tree, make_tree
+from dpo.data.records import PreferenceData
 from dpo.model.loading import Computation, TokenLogps, response_logps
 from dpo.utils import UserError, log, make_dir, progress
-from preference_datasets import PreferenceData
 
 SECONDS_PER_SHARD = 60.0
 # Parts of a model's configuration that say nothing about what it computes.

@@ -12,10 +12,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dpo import parallel
 from dpo.data.batching import Batch, Cut, Example, Tree, chunks
+from dpo.data.records import PreferenceData
+from dpo.data.tokenise import own_bos
 from dpo.model.layouts import set_attention
 from dpo.model.loading import LOGITS_AT_ONCE, Computation, autocast, input_device, next_token_logps
 from dpo.utils import progress
-from preference_datasets import PreferenceData, own_bos
 
 ESTIMATORS = ("plain", "rao_blackwell")
 

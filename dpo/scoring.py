@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from dpo import parallel
 from dpo.data.batching import Batch, Cut, Example, deal, make_batch
+from dpo.data.records import PreferenceData
 from dpo.loss import Examples, Loss, Responses, sum_tokens
 from dpo.model.loading import Computation, TokenLogps, response_logps
 from dpo.reference import Reference
 from dpo.utils import progress
-from preference_datasets import PreferenceData
 
 # By how much a float32 log-probability may change with the order of summation (micro-batches, layouts, number of
 # processes, compiled kernels): relative, and in nats. SmolLM2-135M's change by up to 1.3e-6 nats a token (60 pairs).

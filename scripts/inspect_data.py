@@ -22,9 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dpo.data.records import PreferenceData, Record, format_funnel
 from dpo.model.loading import load_tokenizer
 from dpo.utils import HelpFormatter, UserError, run_main, visible
-from preference_datasets import PreferenceData, Record, format_funnel, load_data
+from preference_datasets import load_data
 from settings import check_keys, data_settings, load_config
 
 DIM, GREEN, SPECIAL, RESET = "\033[2m", "\033[32m", "\033[1;30;43m", "\033[0m"

@@ -22,14 +22,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dpo.data.parse import decode
 from dpo.data.rendering import ChatFormat
-from dpo.data.rows import BadRow, Judgement, text_or_messages, to_messages
+from dpo.data.rows import BadRow, ParsedRow, text_or_messages, to_messages
+from dpo.data.tokenise import own_bos
 from dpo.model.loading import load_tokenizer, pick_device, positions, quiet_transformers
 from dpo.run.checkpoint import weights_identity
 from dpo.run.saved import Saved, find_reference, find_saved, take_overrides, warn_of_formats
 from dpo.sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample
 from dpo.utils import HelpFormatter, UserError, file_hash, log, make_dir, progress, run_main, visible
-from preference_datasets import ParseRows, own_bos
 
 ADVICE = "give another --out, or --overwrite"
 
@@ -75,7 +76,7 @@ def read_prompts(path: Path, tokenizer: Any, chat: ChatFormat) -> list[Prompt]:
 
 def _prompt_of(line: str) -> Any:
     """The prompt of a line of JSON: text or messages. Raises BadRow."""
-    row = ParseRows.decode(line.encode())
+    row = decode(line.encode())
     if not isinstance(row, dict):
         raise BadRow("not an object", f"a row is {{...}}, this one is {type(row).__name__}")
     return text_or_messages(row, "prompt")
@@ -86,7 +87,7 @@ def _rendered(prompt: Any, chat: ChatFormat) -> tuple[str, str]:
     if isinstance(prompt, str) and not prompt.strip():
         raise BadRow("empty prompt")
     if chat.wraps_text:
-        prompt = to_messages(Judgement(prompt, [""], [])).prompt
+        prompt = to_messages(ParsedRow(prompt, [""], [])).prompt
     text, format_ = (prompt, "text") if isinstance(prompt, str) else (chat.prompt(prompt), chat.name)
     try:
         text.encode()

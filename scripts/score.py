@@ -28,23 +28,16 @@ import torch
 
 from dpo.data.batching import Batch, Cut, make_tree
 from dpo.data.files import Source, numbered_rows
+from dpo.data.records import PreferenceData, Record, short_names
+from dpo.data.sources import DataSet, DataSettings, find_source
+from dpo.data.tokenise import own_bos
 from dpo.loss import Loss, Responses
 from dpo.model.loading import load_tokenizer, quiet_transformers, response_logps
 from dpo.run.config import Config
 from dpo.run.saved import Saved, find_reference, find_saved, take_overrides, warn_of_formats
 from dpo.utils import HelpFormatter, UserError, log, make_dir, progress, redact, run_main, visible
 from inspect_data import DIM, RESET, in_colour, pieces
-from preference_datasets import (
-    REGISTRY,
-    DataSettings,
-    PreferenceData,
-    Record,
-    SetFacts,
-    find_source,
-    load_data,
-    own_bos,
-    short_names,
-)
+from preference_datasets import REGISTRY, load_data
 from settings import data_settings, quoted
 
 GREENS, REDS = (22, 28, 34, 40, 46), (52, 88, 124, 160, 196)  # of a terminal's 256 colours, small to large
@@ -78,12 +71,12 @@ def load_items(policy: Saved, tokenizer: Any, split: str, own: bool, limit: int 
         source = _source_of(policy, name, split) if own else {}
         settings = _settings_of(policy.config, name, source.get("path"))
         [place], sft, here, shown = settings.names, settings.sft, split, f"{split} split"
-        if split == "test" and find_source(place, settings, split)[1].held_out:
+        if split == "test" and find_source(place, settings, split, REGISTRY)[1].held_out:
             if not own:
                 here, shown, settings = "train", "all rows", replace(settings, holdout_fraction=0.0)
             elif settings.holdout_fraction == 0:
                 raise UserError(f"the run held nothing of {name} out: it trained on all rows; say --split train")
-        kinds = ({sft: name} if name in REGISTRY else _kinds(*find_source(place, settings, here))) | kinds
+        kinds = ({sft: name} if name in REGISTRY else _kinds(*find_source(place, settings, here, REGISTRY))) | kinds
         if len(kinds) == 2:
             raise UserError(f"{kinds[True]} is a single response, but {kinds[False]} has pairs: score them apart")
         data = load_data(replace(settings, sft=True in kinds), tokenizer, here)
@@ -117,7 +110,7 @@ def _settings_of(config: Config, name: str, path: str | None) -> DataSettings:
     return replace(settings, sources={**settings.sources, name: path}) if local else settings
 
 
-def _kinds(facts: SetFacts, source: Source) -> dict[bool, str]:
+def _kinds(facts: DataSet, source: Source) -> dict[bool, str]:
     """Where the first single response (True) and the first row with pairs (False) of some data are."""
     kinds: dict[bool, str] = {}
     for where, row in itertools.chain.from_iterable(map(numbered_rows, source.chunks())):

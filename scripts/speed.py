@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.data.batching import Batch, Cut, Example, epoch_order, make_batch
+from dpo.data.records import PreferenceData
 from dpo.model.loading import (
     Computation,
     load_policy,
@@ -28,7 +29,7 @@ from dpo.run.config import Config
 from dpo.run.throughput import Cost, cost_of, peak_memory, throughput
 from dpo.scoring import Scorer, Share, shares
 from dpo.utils import UserError
-from preference_datasets import PreferenceData, load_data
+from preference_datasets import load_data
 from settings import data_settings, load_config, quoted
 
 ORIGINAL, TRIMMED, OURS = "original", "padded to the longest of a micro-batch", "+ stored reference"

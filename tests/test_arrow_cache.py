@@ -16,8 +16,10 @@ import pytest
 from conftest import ROOT, make_tokenizer, write_pairs
 
 from dpo.data import cache as arrow_cache
+from dpo.data.records import PreferenceData
+from dpo.data.sources import DataSettings
 from dpo.utils import UserError, progress
-from preference_datasets import DataSettings, PreferenceData, load_data
+from preference_datasets import load_data
 
 
 def build(folder: Path) -> None:

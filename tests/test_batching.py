@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.data.batching import Batch, Cut, Plan, chunks, deal, epoch_order, eval_examples, make_batch
+from dpo.data.records import Record
 from dpo.loss import Loss, sum_tokens
 from dpo.model.layouts import PADDING, lay_out
 from dpo.model.loading import Computation, TokenLogps, add_token_logps, disable_dropout, response_logps
 from dpo.reference import LiveReference
 from dpo.scoring import Scorer
 from losses import DPO, IPO, SFT
-from preference_datasets import Record
 
 
 @dataclass
@@ -72,6 +72,7 @@ def test_weights_are_passes_over_a_data_set() -> None:
     assert again[1::2].tolist() != taken[1::2].tolist()
 
 
+@settings(deadline=None)
 @given(
     batch_size=st.integers(1, 30),
     n_epochs=st.one_of(st.none(), st.integers(1, 3)),

@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo.data.batching import Batch, Cut, Tree, epoch_order
+from dpo.data.records import Record
 from dpo.model import loading as models
 from dpo.model.layouts import FLEX, PADDING, block_mask, lay_out, set_attention, visible
 from dpo.model.loading import (
@@ -33,7 +34,6 @@ from dpo.run.throughput import cost_of
 from dpo.scoring import Scorer, shares
 from dpo.utils import UserError
 from losses import DPOLoss
-from preference_datasets import Record
 from settings import load_config
 
 SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}

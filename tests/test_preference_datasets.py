@@ -1,10 +1,13 @@
 """Rows -> records: every data set's rules, truncation, BOS and EOS, bad input, and the Arrow cache."""
 
 import gzip
+import importlib
 import itertools
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -15,17 +18,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, make_tokenizer, real_data
+from conftest import ROOT, make_tokenizer, real_data, train_here, write_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-import preference_datasets as pd_module
 from dpo.data import cache as arrow_cache
 from dpo.data import files as data_files
+from dpo.data import parse, records, tokenise
+from dpo.data.batching import make_batch
+from dpo.data.records import PreferenceData, format_funnel
+from dpo.data.rows import BadRow, generic
+from dpo.data.sources import DataSet, DataSettings
+from dpo.data.tokenise import truncate
 from dpo.utils import UserError
-from preference_datasets import REGISTRY, BadRow, DataSettings, PreferenceData, format_funnel, load_data, truncate
+from preference_datasets import REGISTRY, html_to_text, load_data
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EOS = "<|eos|>"
@@ -97,7 +105,7 @@ def check_funnel(data: PreferenceData) -> None:
                    for kind in ("rows", "prompts", "pairs")}  # fmt: skip
         assert funnel["rows"] == funnel["rows kept"] + dropped["rows"]
         assert funnel["prompts"] == funnel["records"] + dropped["prompts"]
-        unused = funnel.get(pd_module.MERGED, 0)
+        unused = funnel.get(tokenise.MERGED, 0)
         assert unused <= funnel["rows kept"] - funnel["prompts"]
         if "pairs" not in funnel and not any(key.startswith("prompts dropped") for key in funnel):
             assert funnel["rows kept"] == funnel["records"] + unused
@@ -220,7 +228,7 @@ def test_stack_exchange_text_and_ties(settings: DataSettings, tokenizer: Any) ->
     ],
 )
 def test_html_to_text_keeps_all_words(source: str, text: str) -> None:
-    assert pd_module.html_to_text(source) == text
+    assert html_to_text(source) == text
 
 
 def test_embedded_sentiment(settings: DataSettings, tokenizer: Any) -> None:
@@ -467,6 +475,68 @@ def test_hub_ids_go_through_the_datasets_library(settings: DataSettings, tokeniz
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
     with pytest.raises(UserError, match=r"'Anthropic/hh-rlhf'.*no route to host\n.*dataset_sources.hh="):
         load_data(replace(settings, names=("hh",)), tokenizer, "train")
+
+
+# Numeric columns for the loss
+
+
+def test_pairs_keep_their_columns_through_merging_and_truncation(
+    settings: DataSettings, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "Q", "chosen": "A", "rejected": "B", "weight": 1, "margin": 0.5},
+        {"prompt": "Q", "chosen": "A", "rejected": "A", "weight": 2, "margin": 1.5},  # dropped: identical
+        {"prompt": "R", "chosen": "A", "rejected": "B", "weight": 4, "margin": -1},
+        {"prompt": "Q", "chosen": "a" * 99, "rejected": "a" * 100, "weight": 8, "margin": 2},  # dropped: truncation
+        {"prompt": "Q", "responses": ["E", "F", "G"], "scores": [3, 2, 1], "weight": 16, "margin": 3},
+    ]
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    short = {"max_length": 20, "max_prompt_length": 10, "pair_columns": ("weight", "margin")}
+    data = load_file(settings, path, tokenizer, **short)
+    wanted = {"weight": [1.0, 16.0, 16.0, 16.0], "margin": [0.5, 3.0, 3.0, 3.0]}
+    assert data[0].columns == wanted and data[1].columns == {"weight": [4.0], "margin": [-1.0]}
+    batch = make_batch(data, [(0, 3), (1, 0), (0, 0)])
+    assert batch.columns == {"weight": [16.0, 4.0, 1.0], "margin": [3.0, -1.0, 0.5]}
+    assert not data.notes[str(path)]
+    one = load_file(settings, path, tokenizer, **short | {"pair_columns": ("weight",)})
+    assert list(one[0].columns) == ["weight"] and "column 'margin' is not used" in one.notes[str(path)]
+    sft = load_file(settings, path, tokenizer, **short, sft=True)
+    assert [record.columns["weight"] for record in sft] == [[16.0], [4.0]]
+    assert make_batch(sft, [(1, 0), (0, 0)]).columns["weight"] == [4.0, 16.0]
+    most = load_file(settings, path, tokenizer, **short, max_pairs_per_prompt=2)
+    assert len(most[0].columns["weight"]) == len(most[0].pairs)
+
+
+def test_columns_of_csv_and_parquet(settings: DataSettings, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("prompt,chosen,rejected,weight\nQ,A,B,0.25\n")
+    table = pa.table({"prompt": ["Q"], "chosen": ["A"], "rejected": ["B"], "weight": pa.array([0.25], pa.float32())})
+    pq.write_table(table, tmp_path / "x.parquet")
+    for name in ("x.csv", "x.parquet"):
+        data = load_file(settings, tmp_path / name, tokenizer, pair_columns=("weight",))
+        assert data[0].columns == {"weight": [0.25]}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "missing field: 'weight'"),
+        ({"weight": None}, "null field: 'weight'"),
+        ({"weight": "1"}, "wrong type: 'weight' is str"),
+        ({"weight": True}, "wrong type: 'weight' is bool"),
+        ({"weight": math.inf}, "number not finite: 'weight' is inf"),
+        ({"weight": 10**400}, "number not finite: 'weight'"),
+    ],
+)
+def test_a_column_without_a_number_is_named(
+    settings: DataSettings, tokenizer: Any, tmp_path: Path, value: dict, message: str
+) -> None:
+    good = {"prompt": "Q", "chosen": "A", "rejected": "B", "weight": 1}
+    bad = {"prompt": "R", "chosen": "A", "rejected": "B"} | value
+    path = write_rows(tmp_path / "x.jsonl", [good, bad])
+    with pytest.raises(UserError, match=rf"x\.jsonl:2: {message}"):
+        load_file(settings, path, tokenizer, pair_columns=("weight",))
+    data = load_file(settings, path, tokenizer, pair_columns=("weight",), drop_bad_rows=True)
+    assert len(data) == 1 and data.funnel[str(path)][f"rows dropped: {message.partition(':')[0]}"] == 1
 
 
 # Bad input. Each: file name, content, what the one message says.
@@ -758,7 +828,7 @@ def test_chat_template_that_refuses(settings: DataSettings, tmp_path: Path) -> N
 def count_calls(monkeypatch: Any) -> list[str]:
     """Record which of the two stages do any work."""
     calls: list[str] = []
-    for stage in (pd_module.ParseRows, pd_module.TokeniseRecords):
+    for stage in (parse.ParseRows, tokenise.TokeniseRecords):
         original = stage.__call__
 
         def counted(self: Any, chunk: Any, original: Any = original) -> Any:
@@ -796,8 +866,53 @@ def test_cache_holds_what_it_depends_on(settings: DataSettings, tmp_path: Path, 
     (tmp_path / "moved").mkdir()
     path = path.rename(tmp_path / "moved/x.jsonl")
     assert work() == []  # other name, same content
-    monkeypatch.setattr(pd_module, "FORMAT", 0)
+    monkeypatch.setattr(records, "FORMAT", 0)
     assert work() == both
+
+
+def test_a_parser_is_known_by_its_code_and_that_of_its_helpers(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def identity(name: str, helper: str) -> list[Any]:
+        code = f"def helper(x):\n    {helper}\n\ndef parse(row):\n    return helper(row)\n"
+        (tmp_path / f"{name}.py").write_text(code)
+        return records.parser_identity(importlib.import_module(name).parse)
+
+    plain = identity("parser_a", "return x")
+    assert identity("parser_b", "return x  # a comment") == plain != identity("parser_c", "return x + 1")
+    assert len(records.parser_identity(REGISTRY["se"].parse)[0]) == 4  # se, human, html_to_text, _HtmlText
+
+
+COMMENTED = ("preference_datasets.py", "dpo/data/rows.py", "dpo/data/parse.py", "dpo/data/tokenise.py")
+
+
+def test_a_comment_in_the_code_neither_stops_a_resume_nor_tokenises_again(overrides: Any, tmp_path: Path) -> None:
+    project, cache = tmp_path / "project", tmp_path / "cache"
+    for part in ("dpo", "config", "data", *(path.name for path in ROOT.glob("*.py")), "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        (project / part).parent.mkdir(exist_ok=True)
+        copy(ROOT / part, project / part)
+    rows = [{"history": f"Q{i}", "human_ref_A": "A", "human_ref_B": "B", "labels": 1, "score_A": 9, "score_B": 2}
+            for i in range(30)]  # fmt: skip
+    write_rows(tmp_path / "shp/train.jsonl", rows)
+    given = overrides("loss=dpo", "loss.beta=0.1", "datasets=[shp]", f"dataset_sources.shp={tmp_path / 'shp'}")
+    given += [f"cache_dir={cache}", "n_eval_examples=2", "sample_during_eval=false"]
+
+    def train(*more: str) -> str:
+        command = [sys.executable, str(project / "train.py"), *given, *more]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[-3000:]
+        return run.stdout
+
+    train("n_examples=8")
+    made = {path: path.stat().st_mtime_ns for path in cache.glob("*-*/*")}
+    assert any(path.name == "records.arrow" for path in made)
+    for name in COMMENTED:
+        text = re.sub(r"^( +)return ", r"\1# a new comment\n\1return ", (project / name).read_text(), flags=re.M)
+        (project / name).write_text(text)
+    printed = train("n_examples=16", "resume=auto")
+    assert "resum" in printed and '"counters/examples": 16' in (tmp_path / "run/metrics.jsonl").read_text()
+    assert {path: path.stat().st_mtime_ns for path in cache.glob("*-*/*")} == made
 
 
 def test_processes_give_what_one_gives(settings: DataSettings, tokenizer: Any, tmp_path: Path) -> None:
@@ -850,6 +965,63 @@ def test_cache_that_cannot_be_written_or_read(settings: DataSettings, tokenizer:
 def test_no_torch_for_the_data() -> None:
     code = "import sys, preference_datasets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+NEW_SET = """
+from dpo.data.rows import ParsedRow, get
+
+def reviews(row):
+    sides = [" " + get(row, side) for side in ("better", "worse")]
+    return ParsedRow(f"Review {get(row, 'product')}:", sides, [(0, 1)])
+"""
+
+
+def test_a_data_set_is_one_function_and_one_entry(
+    settings: DataSettings, tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "new_set.py").write_text(NEW_SET)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = write_rows(tmp_path / "r.jsonl", [{"product": "tea", "better": "Good.", "worse": "Bad."}])
+    import new_set  # type: ignore[import-not-found]
+
+    monkeypatch.setitem(REGISTRY, "reviews", DataSet(new_set.reviews, local=path))
+    data = load_data(replace(settings, names=("reviews",), holdout_fraction=0.0), tokenizer, "train")
+    assert texts(data, tokenizer) == [("Review tea:", [" Good." + EOS, " Bad." + EOS], [(0, 1)])]
+    copy = write_rows(tmp_path / "copy.jsonl", [{"product": "tea", "better": "Better.", "worse": "Bad."}])
+    data = load_data(built_in(settings, "reviews", copy, holdout_fraction=0.0), tokenizer, "train")
+    assert texts(data, tokenizer)[0][1][0] == " Better." + EOS
+    write_rows(path, [{"product": "tea", "better": "Good."}])
+    with pytest.raises(UserError, match=r"r.jsonl:1: missing field: 'worse'"):
+        load_data(replace(settings, names=("reviews",), holdout_fraction=0.0), tokenizer, "train")
+
+
+def test_a_new_data_set_trains(overrides: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(REGISTRY, "new", DataSet(generic, local=write_pairs(tmp_path / "new")))
+    train_here(overrides("loss=dpo", "loss.beta=0.1", "datasets=[new]", "n_examples=4", "n_eval_examples=4"))
+    assert '"new"' in (tmp_path / "run/data_funnel.json").read_text()
+    monkeypatch.setitem(REGISTRY, "new", DataSet(generic, hub="nobody/nothing"))
+    given = ("loss=sft", "datasets=[new]", f"+dataset_sources.new={tmp_path / 'new'}", f"local_run_dir={tmp_path}/two")
+    train_here(overrides(*given, "n_examples=4", "n_eval_examples=4"))
+
+
+NOTEBOOK = """
+import sys, time
+start = time.monotonic()
+import dpo, dpo.data
+assert not {"torch", "transformers", "datasets", "pyarrow", "numpy"} & sys.modules.keys()
+from transformers import AutoTokenizer
+settings = dpo.data.DataSettings(names=(sys.argv[1],), cache_dir="cache", num_proc=1)
+data = dpo.data.load(settings, AutoTokenizer.from_pretrained(sys.argv[2]), "train")
+assert "preference_datasets" not in sys.modules
+print(len(data), len(dpo.data.make_batch(data, [(0, 0), (1, 0)])), type(data[0]).__name__)
+"""
+
+
+def test_a_notebook_loads_files_without_the_registry(tiny_model_dir: Path, pairs_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", NOTEBOOK, str(pairs_dir), str(tiny_model_dir)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert run.stdout.splitlines()[-1:] == ["24 2 Record"], run.stderr
 
 
 def test_bad_row_is_short() -> None:

@@ -77,9 +77,9 @@ def check_holds(tokenizer: Any, found: Rendering, prompt: list, response: list, 
         conversation = [*prompt[:-1], say("assistant", prompt[-1]["content"] + response[0]["content"])]
     template = re.sub(r"strftime_now\('%d %b %Y'\)", "'26 Jul 2024'", tokenizer.chat_template)
     whole = tokenizer.apply_chat_template(conversation, tools=tools, tokenize=False, chat_template=template)
-    text = found.prompt + "".join(found.parts)
+    text = found.prompt + "".join(found.responses[0])
     assert text == whole or text == whole.rstrip().removesuffix(tokenizer.eos_token)
-    counted, between = squeezed("".join(found.parts[::2])), squeezed("".join(found.parts[1::2]))
+    counted, between = squeezed("".join(found.responses[0][::2])), squeezed("".join(found.responses[0][1::2]))
     for message in response:
         said = squeezed(message["content"].replace("<think>", "").replace("</think>", ""))
         if message["role"] == "assistant":
@@ -98,39 +98,39 @@ def test_a_rendering_holds_or_is_refused(style: str, scene: str) -> None:
     chat = ChatFormat(tokenizer, "template", DATE)
     if reason := REFUSED[style].get(scene):
         with pytest.raises(BadRow, match=reason):
-            chat(prompt, response, tools)
+            chat(prompt, [response], tools)
         return
-    found = chat(prompt, response, tools)
+    found = chat(prompt, [response], tools)
     if style == "deepseek_r1" and scene != "prefill":  # whose template leaves thinking out, as it does in a next turn
         assert found.prompt.endswith("<|Assistant|><think>\n")
-        assert [squeezed(part) for part in found.parts] == ["twoandtwo</think>Itisfour."]
+        assert [squeezed(part) for part in found.responses[0]] == ["twoandtwo</think>Itisfour."]
     else:
         check_holds(tokenizer, found, prompt, response, tools)
 
 
 def test_parts_between_answers_do_not_count() -> None:
     prompt, response, _ = SCENES["turns in the response"]
-    found = ChatFormat(tokenizer_of("chatml"), "auto", DATE)(prompt, response)
+    found = ChatFormat(tokenizer_of("chatml"), "auto", DATE)(prompt, [response])
     middle = "\n<|im_start|>user\nAre you sure?<|im_end|>\n<|im_start|>assistant\n"
-    assert found.parts == ["It is four.<|im_end|>", middle, "Yes, I am."]
-    hh = ChatFormat(make_tokenizer(), "hh", DATE)(prompt, response)
-    assert hh.parts == [" It is four.", "\n\nHuman: Are you sure?\n\nAssistant:", " Yes, I am."]
+    assert found.responses[0] == ["It is four.<|im_end|>", middle, "Yes, I am."]
+    hh = ChatFormat(make_tokenizer(), "hh", DATE)(prompt, [response])
+    assert hh.responses[0] == [" It is four.", "\n\nHuman: Are you sure?\n\nAssistant:", " Yes, I am."]
 
 
 def test_a_prompt_that_ends_with_the_assistant_goes_on() -> None:
     prompt, response, _ = SCENES["prefill"]
-    found = ChatFormat(tokenizer_of("chatml"), "auto", DATE)(prompt, response)
-    assert found.prompt.endswith("<|im_start|>assistant\nIt is") and found.parts == [" four."]
-    hh = ChatFormat(make_tokenizer(), "hh", DATE)(prompt, response)
-    assert hh.prompt.endswith("\n\nAssistant: It is") and hh.parts == [" four."]
+    found = ChatFormat(tokenizer_of("chatml"), "auto", DATE)(prompt, [response])
+    assert found.prompt.endswith("<|im_start|>assistant\nIt is") and found.responses[0] == [" four."]
+    hh = ChatFormat(make_tokenizer(), "hh", DATE)(prompt, [response])
+    assert hh.prompt.endswith("\n\nAssistant: It is") and hh.responses[0] == [" four."]
 
 
 def test_the_date_is_fixed() -> None:
     prompt, response, _ = SCENES["single"]
     tokenizer = tokenizer_of("llama3")
-    assert "26 Jul 2024" in ChatFormat(tokenizer, "auto", DATE)(prompt, response).prompt
+    assert "26 Jul 2024" in ChatFormat(tokenizer, "auto", DATE)(prompt, [response]).prompt
     other = ChatFormat(tokenizer, "auto", "2025-01-02")
-    assert "02 Jan 2025" in other(prompt, response).prompt
+    assert "02 Jan 2025" in other(prompt, [response]).prompt
     assert other.identity != ChatFormat(tokenizer, "auto", DATE).identity
 
 
@@ -150,7 +150,7 @@ def test_templates_that_are_not_true_to_the_row(template: str, reason: str) -> N
     tokenizer.chat_template = template
     prompt, response = [say("system", "Be brief, please."), *ASK], [say("assistant", "It is four, without any doubt.")]
     with pytest.raises(BadRow, match=reason):
-        ChatFormat(tokenizer, "auto", DATE)(prompt, response)
+        ChatFormat(tokenizer, "auto", DATE)(prompt, [response])
 
 
 def test_an_endless_template_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_an_endless_template_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.chat_template = loops + "{{ messages[0].content }}"
     start = time.monotonic()
     with pytest.raises(UserError, match=r"takes more than 0\.5 s"):
-        ChatFormat(tokenizer, "auto", DATE)(ASK, [say("assistant", "4")])
+        ChatFormat(tokenizer, "auto", DATE)(ASK, [[say("assistant", "4")]])
     assert time.monotonic() - start < 10
 
 

@@ -19,8 +19,12 @@ from conftest import make_model, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dpo.data.checks import overlap
+from dpo.data.parse import ranked_pairs
+from dpo.data.records import PreferenceData, Record, parser_identity
+from dpo.data.sources import DataSettings
 from dpo.utils import UserError
-from preference_datasets import DataSettings, PreferenceData, Record, load_data, overlap, parser_identity, ranked_pairs
+from preference_datasets import load_data
 
 EOS = "<|eos|>"
 USER, BOT = "user", "assistant"
@@ -889,7 +893,7 @@ def test_a_row_that_nothing_foresaw_is_named(tmp_path: Path, monkeypatch: Any) -
     def broken(self: Any, row: Any) -> Any:
         raise ZeroDivisionError("\x1b[31mwhat")
 
-    monkeypatch.setattr("preference_datasets.ParseRows.parse", broken)
+    monkeypatch.setattr("dpo.data.parse.ParseRows.parse", broken)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/x.jsonl").write_text(json.dumps(ROW) + "\n")
     with pytest.raises(UserError, match=r"x.jsonl:1: the row cannot be used \(ZeroDivisionError: \\x1b\[31mwhat\)"):
@@ -901,7 +905,7 @@ def test_a_row_that_nothing_foresaw_is_named(tmp_path: Path, monkeypatch: Any) -
 
 @pytest.mark.parametrize(("n", "expected"), [(1, 1), (9, 1), (64, 6), (400, 40), (600, 50), (8000, 80)])
 def test_how_many_prompts_are_held_out(n: int, expected: int) -> None:
-    from preference_datasets import in_test_split
+    from dpo.data.records import in_test_split
 
     hashes = np.random.default_rng(0).integers(0, 2**64, n, dtype=np.uint64)
     assert in_test_split(hashes, None).sum() == (expected if n > 1 else 0)
@@ -967,7 +971,7 @@ def test_settings_reach_the_data() -> None:
     assert settings == replace(settings, columns={**settings.columns, "prompt": "ask"}, max_pairs_per_prompt=5)
     assert (settings.max_row_mb, settings.sft_turns, settings.chat_date) == (2, "all", "2025-01-02")
     for wrong, message in (
-        ("columns.nonsense=x", "columns.nonsense is no column"),
+        ("columns.nonsense=x", "columns.nonsense is not a column"),
         ("chat_date=tomorrow", "chat_date=tomorrow must be a date"),
         ("sft_turns=first", "sft_turns=first is not known"),
         ("max_pairs_per_prompt=0", "max_pairs_per_prompt=0 must be at least 1"),

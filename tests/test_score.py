@@ -16,8 +16,8 @@ from conftest import ROOT, make_model, make_tokenizer, read_jsonl, tiny_override
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import score
+from dpo.data.tokenise import own_bos
 from dpo.utils import UserError
-from preference_datasets import own_bos
 
 Score = Callable[..., list[dict]]
 

@@ -4,13 +4,13 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 
+from dpo.data.records import PreferenceData, Record
 from dpo.utils import UserError
-from preference_datasets import PreferenceData, Record
 
 Example = tuple[int, int]
 """(record, pair of that record); in SFT the second is 0: the record's one target."""
@@ -54,6 +54,7 @@ class Batch:
     trees: list[Tree]
     chosen: list[int]
     rejected: list[int] | None
+    columns: dict[str, list[float]] = field(default_factory=dict)  # of the loss's columns: a value for each example
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -83,6 +84,7 @@ def make_batch(data: PreferenceData, examples: Sequence[Example]) -> Batch:
         by_record.setdefault(record, []).append(position)
     trees: list[Tree] = []
     sides = np.empty((len(examples), 2), dtype=np.int64)
+    columns: dict[str, list[float]] = {}
     n_responses, paired = 0, True
     for index, positions in by_record.items():
         content = data[index]
@@ -90,10 +92,14 @@ def make_batch(data: PreferenceData, examples: Sequence[Example]) -> Batch:
         wanted = [content.pairs[examples[p][1]] if paired else (0, 0) for p in positions]
         used = sorted({response for pair in wanted for response in pair})
         number = {response: n_responses + k for k, response in enumerate(used)}
+        for name, values in content.columns.items():
+            column = columns.setdefault(name, [0.0] * len(examples))
+            for p in positions:
+                column[p] = values[examples[p][1]]
         sides[positions] = [[number[chosen], number[rejected]] for chosen, rejected in wanted]
         trees.append(make_tree(content, used))
         n_responses += len(used)
-    return Batch(trees, sides[:, 0].tolist(), sides[:, 1].tolist() if paired else None)
+    return Batch(trees, sides[:, 0].tolist(), sides[:, 1].tolist() if paired else None, columns)
 
 
 def epoch_order(data: PreferenceData, seed: int, epoch: int, weights: Sequence[float] | None = None) -> np.ndarray:

@@ -1,15 +1,13 @@
 """What a run compares its data with: training rows with test rows, and both with what model.archive was trained on."""
 
-import contextlib
 import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dpo.run.checkpoint import STATE_FILE, read_state
+from dpo.data.records import PreferenceData
 from dpo.utils import UserError, log
-from preference_datasets import PreferenceData, overlap
 
 TRAINED_ON = "trained_on/prompts.npy"
 """File of a checkpoint with hashes of the prompts that its weights have seen."""
@@ -37,6 +35,11 @@ def _prompts(archive: Path | None) -> np.ndarray:
     return found
 
 
+def overlap(train_keys: np.ndarray, train_pairs: np.ndarray, test: PreferenceData) -> tuple[int, int]:
+    """How many of the prompts of `test`, and of its pairs (SFT: of its demonstrations), are among those given."""
+    return int(np.isin(test.keys, train_keys).sum()), int(np.isin(test.pair_keys, train_pairs).sum())
+
+
 def check_overlap(
     train: PreferenceData, test: PreferenceData | None, archive: Path | None
 ) -> dict[str, dict[str, int]]:
@@ -57,23 +60,14 @@ def check_overlap(
     return found
 
 
-def check_format(data: PreferenceData, archive: Path | None, tokenizer: Any) -> None:
-    """Say it if rows are rendered in another way than those that the model was trained on."""
-    known = _formats(archive)
-    if warning := format_warning(data.formats, known):
+def check_format(data: PreferenceData, trained: list[str], tokenizer: Any) -> None:
+    """Warn if rows are rendered in another way than those that the model was trained on (`trained`; []: not known)."""
+    if warning := format_warning(data.formats, trained):
         log(f"warning: {warning}")
-    elif not known and data.formats == ["text"] and getattr(tokenizer, "chat_template", None):
+    elif not trained and data.formats == ["text"] and getattr(tokenizer, "chat_template", None):
         log(
             "note: the rows are text and the tokenizer has a chat template; chat_format=template makes them turns of it"
         )
-
-
-def _formats(archive: Path | None) -> list[str]:
-    """How the rows were rendered that made `archive`; [] if that is not known."""
-    if archive is not None and (archive / STATE_FILE).is_file():
-        with contextlib.suppress(UserError):  # weights may be used without it
-            return read_state(archive).get("formats") or []
-    return []
 
 
 def format_warning(formats: list[str], trained: list[str]) -> str:

@@ -19,6 +19,7 @@ from typing import IO, Any
 from omegaconf import DictConfig, OmegaConf
 
 from dpo.config import MayChange, keys
+from dpo.data.records import PreferenceData
 from dpo.run import checkpoint
 from dpo.run.config import Config
 from dpo.utils import (
@@ -33,7 +34,6 @@ from dpo.utils import (
     open_log,
     redact,
 )
-from preference_datasets import PreferenceData
 
 HEARTBEAT = 15.0
 STALE = 90.0  # seconds without a heartbeat after which a run on another machine counts as dead

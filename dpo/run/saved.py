@@ -1,5 +1,6 @@
 """Open a trained policy, and the reference it was trained against, from what a run left behind."""
 
+import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -134,6 +135,14 @@ def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Sa
     tokenizer = own.tokenizer_name_or_path or own.name_or_path
     shared = replace(found, policy_dtype=own.policy_dtype, tokenizer_name_or_path=tokenizer)
     return Saved(replace(policy.config, model=shared), {}, identity=None if given else policy.state.get(START))
+
+
+def formats_of(archive: Path | None) -> list[str]:
+    """Return how the rows were rendered that `archive` was trained on; [] if that is not known."""
+    if archive is not None and (archive / STATE_FILE).is_file():
+        with contextlib.suppress(UserError):  # the weights can be used without it
+            return read_state(archive).get("formats") or []
+    return []
 
 
 def warn_of_formats(policy: Saved, formats: Iterable[str], rows: str) -> None:

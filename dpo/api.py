@@ -1,0 +1,173 @@
+"""Use a trained run from Python, such as a notebook: `dpo.load_run(path)`."""
+
+import functools
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo.config import build
+from dpo.data.batching import Batch, make_tree
+from dpo.data.records import Record, load
+from dpo.data.sources import DataSettings
+from dpo.data.tokenise import own_bos
+from dpo.loss import Loss, Responses
+from dpo.model.loading import Computation, quiet_transformers, response_logps
+from dpo.run.checkpoint import START, find_archive, read_state
+from dpo.run.config import Config
+from dpo.run.saved import Saved
+from dpo.sampling import Sampling, sample
+from dpo.utils import UserError
+
+Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase, Computation]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained policy and the reference it was trained against. Models are read when they are first used.
+
+    `config` is the run's configuration; its `loss` is None, as losses belong to the training code: see `score`.
+    """
+
+    path: Path
+    config: Config
+    state: Mapping[str, Any]
+
+    @functools.cached_property
+    def _policy(self) -> Opened:
+        return Saved(self.config, dict(self.state)).open()
+
+    @functools.cached_property
+    def _reference(self) -> Opened:
+        trained = self.state["config"]["model"]
+        model = replace(self.config.model, name_or_path=str(trained["archive"] or trained["name_or_path"]))
+        model = replace(model, tokenizer_name_or_path=str(self.path))
+        return Saved(replace(self.config, model=model), {}, self.state.get(START)).open()
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        """The trained model, frozen."""
+        return self._policy[0]
+
+    @property
+    def reference(self) -> PreTrainedModel:
+        """The model that training started from, frozen. Raise UserError if its weights have changed since."""
+        return self._reference[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that the run was trained with."""
+        return self._policy[1]
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Return one response of the policy to each prompt. Prompts are texts as the model sees them.
+
+        `max_new_tokens`: by default what max_length leaves. One seed gives one result for the same prompts.
+        """
+        bos = own_bos(self.tokenizer)
+        ids = [bos + self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        if not ids or not all(ids):
+            raise UserError("prompts holds no prompt, or an empty one; give texts of at least one token")
+        room = max_new_tokens or max(self.config.max_length - max(map(len, ids)), 1)
+        how = Sampling(room, self.config.eval_batch_size, seed, self._policy[2].dtype, temperature, top_p)
+        responses = sample(self.policy, self.tokenizer, ids, how)
+        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+    def score(self, pairs: Sequence[Mapping[str, Any]], loss: Loss | None = None) -> list[dict[str, Any]]:
+        """Return, for each pair {prompt, chosen, rejected}, the log-probabilities of both responses in nats.
+
+        Pairs have the forms of rows in files: texts, or messages for the chat template. Rendering and truncation are
+        the run's. A result has `chosen` and `rejected`, each {policy, reference, log_ratio, n_tokens} and with `loss`
+        also `reward`; and `margin`: the reward (or log-ratio) of the chosen response minus that of the rejected one.
+        """
+        records = self._records(pairs)
+        sides = [self._responses(opened, records) for opened in (self._policy, self._reference)]
+        results: list[dict[str, Any]] = []
+        for record, policy, reference in zip(records, *sides, strict=True):
+            ((chosen, rejected),) = record.pairs
+            scores = [_score(policy[i], reference[i], loss) for i in (chosen, rejected)]
+            kind = "reward" if "reward" in scores[0] else "log_ratio"
+            results.append({"chosen": scores[0], "rejected": scores[1], "margin": scores[0][kind] - scores[1][kind]})
+        return results
+
+    def _records(self, pairs: Sequence[Mapping[str, Any]]) -> list[Record]:
+        """Return token ids of each pair: rows go through a file, so that they are read as any data set is."""
+        config, records = self.config, []
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder, f"pair-{number}.jsonl") for number in range(len(pairs))]
+            for file, pair in zip(files, pairs):
+                file.write_text(json.dumps(dict(pair)) + "\n", encoding="utf-8")
+            settings = DataSettings(
+                names=tuple(map(str, files)),
+                sources={},
+                sft=False,
+                max_length=config.max_length,
+                max_prompt_length=config.max_prompt_length,
+                chat_format=config.chat_format,
+                chat_date=config.chat_date,
+                columns=config.columns,
+                holdout_fraction=0.0,
+                cache_dir=folder,
+                num_proc=1,
+            )
+            data = load(settings, self.tokenizer, "train")
+            for number in range(len(pairs)):
+                found = [data[i] for i in range(len(data)) if int(data.source[i]) == number]
+                if len(found) != 1 or len(found[0].pairs) != 1:
+                    raise UserError(f"pairs[{number}] is no pair: give prompt, chosen and rejected, which must differ")
+                records.append(found[0])
+        return records
+
+    @torch.no_grad()
+    def _responses(self, opened: Opened, records: Sequence[Record]) -> list[list[tuple[float, int]]]:
+        """Return (log-probability, number of tokens) of each record's responses."""
+        model, _, how = opened
+        results = []
+        for record in records:
+            tree = make_tree(record, range(len(record.responses)))
+            tokens = response_logps(model, Batch([tree], [], None), how)
+            sums = torch.where(tokens.mask, tokens.logps, 0.0).double().sum(-1).tolist()
+            results.append(list(zip(sums, tokens.mask.sum(-1).tolist(), strict=True)))
+        return results
+
+
+def _score(policy: tuple[float, int], reference: tuple[float, int], loss: Loss | None) -> dict[str, Any]:
+    score: dict[str, Any] = {"policy": policy[0], "reference": reference[0], "log_ratio": policy[0] - reference[0]}
+    score["n_tokens"] = policy[1]
+    if loss is not None and loss.gives_rewards:
+        response = Responses(*(torch.tensor([value], dtype=torch.float64) for value in (*policy, reference[0])))
+        reward = loss.rewards(response)
+        assert reward is not None
+        score["reward"] = reward.item()
+    return score
+
+
+def load_run(path: str | Path, **changes: Any) -> Run:
+    """Return the run whose folder, or checkpoint, is at `path` (a run's folder means its newest checkpoint).
+
+    `changes` are keys of its configuration, such as device="cpu". Raise UserError for an unknown path or key.
+    """
+    quiet_transformers()
+    folder = find_archive(str(path))
+    state = read_state(folder)
+    values = dict(state["config"]) | {"loss": None}
+    if unknown := sorted(changes.keys() - values.keys()):
+        raise UserError(f"{unknown[0]} is no key of a configuration; see config/config.yaml")
+    own = {"name_or_path": str(folder), "archive": None, "tokenizer_name_or_path": None}
+    values["model"] = values["model"] | own
+    config, problems = build(Config, values | {"trainer": "BasicTrainer", "compile": False} | changes)
+    if problems:
+        raise UserError("\n".join(problems))
+    return Run(folder, config, state)

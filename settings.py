@@ -210,6 +210,7 @@ def data_settings(config: Config) -> "DataSettings":
         names=tuple(config.datasets),
         sources=config.dataset_sources,
         sft=not config.loss.needs_rejected,
+        pair_columns=config.loss.columns,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         chat_format=config.chat_format,

@@ -24,6 +24,7 @@ from dpo.run.saved import Saved
 from dpo.sampling import Sampling, sample
 from dpo.utils import UserError
 
+NUMBER = "pair_number"  # column by which a row is found again
 Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase, Computation]
 
 
@@ -92,43 +93,49 @@ class Run:
         the run's. A result has `chosen` and `rejected`, each {policy, reference, log_ratio, n_tokens} and with `loss`
         also `reward`; and `margin`: the reward (or log-ratio) of the chosen response minus that of the rejected one.
         """
-        records = self._records(pairs)
+        places = self._pairs(pairs)
+        records = [record for record, _ in places]
         sides = [self._responses(opened, records) for opened in (self._policy, self._reference)]
         results: list[dict[str, Any]] = []
-        for record, policy, reference in zip(records, *sides, strict=True):
-            ((chosen, rejected),) = record.pairs
+        for (record, number), policy, reference in zip(places, *sides, strict=True):
+            chosen, rejected = record.pairs[number]
             scores = [_score(policy[i], reference[i], loss) for i in (chosen, rejected)]
             kind = "reward" if "reward" in scores[0] else "log_ratio"
             results.append({"chosen": scores[0], "rejected": scores[1], "margin": scores[0][kind] - scores[1][kind]})
         return results
 
-    def _records(self, pairs: Sequence[Mapping[str, Any]]) -> list[Record]:
-        """Return token ids of each pair: rows go through a file, so that they are read as any data set is."""
-        config, records = self.config, []
+    def _pairs(self, pairs: Sequence[Mapping[str, Any]]) -> list[tuple[Record, int]]:
+        """Return each pair as a record of token ids and the number of its pair.
+
+        Rows go through a file, so that they are read as those of any data set are.
+        """
+        config = self.config
+        rows = [json.dumps(dict(pair), sort_keys=True) for pair in pairs]
+        numbers = {row: number for number, row in enumerate(dict.fromkeys(rows))}
         with tempfile.TemporaryDirectory() as folder:
-            files = [Path(folder, f"pair-{number}.jsonl") for number in range(len(pairs))]
-            for file, pair in zip(files, pairs):
-                file.write_text(json.dumps(dict(pair)) + "\n", encoding="utf-8")
+            file = Path(folder, "pairs.jsonl")
+            file.write_text(
+                "".join(f"{json.dumps(json.loads(r) | {NUMBER: n})}\n" for r, n in numbers.items()), "utf-8"
+            )
             settings = DataSettings(
-                names=tuple(map(str, files)),
-                sources={},
-                sft=False,
+                names=(str(file),),
                 max_length=config.max_length,
                 max_prompt_length=config.max_prompt_length,
                 chat_format=config.chat_format,
                 chat_date=config.chat_date,
                 columns=config.columns,
+                pair_columns=(NUMBER,),
                 holdout_fraction=0.0,
                 cache_dir=folder,
                 num_proc=1,
             )
             data = load(settings, self.tokenizer, "train")
-            for number in range(len(pairs)):
-                found = [data[i] for i in range(len(data)) if int(data.source[i]) == number]
-                if len(found) != 1 or len(found[0].pairs) != 1:
-                    raise UserError(f"pairs[{number}] is no pair: give prompt, chosen and rejected, which must differ")
-                records.append(found[0])
-        return records
+            records = [data[i] for i in range(len(data))]
+        places = {int(n): (record, k) for record in records for k, n in enumerate(record.columns[NUMBER])}
+        for number, row in enumerate(rows):
+            if numbers[row] not in places:
+                raise UserError(f"pairs[{number}] has no two responses of its own: give prompt, chosen and rejected")
+        return [places[numbers[row]] for row in rows]
 
     @torch.no_grad()
     def _responses(self, opened: Opened, records: Sequence[Record]) -> list[list[tuple[float, int]]]:

@@ -111,7 +111,7 @@ class Scorer:
             return replace(responses, tokens=tokens.logps[index], reference_tokens=theirs, mask=tokens.mask[index])
 
         rejected = side(batch.rejected) if batch.rejected is not None else None
-        columns: dict[str, Tensor] = {}
+        columns = {name: torch.tensor(values, device=device) for name, values in batch.columns.items()}
         return Examples(side(batch.chosen), rejected, columns, self.statistics)
 
     def _scored(self, batch: Batch, tokens: TokenLogps, examples: Examples, losses: Tensor) -> Scored:

@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from dpo.model.loading import quiet_transformers
-from dpo.run.saved import find_saved
 from dpo.utils import HelpFormatter, UserError, make_dir, run_main
+from opening import find_saved
 from report import sentiment
 from settings import load_config
 

@@ -28,9 +28,9 @@ from benchmark import machine
 from demo import train
 from dpo.data.batching import eval_examples
 from dpo.model.loading import quiet_transformers
-from dpo.run.saved import find_saved
 from dpo.sampling import Sampling, prompts_of, sample
 from dpo.utils import HelpFormatter, UserError, log, make_dir, run_main
+from opening import find_saved
 from preference_datasets import load_data
 from report import draw_points, frontier, interval, load_runs, sentiment
 from settings import data_settings, quoted

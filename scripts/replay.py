@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dpo.model.loading import Computation, load_policy, pick_device, quiet_transformers, refusing
 from dpo.run.checkpoint import read_state
 from dpo.run.health import broken_parameters, read_batch
-from dpo.run.saved import find_saved
 from dpo.scoring import Scorer
 from dpo.utils import HelpFormatter, run_main, visible
+from opening import find_saved
 from settings import build_loss, quoted
 
 

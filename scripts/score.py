@@ -34,9 +34,10 @@ from dpo.data.tokenise import own_bos
 from dpo.loss import Loss, Responses
 from dpo.model.loading import load_tokenizer, quiet_transformers, response_logps
 from dpo.run.config import Config
-from dpo.run.saved import Saved, find_reference, find_saved, take_overrides, warn_of_formats
+from dpo.run.saved import Saved
 from dpo.utils import HelpFormatter, UserError, log, make_dir, progress, redact, run_main, visible
 from inspect_data import DIM, RESET, in_colour, pieces
+from opening import find_reference, find_saved, take_overrides, warn_of_formats
 from preference_datasets import REGISTRY, load_data
 from settings import data_settings, quoted
 

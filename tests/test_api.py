@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+QUESTIONS = {" No.": "Where is it?", " I do not know it.": "Where is it?", " Birds.": "What is green?"}
+PAIRS = [
+    {"prompt": f"\n\nHuman: {question}\n\nAssistant:", "chosen": " The river is wide.", "rejected": worse}
+    for worse, question in QUESTIONS.items()
+]
+
 NOTEBOOK = """
 import json, sys
 import dpo
@@ -28,7 +34,7 @@ print(json.dumps({"scores": scores, "texts": texts, "records": len(data), "versi
 
 
 def test_a_notebook_scores_samples_and_loads_data(run_dir: Path, pairs_dir: Path, tmp_path: Path) -> None:
-    pairs = [json.loads(line) for line in (pairs_dir / "train.jsonl").read_text().splitlines()[:5]]
+    pairs = [PAIRS[i] for i in (0, 1, 2, 0)]
     command = [sys.executable, "-c", NOTEBOOK, str(run_dir), json.dumps(pairs), str(pairs_dir), str(tmp_path / "cache")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -51,12 +57,11 @@ def test_a_notebook_scores_samples_and_loads_data(run_dir: Path, pairs_dir: Path
     assert result["records"] > 0
 
 
-def test_rewards_are_those_of_the_loss(run_dir: Path, pairs_dir: Path) -> None:
+def test_rewards_are_those_of_the_loss(run_dir: Path) -> None:
     import dpo
     from losses import DPO
 
-    pairs = [json.loads(line) for line in (pairs_dir / "train.jsonl").read_text().splitlines()[:2]]
-    for score in dpo.load_run(run_dir, device="cpu").score(pairs, DPO(0.3)):
+    for score in dpo.load_run(run_dir, device="cpu").score(PAIRS, DPO(0.3)):
         assert score["chosen"]["reward"] == pytest.approx(0.3 * score["chosen"]["log_ratio"])
         assert score["margin"] == pytest.approx(score["chosen"]["reward"] - score["rejected"]["reward"])
 
@@ -71,7 +76,7 @@ SAME = [{"prompt": "a", "chosen": "b", "rejected": "b"}]
         (lambda load, run_dir: load(run_dir, devise="cpu"), "devise is no key"),
         (lambda load, run_dir: load(run_dir, layout="wide"), "layout=wide is not known"),
         (lambda load, run_dir: load(run_dir, device="cpu").sample([]), "holds no prompt"),
-        (lambda load, run_dir: load(run_dir, device="cpu").score([{"prompt": "a"}]), "pair-0.jsonl"),
+        (lambda load, run_dir: load(run_dir, device="cpu").score([{"prompt": "a"}]), "pairs.jsonl:1"),
         (lambda load, run_dir: load(run_dir, device="cpu").score(SAME), "pair"),
     ],
 )

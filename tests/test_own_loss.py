@@ -22,12 +22,13 @@ from dpo.loss import Loss
 
 @dataclass(frozen=True)
 class Centred(Loss):
-    """A pair loss without a reference, which sees tokens and a statistic of the global batch."""
+    """A weighted pair loss without a reference, which sees tokens and a statistic of the global batch."""
 
     gamma: Annotated[float, Field(gt=0, le=2)]
     needs_reference = False
     needs_tokens = True
     needs_statistics = True
+    columns = ("weight",)
 
     def observe(self, examples):
         return {"margin": examples.chosen.mean - examples.losers.mean}
@@ -35,7 +36,8 @@ class Centred(Loss):
     def __call__(self, examples):
         first = [torch.where(side.mask, side.tokens, 0.0)[:, 0] for side in (examples.chosen, examples.losers)]
         margin = examples.chosen.mean - examples.losers.mean - examples.statistics["margin"].mean()
-        return -torch.nn.functional.logsigmoid(self.gamma * margin) + 0.1 * (first[1] - first[0])
+        loss = -torch.nn.functional.logsigmoid(self.gamma * margin) + 0.1 * (first[1] - first[0])
+        return examples.columns["weight"] * loss
 
     def rewards(self, responses):
         return self.gamma * responses.mean
@@ -49,7 +51,13 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "mine" / "loss").mkdir(parents=True)
     (tmp_path / "mine" / "loss" / "centred.yaml").write_text("name: research.Centred\ngamma: ???\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    return [f"hydra.searchpath=[file://{tmp_path / 'mine'}]", "loss=centred", "loss.gamma=1.5"]
+    rows = [
+        {"prompt": f"Question {i}:", "chosen": f" green {i}", "rejected": " It is a river.", "weight": i % 3}
+        for i in range(24)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    searched = f"hydra.searchpath=[file://{tmp_path / 'mine'}]"
+    return [searched, "loss=centred", "loss.gamma=1.5", f"datasets=[{tmp_path / 'rows.jsonl'}]", "holdout_fraction=0.3"]
 
 
 def test_it_trains_in_any_number_of_processes_and_micro_batches(

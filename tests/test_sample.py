@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sample as script
 from dpo.data.rendering import ChatFormat
-from dpo.run.saved import find_saved
 from dpo.sampling import Sampling, sample
 from dpo.utils import UserError
+from opening import find_saved
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"

@@ -22,10 +22,10 @@ from dpo.model.loading import add_token_logps
 from dpo.optimizer import Updater
 from dpo.run import checkpoint
 from dpo.run.checkpoint import CheckpointWriter
-from dpo.run.saved import find_reference, find_saved
 from dpo.run.stopping import SAME_REQUEST
 from dpo.sampling import Sampling, sample
 from dpo.utils import UserError, file_hash, run_main
+from opening import find_reference, find_saved
 
 Overrides = Callable[..., list[str]]
 DPO = ("loss=dpo", "loss.beta=0.1")

@@ -15,8 +15,8 @@ import torch
 from conftest import make_model, make_tokenizer, read_jsonl, train_here, write_pairs
 
 from dpo.run.checkpoint import load_random_state, read_state
-from dpo.run.saved import find_reference, find_saved
 from dpo.utils import UserError, log, open_log, progress, run_main
+from opening import find_reference, find_saved
 from settings import load_config, quoted
 
 Overrides = Callable[..., list[str]]

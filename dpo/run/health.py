@@ -199,7 +199,7 @@ def batch_text(
         found = reference.response_logps(batch) if reference is not None else None
         row: dict[str, Any] = {"name": name_of(data, example), "prompt": tree.prompt, "responses": tree.responses}
         row |= {"masks": tree.masks} if tree.masks else {}
-        row |= {"chosen": batch.chosen, "rejected": batch.rejected}
+        row |= {"chosen": batch.chosen, "rejected": batch.rejected, "columns": batch.columns}
         rows.append(row | {"reference": [found.logps.tolist(), found.mask.tolist()] if found is not None else None})
     return json.dumps({"loss": loss, "examples": rows})
 
@@ -225,7 +225,8 @@ def read_batch(folder: Path) -> tuple[dict[str, Any], list[Recorded]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         examples = []
         for row in content["examples"]:
-            batch = Batch([Tree(row["prompt"], row["responses"], row.get("masks"))], row["chosen"], row["rejected"])
+            trees = [Tree(row["prompt"], row["responses"], row.get("masks"))]
+            batch = Batch(trees, row["chosen"], row["rejected"], row.get("columns", {}))
             logps = TokenLogps(*map(torch.tensor, row["reference"])) if row["reference"] else None
             examples.append(Recorded(row["name"], batch, logps))
         return content["loss"], examples

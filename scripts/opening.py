@@ -1,0 +1,98 @@
+"""What the scripts share: the model that a command line names, with the settings of its run and KEY=VALUE overrides."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dpo.config import Inherited, keys
+from dpo.data.checks import format_warning
+from dpo.model.loading import load_tokenizer
+from dpo.run.checkpoint import START, STATE_FILE, find_archive, read_state, weights_identity
+from dpo.run.config import Config
+from dpo.run.runs import flat
+from dpo.run.saved import CHANGED, Saved
+from dpo.utils import UserError, log
+from settings import check_keys, load_config, quoted
+
+
+def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the other arguments, the KEY=VALUE, which may stand anywhere). Raises UserError for a misspelt key."""
+    overrides = [a for a in arguments if re.match(r"[+~]{0,2}[A-Za-z_][\w.@]*=", a) and not Path(a).exists()]
+    check_keys(overrides)
+    return [a for a in arguments if a not in overrides], overrides
+
+
+def find_saved(name: str, overrides: list[str]) -> Saved:
+    """What `name` means: a run's folder, a checkpoint, a policy.pt, any model folder, .gguf file or hub id.
+
+    Settings are those of the run if that is known, then `overrides` as train.py takes them. Nothing that a file says
+    is interpolated. Raises UserError if there is no such model.
+    """
+    model = ["model=blank_model"]
+    own: dict[str, Any] = {"model.name_or_path": name}
+    state: dict[str, Any] = {}
+    if Path(name).expanduser().exists() and not name.endswith(".gguf"):
+        path = find_archive(name)
+        own["model.name_or_path"] = str(path)
+        if path.is_file():  # the original code's, which does not say what it is
+            if not any(re.match(r"model(\.name_or_path)?=", override) for override in overrides):
+                raise UserError(f"{path} does not say which model it is of: add model=<name>, such as model=pythia28")
+            model, own = [], {"model.archive": str(path)}
+        elif (path / STATE_FILE).exists():
+            state = read_state(path)
+            own["model.policy_dtype"] = state["config"]["model"]["policy_dtype"]
+    saved = Saved(_configure(model, own, state.get("config", {}), overrides), state)
+    saved.architecture()
+    return saved
+
+
+def _configure(model: list[str], values: dict[str, Any], known: dict[str, Any], overrides: list[str]) -> Config:
+    """The configuration of `overrides`; what they do not give is taken from `values`, then from the run's `known`."""
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    settings = flat({key: known[key] for key in keys(Config, Inherited) if key in known})
+    chosen = []
+    if "loss" not in given and "loss" in known:
+        loss = known["loss"]
+        if "." in loss["name"]:
+            raise UserError(
+                f"{loss['name']} is code outside losses.py, which no checkpoint may choose: add loss=<name>"
+            )
+        settings |= {f"loss.{key}": value for key, value in loss.items() if key != "name" and value is not None}
+        chosen = [f"loss={loss['name']}"]
+    settings = {key: value for key, value in (settings | values).items() if key not in given}
+    return replace(load_config(["exp_name=saved", *model, *chosen, *overrides], settings), trainer="BasicTrainer")
+
+
+def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Saved:
+    """The reference `given`, or else the one `policy` was trained against, to be computed as the policy is.
+
+    Raises UserError where there is none, or its vocabulary is another.
+    """
+    own, trained = policy.config.model, policy.trained.get("model", {})
+    name = given or trained.get("archive") or trained.get("name_or_path")
+    if name is None:
+        raise UserError("it is not known what the policy was trained against: give --reference <run, folder or hub id>")
+    overrides = [override for override in overrides if not override.startswith("loss")]  # which are the policy's
+    if name.endswith(".pt") and not given:  # of the original code, which does not say what it is
+        overrides += ["model=blank_model", f"model.name_or_path={quoted(trained['name_or_path'])}"]
+    try:
+        found = find_saved(name, overrides).config.model
+        if given:
+            vocabularies = [load_tokenizer(replace(policy.config, model=model)).get_vocab() for model in (own, found)]
+            if vocabularies[0] != vocabularies[1]:
+                raise UserError("it has another vocabulary than the policy")
+        elif policy.state.get(START) is not None and weights_identity(name) not in (None, policy.state[START]):
+            raise UserError(CHANGED)
+    except UserError as error:
+        raise UserError(f"reference {name}: {error}\nGive one with --reference <run, folder or hub id>") from error
+    tokenizer = own.tokenizer_name_or_path or own.name_or_path
+    shared = replace(found, policy_dtype=own.policy_dtype, tokenizer_name_or_path=tokenizer)
+    return Saved(replace(policy.config, model=shared), {}, identity=None if given else policy.state.get(START))
+
+
+def warn_of_formats(policy: Saved, formats: Iterable[str], rows: str) -> None:
+    """Log it if `rows` are rendered in another way than those that the policy was trained on."""
+    if warning := format_warning(sorted(formats), policy.state.get("formats") or []):
+        log(f"warning: {rows}: {warning}")

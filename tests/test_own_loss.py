@@ -107,6 +107,7 @@ def test_misuse_is_named(own: list[str], given: list[str], message: str, tmp_pat
     assert done.returncode == 1 and message in done.stderr, done.stderr
 
 
+@pytest.mark.full
 def test_its_checkpoint_needs_the_loss_named(
     own: list[str], overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,6 +160,7 @@ EVALUATED += "reference.mode=live"
 EVALUATIONS = {"gpt2": f"{FSDP} fsdp_reshard_after_forward=false", "qwen3": TENSOR}
 
 
+@pytest.mark.full
 def test_evaluation_and_samples_are_those_of_one_process(folder: Path) -> None:
     def given(name: str, kind: str, trainer: str) -> list[str]:
         return overrides_of(folder, name + kind, kind, EVALUATED, "batch_size=8", trainer)

@@ -180,6 +180,7 @@ for i in range(200):
 """
 
 
+@pytest.mark.full
 def test_two_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     jobs = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(i)], cwd=ROOT) for i in range(2)]
     assert [job.wait(120) for job in jobs] == [0, 0]

@@ -123,14 +123,19 @@ def build_config(composed: DictConfig) -> Config:
     if problems:
         raise UserError("\n".join(problems))
     config = dataclasses.replace(config, loss=loss)
-    if problems := [*config.problems(), *_source_problems(config)]:
+    if problems := [*config.problems(), *_top_problems(config)]:
         raise UserError("\n".join(problems))
     return config
 
 
-def _source_problems(config: Config) -> Iterator[str]:
+def _top_problems(config: Config) -> Iterator[str]:
+    """Yield what contradicts the data sets and metrics that there are. Imports torch."""
+    from dpo.scoring import measured
     from preference_datasets import REGISTRY
 
+    names = list(measured(config.loss, "eval"))
+    if config.keep_best is not None and config.keep_best not in names:
+        yield f"keep_best={config.keep_best} is not measured; choose from: {', '.join(names)}"
     for name in sorted(config.dataset_sources.keys() - REGISTRY.keys()):
         yield f"dataset_sources.{name} is no built-in data set; choose from: {', '.join(REGISTRY)}"
 

@@ -25,8 +25,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dpo.commandline import arranged
-from dpo.utils import ROOT, UserError, run_main
+from dpo.utils import ROOT, UserError
 from settings import all_keys, build_config, check_command, register_resolvers
+from utils import run_main
 
 # torch and transformers are imported once the configuration is accepted: a misspelt key is answered at once.
 

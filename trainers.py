@@ -42,14 +42,16 @@ from dpo.parallel.arrange import sharding_of
 from dpo.reference import LiveReference, Reference, StoredReference, build_reference, wanted_by
 from dpo.run import checkpoint, health, runs, stopping
 from dpo.run.config import Config
+from dpo.run.metrics import RunLogger
 from dpo.run.saved import formats_of
 from dpo.run.saving import Saver
 from dpo.run.throughput import Cost, cost_of, throughput
 from dpo.run.trackers import open_logger
 from dpo.scoring import Metrics, Scorer, extend_metrics, mean_metrics, shares
-from dpo.utils import RunLogger, TakenOver, UserError, be_quiet, log, open_log, progress, run_main
+from dpo.utils import TakenOver, UserError, be_quiet, log, open_log, progress
 from preference_datasets import REGISTRY, load_data
 from settings import data_settings, literal
+from utils import run_main
 
 SHOWN = {"loss": "loss/train", "acc": "rewards_train/accuracies", "margin": "rewards_train/margins"}
 

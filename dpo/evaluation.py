@@ -13,9 +13,10 @@ from dpo.data.records import PreferenceData
 from dpo.reference import LiveReference
 from dpo.run import checkpoint, health
 from dpo.run.config import Config
+from dpo.run.metrics import RunLogger
 from dpo.sampling import SampleEvaluator, Sampling, divergence, prompts_of
 from dpo.scoring import Scorer, evaluate_loss, mean_metrics
-from dpo.utils import RunLogger, UserError, log
+from dpo.utils import UserError, log
 
 
 class Evaluator:

@@ -45,7 +45,8 @@ sys.path.insert(0, str(ROOT))
 
 import psutil
 
-from dpo.utils import HelpFormatter, UserError, run_main
+from dpo.utils import UserError
+from utils import HelpFormatter, run_main
 
 DPO = ["exp_name=benchmark", "loss=dpo", "loss.beta=0.1", "n_eval_examples=0"]
 PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "tokenizers", "numpy", "trl")

@@ -25,10 +25,11 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from dpo.model.loading import quiet_transformers
-from dpo.utils import HelpFormatter, UserError, make_dir, run_main
+from dpo.utils import UserError, make_dir
 from opening import find_saved
 from report import sentiment
 from settings import load_config
+from utils import HelpFormatter, run_main
 
 DATA = ROOT / "data" / "sentiment"
 N_SAMPLED = 6  # a prompt; more than are kept, because some are unusable

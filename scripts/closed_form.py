@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dpo.loss import Examples, Loss, Responses
-from dpo.utils import HelpFormatter, UserError, make_dir, run_main
+from dpo.utils import UserError, make_dir
 from losses import DPO
+from utils import HelpFormatter, run_main
 
 
 @dataclass(frozen=True)

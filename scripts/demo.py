@@ -18,9 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dpo.utils import HelpFormatter, UserError, log, make_dir, run_main, visible
+from dpo.utils import UserError, log, make_dir, visible
 from report import EXAMPLES, Z95, Run, interval, load_runs, sentiment, write_report
 from settings import quoted
+from utils import HelpFormatter, run_main
 
 COMMON = ["model=smollm2", "datasets=[sentiment]", "max_length=32", "max_prompt_length=16", "optimizer=AdamW"]
 COMMON += ["+optimizer_kwargs.fused=true", "warmup_steps=2", "lr_schedule=linear", "kl_during_eval=true"]

@@ -29,11 +29,12 @@ from demo import train
 from dpo.data.batching import eval_examples
 from dpo.model.loading import quiet_transformers
 from dpo.sampling import Sampling, prompts_of, sample
-from dpo.utils import HelpFormatter, UserError, log, make_dir, run_main
+from dpo.utils import UserError, log, make_dir
 from opening import find_saved
 from preference_datasets import load_data
 from report import draw_points, frontier, interval, load_runs, sentiment
 from settings import data_settings, quoted
+from utils import HelpFormatter, run_main
 
 SETTINGS = ROOT / "scripts" / "frontier.yaml"
 START, BEST_OF, PREFERRED = "start", "best of N", "preferred"

@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dpo.data.records import PreferenceData, Record, format_funnel
 from dpo.model.loading import load_tokenizer
-from dpo.utils import HelpFormatter, UserError, run_main, visible
+from dpo.utils import UserError, visible
 from preference_datasets import load_data
 from settings import check_keys, data_settings, load_config
+from utils import HelpFormatter, run_main
 
 DIM, GREEN, SPECIAL, RESET = "\033[2m", "\033[32m", "\033[1;30;43m", "\033[0m"
 

@@ -15,9 +15,10 @@ from dpo.model.loading import Computation, load_policy, pick_device, quiet_trans
 from dpo.run.checkpoint import read_state
 from dpo.run.health import broken_parameters, read_batch
 from dpo.scoring import Scorer
-from dpo.utils import HelpFormatter, run_main, visible
+from dpo.utils import visible
 from opening import find_saved
 from settings import build_loss, quoted
+from utils import HelpFormatter, run_main
 
 
 def replay(folder: Path, overrides: list[str]) -> None:

@@ -40,7 +40,8 @@ from dpo.config import keys as config_keys
 from dpo.run.config import Config
 from dpo.run.runs import flat
 from dpo.sampling import mean_and_error
-from dpo.utils import HelpFormatter, UserError, log, make_dir, redact, run_main, visible
+from dpo.utils import UserError, log, make_dir, redact, visible
+from utils import HelpFormatter, run_main
 
 EXAMPLES = "counters/examples"
 MOST_POINTS = 400  # of a curve

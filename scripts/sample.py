@@ -30,8 +30,9 @@ from dpo.model.loading import load_tokenizer, pick_device, positions, quiet_tran
 from dpo.run.checkpoint import weights_identity
 from dpo.run.saved import Saved
 from dpo.sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample
-from dpo.utils import HelpFormatter, UserError, file_hash, log, make_dir, progress, run_main, visible
+from dpo.utils import UserError, file_hash, log, make_dir, progress, visible
 from opening import find_reference, find_saved, take_overrides, warn_of_formats
+from utils import HelpFormatter, run_main
 
 ADVICE = "give another --out, or --overwrite"
 

@@ -35,11 +35,12 @@ from dpo.loss import Loss, Responses
 from dpo.model.loading import load_tokenizer, quiet_transformers, response_logps
 from dpo.run.config import Config
 from dpo.run.saved import Saved
-from dpo.utils import HelpFormatter, UserError, log, make_dir, progress, redact, run_main, visible
+from dpo.utils import UserError, log, make_dir, progress, redact, visible
 from inspect_data import DIM, RESET, in_colour, pieces
 from opening import find_reference, find_saved, take_overrides, warn_of_formats
 from preference_datasets import REGISTRY, load_data
 from settings import data_settings, quoted
+from utils import HelpFormatter, run_main
 
 GREENS, REDS = (22, 28, 34, 40, 46), (52, 88, 124, 160, 196)  # of a terminal's 256 colours, small to large
 

@@ -12,7 +12,7 @@ from conftest import ROOT, compose
 
 import train
 from dpo.run import runs
-from dpo.utils import run_main
+from utils import run_main
 
 
 def run(given: list[str], log: Path) -> None:

@@ -231,7 +231,7 @@ def test_links_of_a_copy_do_not_lead_back_to_its_run(
 ) -> None:
     run, copied = tmp_path / "run", tmp_path / "copied"
     train_here(overrides(*SHORT))
-    monkeypatch.setattr(utils, "_log_file", None)  # the copy is trained in another process
+    utils.open_log(None)  # the copy is trained in another process
     shutil.copytree(run, copied, copy_function=os.link, symlinks=True)  # as cp -al does
     (copied / "LATEST").unlink()
     (copied / "LATEST").symlink_to(run / "step-4")

@@ -24,8 +24,9 @@ from dpo.run import checkpoint
 from dpo.run.checkpoint import CheckpointWriter
 from dpo.run.stopping import SAME_REQUEST
 from dpo.sampling import Sampling, sample
-from dpo.utils import UserError, file_hash, run_main
+from dpo.utils import UserError, file_hash
 from opening import find_reference, find_saved
+from utils import run_main
 
 Overrides = Callable[..., list[str]]
 DPO = ("loss=dpo", "loss.beta=0.1")

@@ -15,9 +15,10 @@ import torch
 from conftest import make_model, make_tokenizer, read_jsonl, train_here, write_pairs
 
 from dpo.run.checkpoint import load_random_state, read_state
-from dpo.utils import UserError, log, open_log, progress, run_main
+from dpo.utils import UserError, log, open_log, progress
 from opening import find_reference, find_saved
 from settings import load_config, quoted
+from utils import run_main
 
 Overrides = Callable[..., list[str]]
 

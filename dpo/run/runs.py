@@ -22,8 +22,8 @@ from dpo.config import MayChange, keys
 from dpo.data.records import PreferenceData
 from dpo.run import checkpoint
 from dpo.run.config import Config
+from dpo.run.metrics import HISTORY
 from dpo.utils import (
-    HISTORY,
     TakenOver,
     UserError,
     default_cache,

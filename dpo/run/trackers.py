@@ -11,7 +11,8 @@ from dpo import parallel
 from dpo.run import runs
 from dpo.run.checkpoint import read_state
 from dpo.run.config import Config
-from dpo.utils import RunLogger, UserError, log, redact
+from dpo.run.metrics import RunLogger
+from dpo.utils import UserError, log, redact
 
 
 def open_logger(logger: RunLogger, config: Config, begin: Callable[[], None]) -> None:

@@ -28,6 +28,11 @@ def build(folder: Path) -> None:
     (folder / "inner" / "b.json").write_text("{}")
 
 
+def names(cache: Path) -> list[str]:
+    """What a cache holds, except its locks."""
+    return sorted(path.name for path in cache.iterdir() if path.name != arrow_cache.LOCKS)
+
+
 def flip(path: Path, at: int) -> None:
     """Flip a bit, and keep the file's size and time of change."""
     stat = path.stat()
@@ -74,7 +79,7 @@ def test_a_damaged_folder_is_made_anew_and_that_is_said(
     assert "is damaged: " in (out := capsys.readouterr().out) and said in out
     assert (tmp_path / "name" / "a.arrow").stat().st_size == 256_000
     assert arrow_cache.damage(tmp_path / "name") is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["name", "other"]
+    assert names(tmp_path) == ["name", "other"]
 
 
 def test_a_whole_folder_is_not_made_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,17 +114,26 @@ from dpo.data import cache as arrow_cache
 def build(folder):
     (folder / "x").touch()
     print(folder, flush=True)
-    time.sleep(100)
+    time.sleep(float(sys.argv[3]))
 
-arrow_cache.cached(Path(sys.argv[1]), "name", build)
+arrow_cache.cached(Path(sys.argv[1]), sys.argv[2], build)
 """
 
 
+def start_maker(cache: Path, name: str, seconds: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", MAKER, str(cache), name, str(seconds)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_two_processes_one_makes_a_folder_and_the_other_waits(tmp_path: Path) -> None:
+    makers = [start_maker(tmp_path, "name", seconds=1) for _ in range(2)]
+    built = [maker.communicate()[0] for maker in makers]
+    assert [maker.returncode for maker in makers] == [0, 0] and sorted(map(bool, built)) == [False, True]
+    assert names(tmp_path) == ["name"]
+
+
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    makers = [
-        subprocess.Popen([sys.executable, "-c", MAKER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    makers = [start_maker(tmp_path, name, seconds=100) for name in ("dead", "alive")]
     try:
         folders = [Path(str(maker.stdout and maker.stdout.readline().strip())) for maker in makers]
         makers[0].kill()
@@ -133,7 +147,7 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -
     finally:
         for maker in makers:
             maker.kill()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "another"]
+    assert names(tmp_path) == [".mine", "another"]
 
 
 @pytest.fixture

@@ -5,18 +5,16 @@ these are compared each time the folder is opened: a damaged folder is made anew
 """
 
 import contextlib
-import fcntl
+import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
 import signal
 import sys
 import traceback
-import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import xxhash
+from filelock import FileLock
 
 from dpo.utils import UserError, end_with_parent, file_hash_once, log, n_cores
 
@@ -71,7 +70,7 @@ def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[tuple[pa.Record
 
 
 def parallel(function: Callable[[Any], T], chunks: Iterable[Any], num_proc: int) -> Iterator[T]:
-    """`map(function, chunks)` over processes, in order, with few chunks in flight so that memory does not grow.
+    """`map(function, chunks)` over processes, in order. Few chunks are in flight, so memory does not grow.
 
     Raises what `function` raises, and UserError if a process dies. No process outlives the generator.
     """
@@ -82,90 +81,58 @@ def parallel(function: Callable[[Any], T], chunks: Iterable[Any], num_proc: int)
     if n_workers == 1 or len(first) < 2:
         yield from map(function, chunks)
         return
-    workers = [_Worker(function) for _ in range(n_workers)]
+    import torch
+    from torch.utils.data import DataLoader
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores
+        loader: Any = DataLoader(
+            _Function(function),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=chunks,  # its "indices" are the chunks
+            num_workers=n_workers,
+            collate_fn=_unchanged,
+            multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
+            worker_init_fn=functools.partial(_start_worker, os.getpid()),
+            generator=torch.Generator(),  # the default one would be advanced
+        )
+    results = iter(loader)
     try:
-        yield from _in_order(workers, enumerate(chunks))
+        for succeeded, value in results:
+            if not succeeded:
+                raise value
+            yield value
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError("a data worker was killed, most likely for want of memory; set num_proc lower") from error
     finally:
-        for worker in workers:
-            worker.end()
+        results._shutdown_workers()
 
 
-def _in_order(workers: "list[_Worker]", chunks: Iterator[tuple[int, Any]]) -> Iterator[Any]:
-    """The results of numbered chunks. Each worker has one chunk at a time; results wait for those before them."""
-    idle = list(workers)
-    busy: dict[Any, tuple[int, _Worker]] = {}
-    results: dict[int, Any] = {}
-    turn = 0
-    while True:
-        while idle and len(results) <= len(workers) and (numbered := next(chunks, None)):
-            worker = idle.pop()
-            worker.send(numbered[1])
-            busy[worker.connection] = (numbered[0], worker)
-        if turn in results:
-            yield results.pop(turn)
-            turn += 1
-            continue
-        if not busy:
-            return
-        for connection in multiprocessing.connection.wait(busy):
-            number, worker = busy.pop(connection)
-            results[number] = worker.result()
-            idle.append(worker)
+def _unchanged(value: Any) -> Any:
+    return value
 
 
-class _Worker:
-    """A process that applies a function to what it is sent. concurrent.futures' pool does not notice a worker that is
-    killed while it sends a result, and cannot be left without waiting for it: a pipe for each process can."""
+class _Function:
+    """A function as a data set: indexing calls it. It returns exceptions, which a DataLoader would rewrite."""
 
     def __init__(self, function: Callable[[Any], Any]):
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self.connection, other = context.Pipe()
-        # A daemon ends with this process, also if an exception keeps the generator above from being closed.
-        arguments = (other, function, os.getpid())
-        self.process: Any = context.Process(target=_work, args=arguments, daemon=True)  # type: ignore[attr-defined]
-        self.process.start()
-        other.close()  # the process alone has it: if it dies, nothing can come any more
+        self.function = function
 
-    def send(self, chunk: Any) -> None:
-        with _if_killed():
-            self.connection.send(chunk)
-
-    def result(self) -> Any:
-        """Its next result. Raises what the function raised."""
-        with _if_killed():
-            done, value = self.connection.recv()
-        if not done:
-            raise value
-        return value
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
-@contextlib.contextmanager
-def _if_killed() -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, OSError) as error:
-        raise UserError("a data worker was killed, most likely for want of memory; set num_proc lower") from error
-
-
-def _work(connection: Any, function: Callable[[Any], Any], parent: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # A parent that is killed cannot end them, and its pipes, which they inherited, would seem alive.
-    end_with_parent(parent)
-    while True:
-        chunk = connection.recv()
+    def __getitem__(self, chunk: Any) -> tuple[bool, Any]:
         try:
-            answer = (True, function(chunk))
+            return True, self.function(chunk)
         except Exception as error:
             error.add_note(traceback.format_exc())
-            answer = (False, error)
-        connection.send(answer)
+            return False, error
+
+
+def _start_worker(parent: int, worker: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent(parent)
 
 
 def digest(*parts: Any) -> str:
@@ -173,33 +140,58 @@ def digest(*parts: Any) -> str:
 
 
 MANIFEST = "cache_manifest.json"  # checkpoints have a manifest.json of another form
-LOCK = ".lock"
+LOCKS = ".locks"  # a subfolder
 
 
 def cached(cache_dir: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `cache_dir/name`, made by `build(temporary folder)` if it is missing or damaged.
+    """Return the folder `cache_dir/name`. If it is missing or damaged, `build(temporary folder)` makes it.
 
-    It gets its name only when it is complete and on disk, so neither an interrupted run nor two runs that make it at
-    once leave a folder that is taken for more than it is. Raises UserError if it cannot be written.
+    It gets its name once it is complete and on disk. Of two processes that want it, one builds and the other waits.
+    Raises UserError if it cannot be written.
     """
     final = cache_dir / name
     _remove_leftovers(cache_dir)
-    problem = damage(final)
-    if problem is None:
+    if damage(final) is None:
         return final
-    if os.path.lexists(final):
-        log(f"{final} is damaged: {problem}; it is made anew")
     try:
-        with _workplace(cache_dir, name) as temporary:
-            build(temporary)
-            _seal(temporary, name)
-            _put_in_place(temporary, final)
+        with _lock(cache_dir, name):
+            if (problem := damage(final)) is None:  # another process built it meanwhile
+                return final
+            if os.path.lexists(final):
+                log(f"{final} is damaged: {problem}; it is made anew")
+            part = cache_dir / f".{name}.part"
+            _remove(part)
+            part.mkdir()
+            try:
+                build(part)
+                _seal(part, name)
+                _remove(final)
+                part.rename(final)
+            finally:
+                _remove(part)
     except OSError as error:
-        if damage(final) is not None:  # else another process was faster
-            raise UserError(
-                f"the cache {cache_dir} cannot be written ({error}); free space or set cache_dir"
-            ) from error
+        raise UserError(f"the cache {cache_dir} cannot be written ({error}); free space or set cache_dir") from error
     return final
+
+
+def _lock(cache_dir: Path, name: str, timeout: float = -1) -> Any:
+    """A lock for building a folder. Without effect on a file system that has no locks."""
+    (cache_dir / LOCKS).mkdir(parents=True, exist_ok=True)
+    return FileLock(cache_dir / LOCKS / f"{name}.lock", timeout)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_leftovers(cache_dir: Path) -> None:
+    """Remove unfinished folders of processes that have died: their locks are free."""
+    for folder in cache_dir.glob(".*.part"):
+        with contextlib.suppress(OSError), _lock(cache_dir, folder.name[1:-5], timeout=0):
+            _remove(folder)
 
 
 def damage(folder: Path) -> str | None:
@@ -241,40 +233,6 @@ def _hash(path: Path) -> str:
     return file_hash_once(path, xxhash.xxh3_128)
 
 
-@contextlib.contextmanager
-def _workplace(cache_dir: Path, name: str) -> Iterator[Path]:
-    """A temporary folder, and the lock in it that tells other processes that this one lives. Removed on leaving."""
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    folder = cache_dir / f".{name}.{uuid.uuid4().hex[:8]}.part"
-    with contextlib.ExitStack() as stack:
-        with _locked(cache_dir):  # nobody takes the folder for a leftover before it has its lock
-            folder.mkdir()
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            stack.enter_context(_locked(folder / LOCK, os.O_RDWR | os.O_CREAT))
-        yield folder
-
-
-@contextlib.contextmanager
-def _locked(path: Path, flags: int = os.O_RDONLY) -> Iterator[None]:
-    """Hold the lock of a file or folder, opened with `flags`; or do without it on a file system that has no locks."""
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _remove_leftovers(cache_dir: Path) -> None:
-    """Remove unfinished folders of processes that have died: nobody holds their locks."""
-    with contextlib.suppress(OSError), _locked(cache_dir):
-        for folder in cache_dir.glob(".*.part"):
-            with contextlib.suppress(OSError), open(folder / LOCK, "a", encoding="utf-8") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-
-
 def _seal(folder: Path, name: str) -> None:
     """Write the manifest, and see everything onto the disk."""
     files = {file: _hash(folder / file) for file in _names(folder)}
@@ -285,23 +243,3 @@ def _seal(folder: Path, name: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _put_in_place(temporary: Path, final: Path) -> None:
-    """Give a folder its final name, in place of a damaged one; another process's whole one stays."""
-    with _locked(final.parent):  # no two processes move each other's aside
-        if damage(final) is None:
-            return
-        _exchange(temporary, final)
-
-
-def _exchange(temporary: Path, final: Path) -> None:
-    aside = temporary.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.part")
-    if os.path.lexists(final):
-        final.rename(aside)
-    temporary.rename(final)
-    (final / LOCK).unlink(missing_ok=True)
-    if aside.is_dir() and not aside.is_symlink():
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        aside.unlink(missing_ok=True)

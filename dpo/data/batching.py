@@ -13,19 +13,19 @@ from dpo.data.records import PreferenceData, Record
 from dpo.utils import UserError
 
 Example = tuple[int, int]
-"""(record, pair of that record); in SFT the second is 0: the record's one target."""
+"""(record, pair of that record). In SFT the second is 0, the record's one target."""
 
 T = TypeVar("T")
 BLOCK = 128
 EVAL_SEED = 0
-"""The evaluation examples are the same whatever a run's seed, so that runs can be compared."""
+"""Evaluation examples do not depend on a run's seed, so that runs can be compared."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A prompt and those of its distinct responses that a batch needs, as token ids.
+    """A prompt and the distinct responses that a batch needs, as token ids.
 
-    `masks` says which tokens of each response count in the loss and in all numbers; None: all do.
+    `masks` tells which tokens of each response count in the loss and in all metrics; None: all do.
     """
 
     prompt: list[int]
@@ -34,12 +34,12 @@ class Tree:
 
 
 def n_tokens(prompt: int, responses: Iterable[int]) -> int:
-    """Tokens of a tree that have to be computed, from the lengths of prompt and responses: a last one predicts none."""
+    """Return the number of tokens to compute for a tree, from its lengths. A response's last token predicts nothing."""
     return prompt + sum(length - 1 for length in responses)
 
 
 def packed_width(tokens: int) -> int:
-    """Tokens of a row with `tokens` of them: filled up to a whole number of FlexAttention's blocks."""
+    """Round `tokens` up to whole blocks of FlexAttention."""
     return max(-(-tokens // BLOCK), 1) * BLOCK
 
 
@@ -47,8 +47,8 @@ def packed_width(tokens: int) -> int:
 class Batch:
     """Trees, and which of their responses form the examples.
 
-    `chosen` and `rejected` hold, for each example, a response's index in the trees' responses counted through;
-    `rejected` is None in SFT.
+    `chosen` and `rejected` hold, for each example, an index into the responses of all trees in turn. `rejected` is None
+    in SFT.
     """
 
     trees: list[Tree]
@@ -60,7 +60,7 @@ class Batch:
         return len(self.chosen)
 
     def counted(self, longest: int) -> np.ndarray | None:
-        """Which tokens count: bool [responses, longest], responses as the trees have them; None: all."""
+        """Return which tokens count, bool [responses, longest], in the trees' order; None: all do."""
         if all(tree.masks is None for tree in self.trees):
             return None
         counted = np.ones((sum(len(tree.responses) for tree in self.trees), longest), dtype=bool)
@@ -72,13 +72,13 @@ class Batch:
 
 
 def make_tree(record: Record, responses: Sequence[int]) -> Tree:
-    """The tree of those of a record's responses that are named."""
+    """Return a record's tree with the given `responses`."""
     masks = [record.masks[i] for i in responses] if record.masks is not None else None
     return Tree(record.prompt, [record.responses[i] for i in responses], masks)
 
 
 def make_batch(data: PreferenceData, examples: Sequence[Example]) -> Batch:
-    """Group `examples` by prompt: each prompt stands once, with each of its needed responses once."""
+    """Group `examples` by prompt: each prompt stands once, with each response that it needs once."""
     by_record: dict[int, list[int]] = {}
     for position, (record, _) in enumerate(examples):
         by_record.setdefault(record, []).append(position)
@@ -103,10 +103,10 @@ def make_batch(data: PreferenceData, examples: Sequence[Example]) -> Batch:
 
 
 def epoch_order(data: PreferenceData, seed: int, epoch: int, weights: Sequence[float] | None = None) -> np.ndarray:
-    """Every example of one epoch in its order, a function of (seed, epoch) alone. Shape [examples, 2]: record, pair.
+    """Return one epoch's examples in order, int [examples, 2]: record, pair. Depends on (seed, epoch) alone.
 
-    Prompts are shuffled; the pairs of a prompt stay together, so that a batch can share its computation. `weights`
-    gives how many times each of `data.names` is passed over: 2 takes every prompt twice, 0.5 a fresh random half.
+    Prompts are shuffled. The pairs of a prompt stay together, so that a batch can share its computation. `weights`
+    holds the passes over each of `data.names`: 2 takes every prompt twice, 0.5 a fresh random half.
     """
     rng = np.random.default_rng([seed, epoch])
     passes = [1.0] * len(data.names) if weights is None else weights
@@ -126,8 +126,8 @@ def epoch_order(data: PreferenceData, seed: int, epoch: int, weights: Sequence[f
 
 @dataclass(frozen=True)
 class Plan:
-    """Which examples a run trains on: `batch_size` at a time, until `n_epochs` or `n_examples` ends, the first that
-    does (None: no such end). The last batch of an epoch, and of the run, may be smaller; nothing is left out."""
+    """Which examples a run trains on: `batch_size` at a time, until `n_epochs` or `n_examples` is reached (None: no
+    limit). The last batch of an epoch and of the run may be smaller: no example is left out."""
 
     seed: int
     batch_size: int
@@ -136,7 +136,7 @@ class Plan:
     weights: Sequence[float] | None = None
 
     def batches(self, data: PreferenceData) -> Iterator[list[Example]]:
-        """The run's global batches, each a list of examples."""
+        """Yield the run's global batches, each a list of examples."""
         epoch, seen = 0, 0
         while self.n_epochs is None or epoch < self.n_epochs:
             order = epoch_order(data, self.seed, epoch, self.weights)
@@ -152,7 +152,7 @@ class Plan:
             epoch += 1
 
     def batches_after(self, data: PreferenceData, examples: int) -> Iterator[list[Example]]:
-        """The global batches that are left after those with the first `examples` examples of the run."""
+        """Yield the global batches after the run's first `examples` examples. Raise UserError if none ends there."""
         seen = 0
         for batch in self.batches(data):
             if seen >= examples:
@@ -160,11 +160,11 @@ class Plan:
             seen += len(batch)
             if seen - len(batch) < examples < seen:
                 raise UserError(
-                    f"the data has changed: no batch of this run ends after {examples} examples, to go on from"
+                    f"the data has changed: no batch ends after {examples} examples, so this run cannot resume"
                 )
 
     def size(self, data: PreferenceData) -> tuple[int, int]:
-        """(examples, optimizer steps) of the whole run."""
+        """Return the whole run's numbers of examples and of optimizer steps."""
         examples, steps, epoch = 0, 0, 0
         while self.n_epochs is None or epoch < self.n_epochs:
             whole = int(data.n_examples.sum())
@@ -180,14 +180,14 @@ class Plan:
 
 
 def eval_examples(data: PreferenceData, n: int) -> list[Example]:
-    """The first `n` examples of the evaluation order (all, where there are fewer)."""
+    """Return the first `n` examples of the evaluation order, or all if there are fewer."""
     return [(int(record), int(pair)) for record, pair in epoch_order(data, EVAL_SEED, 0)[:n]]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Into which micro-batches work is cut: at least `passes` forward passes of `ranks` processes, of up to `tokens`
-    tokens with padding in each process (None: no limit), under the layout `packed`, `tree` or `padded`."""
+    """How a global batch is cut: at least `passes` forward passes of `ranks` processes, each of up to `tokens` tokens
+    with padding (None: no limit), in the layout `packed`, `tree` or `padded`."""
 
     layout: str
     ranks: int
@@ -195,10 +195,10 @@ class Cut:
     tokens: int | None
 
     def groups(self, prompt: int, responses: Sequence[int], items: Sequence[Sequence[int]], n: int) -> Iterator[range]:
-        """Cut `items` of a prompt, each some of its responses, into runs whose trees are fit for a micro-batch.
+        """Cut one prompt's `items`, each a set of its responses, into runs whose trees fit a micro-batch.
 
-        A run's tree has up to `tokens` tokens, and its items are at most a micro-batch's share of the `n` there are in
-        all. Lengths are in tokens; an item that alone has more is left whole.
+        A run's tree has up to `tokens` tokens, and a run at most a micro-batch's share of the `n` items of the global
+        batch. `prompt` and `responses` are lengths in tokens. An item that alone is too long is left whole.
         """
         most = -(-n // (self.passes * self.ranks))
         limit = sys.maxsize if self.tokens is None else self.tokens
@@ -213,23 +213,23 @@ class Cut:
             yield range(start, len(items))
 
     def _tree_tokens(self, prompt: int, responses: Sequence[int], used: Iterable[int]) -> int:
-        """Tokens with padding of a micro-batch of one tree."""
+        """Return the tokens, with padding, of a micro-batch of one tree."""
         lengths = [responses[i] for i in used]
         if self.layout == "padded":
             return len(lengths) * n_tokens(prompt, [max(lengths)])
         return n_tokens(prompt, lengths)
 
     def deal(self, sizes: Sequence[tuple[int, list[int]]]) -> list[list[list[int]]]:
-        """[pass][rank] -> indices of `sizes`, each the length of a prompt and those of its responses.
+        """Return [pass][rank] -> indices of `sizes`, each the length of a prompt and those of its responses.
 
-        Sorted by length, so that rows of a micro-batch are about equally long and those of one pass about equally much
-        work. An empty micro-batch still has to make the pass. One that alone has more than `tokens` is left whole.
+        Sorting by length makes the rows of a micro-batch about equally long, and the micro-batches of a pass about
+        equal work. An empty micro-batch still takes part in its pass. A tree of more than `tokens` is left whole.
         """
         if self.layout == "padded":
             items = [_Item(i, len(rest), n_tokens(prompt, [max(rest)])) for i, (prompt, rest) in enumerate(sizes)]
         else:
             trees = [n_tokens(*size) for size in sizes]
-            # On a packed row every token is as good as a row of its own.
+            # A packed row has no padding: each token counts as a row of length 1.
             items = [_Item(i, n, 1) if self.layout == "packed" else _Item(i, 1, n) for i, n in enumerate(trees)]
         items.sort(key=lambda item: (-item.length, -item.rows))
         limit = self.tokens
@@ -238,20 +238,20 @@ class Cut:
         parts = _fill(items, limit) if self.tokens is None else _least_padding(items, limit)
         parts.sort(key=lambda part: -_tokens(part))
         indices = [[item.index for item in part] for part in parts]
-        return [[*some, *([[]] * (self.ranks - len(some)))] for some in chunks(indices, self.ranks)]
+        return [[*ranks, *([[]] * (self.ranks - len(ranks)))] for ranks in chunks(indices, self.ranks)]
 
 
 def deal(data: PreferenceData, examples: Sequence[Example], cut: Cut) -> list[list[list[Example]]]:
-    """Cut a global batch into micro-batches: [pass][rank] -> examples. A prompt's pairs stay together if they fit."""
+    """Cut a global batch into micro-batches, [pass][rank] -> examples. A prompt's pairs stay together if they fit."""
     groups: list[Sequence[Example]] = []
     sizes: list[tuple[int, list[int]]] = []
     for index, run in itertools.groupby(examples, key=lambda example: example[0]):
-        record, some = data[index], list(run)
+        record, members = data[index], list(run)
         prompt, responses = len(record.prompt), [*map(len, record.responses)]
-        sides = [record.pairs[pair] if record.pairs else (0,) for _, pair in some]
+        sides = [record.pairs[pair] if record.pairs else (0,) for _, pair in members]
         for group in cut.groups(prompt, responses, sides, len(examples)):
             used = {response for i in group for response in sides[i]}
-            groups.append(some[group.start : group.stop])
+            groups.append(members[group.start : group.stop])
             sizes.append((prompt, [responses[r] for r in used]))
     return [[[e for i in part for e in groups[i]] for part in dealt] for dealt in cut.deal(sizes)]
 
@@ -264,12 +264,12 @@ class _Item:
 
 
 def _tokens(part: Sequence[_Item]) -> int:
-    """Tokens of a micro-batch with padding; its first item is the longest."""
+    """Return the tokens of a micro-batch with padding. Its first item is the longest."""
     return sum(item.rows for item in part) * part[0].length
 
 
 def _smallest_limit(items: Sequence[_Item], most: int) -> int:
-    """The fewest tokens a micro-batch may have for `items` to fit into `most` micro-batches."""
+    """Return the smallest limit of tokens with which `items` fit into `most` micro-batches."""
     low, high = max(map(_tokens, zip(items))), sum(item.rows for item in items) * items[0].length
     while low < high:
         middle = (low + high) // 2
@@ -278,7 +278,7 @@ def _smallest_limit(items: Sequence[_Item], most: int) -> int:
 
 
 def _fill(items: Sequence[_Item], limit: int) -> list[list[_Item]]:
-    """Consecutive `items` (longest first) in as few micro-batches of up to `limit` tokens as there can be."""
+    """Cut `items` (longest first) into as few micro-batches of up to `limit` tokens as possible."""
     parts: list[list[_Item]] = []
     rows = 0
     for item in items:
@@ -292,10 +292,10 @@ def _fill(items: Sequence[_Item], limit: int) -> list[list[_Item]]:
 
 
 def _least_padding(items: Sequence[_Item], limit: int) -> list[list[_Item]]:
-    """Consecutive `items` (longest first) in micro-batches of up to `limit` tokens with the least padding in all.
+    """Cut `items` (longest first) into micro-batches of up to `limit` tokens with the least padding in all.
 
-    Dynamic programming over where the last micro-batch starts. Each also costs what limit / 128 tokens do, which is
-    what adding its gradients to the others' takes, so that short items are not computed one by one.
+    Dynamic programming over the start of the last micro-batch. Each micro-batch also costs limit / 128 tokens, about
+    what adding up its gradients takes, so that short items are not computed one by one.
     """
     cost, starts = [0.0], [0]
     for stop in range(1, len(items) + 1):

@@ -1,7 +1,7 @@
-"""Arrow files that are read from disk without loading them, made by several processes in folders that outlive the run.
+"""Memory-mapped Arrow files, built by several processes in cache folders that later runs reuse.
 
-A cache folder's name holds a `digest` of all that its content depends on. Its manifest holds a hash of every file, and
-these are compared each time the folder is opened: a damaged folder is made anew, and never read.
+A cache folder's name holds a `digest` of all that its content depends on. Its manifest holds a hash of every file. They
+are compared each time the folder is opened: a damaged folder is built again, and never read.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class ArrowRows:
-    """Rows of Arrow files that stay on disk: the operating system maps in what is read."""
+    """Rows of Arrow files. They stay on disk: the operating system maps in what is read."""
 
     def __init__(self, *paths: Path):
         self.table = pa.concat_tables([self._mapped(path) for path in paths])  # copies nothing
@@ -42,19 +42,19 @@ class ArrowRows:
         try:
             return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged ({error}); delete {path.parent} to have it made anew") from error
+            raise UserError(f"{path}: damaged ({error}); delete {path.parent} to build it again") from error
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def row(self, i: int) -> pa.RecordBatch:
-        """Row `i`, as a batch of one."""
+        """Return row `i` as a batch of one."""
         number = int(np.searchsorted(self.starts, i, side="right")) - 1
         return self.batches[number].slice(i - int(self.starts[number]), 1)
 
 
 def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[tuple[pa.RecordBatch, Any]], bar: Any) -> list[Any]:
-    """Write the batches to an Arrow file and return what came with them. `batches` are closed if that fails."""
+    """Write batches to an Arrow file; return the second of each pair. A generator `batches` is closed on failure."""
     extras = []
     with contextlib.ExitStack() as stack:
         if hasattr(batches, "close"):  # a generator may hold a pool of processes
@@ -158,7 +158,7 @@ def cached(cache_dir: Path, name: str, build: Callable[[Path], None]) -> Path:
             if (problem := damage(final)) is None:  # another process built it meanwhile
                 return final
             if os.path.lexists(final):
-                log(f"{final} is damaged: {problem}; it is made anew")
+                log(f"{final} is damaged: {problem}; it is built again")
             part = cache_dir / f".{name}.part"
             _remove(part)
             part.mkdir()
@@ -175,7 +175,7 @@ def cached(cache_dir: Path, name: str, build: Callable[[Path], None]) -> Path:
 
 
 def _lock(cache_dir: Path, name: str, timeout: float = -1) -> Any:
-    """A lock for building a folder. Without effect on a file system that has no locks."""
+    """Return the lock for building a folder."""
     (cache_dir / LOCKS).mkdir(parents=True, exist_ok=True)
     return FileLock(cache_dir / LOCKS / f"{name}.lock", timeout)
 
@@ -195,10 +195,10 @@ def _remove_leftovers(cache_dir: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a cache folder's files, by its manifest; None: nothing.
+    """Return what is wrong with a cache folder's files, by its manifest; None if nothing is.
 
-    Every byte is hashed each time. Sizes and times would not show a damaged disk, and XXH3 hashes some 10 GB a second:
-    next to reading the files that costs nothing, also for a converted model.
+    Every byte is hashed each time: sizes and times would not show a damaged disk. XXH3 hashes about 10 GB a second,
+    faster than the files are read.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -224,7 +224,7 @@ def _manifest(name: str, files: dict[str, str]) -> dict[str, Any]:
 
 
 def _names(folder: Path) -> list[str]:
-    """The files of a folder. Hidden ones are not read by anyone; file systems and desktops make some."""
+    """Return the files of a folder, except hidden ones: file systems and desktops make some, and nothing reads them."""
     paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     return sorted(str(path.relative_to(folder)) for path in paths)
 
@@ -234,7 +234,7 @@ def _hash(path: Path) -> str:
 
 
 def _seal(folder: Path, name: str) -> None:
-    """Write the manifest, and see everything onto the disk."""
+    """Write the manifest and flush everything to disk."""
     files = {file: _hash(folder / file) for file in _names(folder)}
     (folder / MANIFEST).write_text(json.dumps(_manifest(name, files), indent=1), encoding="utf-8")
     for path in [*folder.rglob("*"), folder]:

@@ -1,4 +1,4 @@
-"""What a run compares its data with: training rows with test rows, and both with what model.archive was trained on."""
+"""Compare a run's data: training with test rows, and both with what model.archive was trained on."""
 
 import io
 from pathlib import Path
@@ -10,19 +10,19 @@ from dpo.data.records import PreferenceData
 from dpo.utils import UserError, log
 
 TRAINED_ON = "trained_on/prompts.npy"
-"""File of a checkpoint with hashes of the prompts that its weights have seen."""
+"""A checkpoint's file with hashes of the prompts that its weights have seen."""
 
 
 def trained_on(train: PreferenceData, archive: Path | None) -> dict[str, bytes]:
-    """The file of TRAINED_ON after training on `train` from `archive`: sorted hashes of prompts, of all of the split
-    whatever part of it a run of n_examples takes."""
+    """Return the content of TRAINED_ON after training on `train` from `archive`: sorted hashes of all their prompts,
+    even if n_examples takes only a part."""
     buffer = io.BytesIO()
     np.save(buffer, np.union1d(train.keys, _prompts(archive)), allow_pickle=False)
     return {TRAINED_ON: buffer.getvalue()}
 
 
 def _prompts(archive: Path | None) -> np.ndarray:
-    """The hashes that a checkpoint keeps; none of a folder that is no checkpoint of ours."""
+    """Return the hashes in a checkpoint; none if the folder has no such file. Raises UserError if it is damaged."""
     path = archive / TRAINED_ON if archive is not None else None
     if path is None or not path.is_file():
         return np.empty(0, dtype=np.uint64)
@@ -36,19 +36,19 @@ def _prompts(archive: Path | None) -> np.ndarray:
 
 
 def overlap(train_keys: np.ndarray, train_pairs: np.ndarray, test: PreferenceData) -> tuple[int, int]:
-    """How many of the prompts of `test`, and of its pairs (SFT: of its demonstrations), are among those given."""
+    """Return how many prompts and how many examples of `test` are among those of training."""
     return int(np.isin(test.keys, train_keys).sum()), int(np.isin(test.pair_keys, train_pairs).sum())
 
 
 def check_overlap(
     train: PreferenceData, test: PreferenceData | None, archive: Path | None
 ) -> dict[str, dict[str, int]]:
-    """Warn of evaluation prompts and pairs that training, or that of `archive`, has seen. Returns how many."""
+    """Warn of evaluation prompts and pairs that training, or that of `archive`, has seen. Return their numbers."""
     if test is None:
         return {}
     total = {"prompts": len(test), "pairs": len(test.pair_keys)}
     found = {"training data": dict(zip(("prompts", "pairs"), overlap(train.keys, train.pair_keys, test)))}
-    if len(seen := _prompts(archive)):  # whose examples may be of another kind or format, so not compared
+    if len(seen := _prompts(archive)):  # its examples may have another form, so they are not compared
         found["training data of model.archive"] = {"prompts": overlap(seen, train.pair_keys[:0], test)[0]}
     for where, shared in found.items():
         examples = f", and {shared['pairs']} of their {total['pairs']} examples," if "pairs" in shared else ""
@@ -71,7 +71,7 @@ def check_format(data: PreferenceData, trained: list[str], tokenizer: Any) -> No
 
 
 def format_warning(formats: list[str], trained: list[str]) -> str:
-    """What to say if rows are rendered as `formats`, and the model was trained on `trained`; "" if nothing."""
+    """Return a warning if rows are rendered as `formats` and the model was trained on other formats; else ""."""
     other = sorted(set(formats) - set(trained)) if trained else []
     if not other:
         return ""

@@ -1,4 +1,4 @@
-"""Files on disk and data sets on the hub -> chunks of numbered rows, as many as one worker parses at a time."""
+"""Files on disk and data sets on the hub -> chunks of numbered rows. A worker parses one chunk at a time."""
 
 import csv
 import datetime
@@ -22,13 +22,13 @@ from dpo.utils import UserError, file_hash_once, log
 
 Row = Mapping[str, Any]
 NumberedRows = Iterator[tuple[int, bytes | Row, int]]
-"""Number, row, and how many bytes (or characters) of the file the row takes."""
+"""Number, row, and the bytes (or characters) of the file that the row takes."""
 
 SUFFIXES = tuple(f".{kind}{packed}" for kind in ("jsonl", "json", "csv", "tsv") for packed in ("", ".gz", ".zst"))
 SUFFIXES += (".parquet", ".arrow")
-# Files that describe data instead of holding rows: those of the hub, of `save_to_disk`, and its caches.
+# Files that describe data: those of the hub, of `save_to_disk`, and its caches.
 NO_ROWS = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(cache|tmp).*\.arrow")
-CHUNK_ROWS = 512  # what one worker gets at a time, or less:
+CHUNK_ROWS = 512  # of a chunk, or fewer if they exceed CHUNK_BYTES
 CHUNK_BYTES = 2**25
 PIECE = 1 << 19  # characters of a JSON list that are read at a time
 TESTS = ("test", "testing", "eval", "evaluation", "held_out", "held-out", "heldout", "holdout")
@@ -37,7 +37,7 @@ VALIDATIONS = ("validation", "valid", "val", "dev")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a folder or hub set is laid out: names of its splits. Of a split's names the first that exists is used."""
+    """Names of the splits of a folder or hub set. Of a split's names the first that exists is used."""
 
     train: tuple[str, ...] = ("train", "training")
     test: tuple[str, ...] = TESTS + VALIDATIONS
@@ -48,11 +48,11 @@ PLAIN = Layout()
 
 
 class TextRow(dict[str, Any]):
-    """A row of a CSV or TSV file, all of whose values are text: numbers and lists stand in it as JSON."""
+    """A row of a CSV or TSV file. All its values are text; numbers and lists are JSON."""
 
 
 class Chunk(NamedTuple):
-    """Rows, their numbers, and where they are: "file:" or "file: row ", to be followed by a number."""
+    """Rows, their numbers, and where they are: "file:" or "file: row ", before a number."""
 
     where: str
     numbers: Sequence[int]
@@ -65,8 +65,8 @@ def numbered_rows(chunk: Chunk) -> Iterator[tuple[str, bytes | Row]]:
 
 
 def _from_arrow(chunk: Chunk) -> list[Row]:
-    """The rows of a record batch. Columns of times are left out: nothing reads them, and not all of them fit Python's
-    types. Raises UserError for a column that cannot be read."""
+    """Return the rows of a record batch without columns of times: nothing reads them, and not all fit Python's types.
+    Raises UserError for a column that cannot be read."""
     batch: Any = chunk.rows
     columns: dict[str, list[Any]] = {}
     for name, column in zip(batch.schema.names, batch.columns):
@@ -82,7 +82,7 @@ def _from_arrow(chunk: Chunk) -> list[Row]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """`value` without times, and without the fields that Arrow fills in because other rows have them."""
+    """Return `value` without times and without the nulls that Arrow adds if other rows have more fields."""
     if isinstance(value, Mapping):
         times = (datetime.date, datetime.time, datetime.timedelta)
         return {k: _without_nulls(v) for k, v in value.items() if v is not None and not isinstance(v, times)}
@@ -121,7 +121,7 @@ def _too_long(where: str, limit: int) -> UserError:
 
 
 def read_lines(path: Path, handle: Any, limit: int) -> NumberedRows:
-    """The lines that are not blank. Raises UserError at one longer than `limit` bytes, blank ones included."""
+    """Yield the lines that are not blank. Raises UserError if one, or a run of blank ones, exceeds `limit` bytes."""
     number = blank = 0
     while line := handle.readline(limit + 1):
         number += 1
@@ -133,7 +133,7 @@ def read_lines(path: Path, handle: Any, limit: int) -> NumberedRows:
 
 
 def read_json_list(path: Path, handle: Any, limit: int) -> NumberedRows:
-    """The objects of one JSON list, decoded as they come so that the file is never in memory as a whole."""
+    """Yield the objects of one JSON list. They are decoded in turn: the file is never in memory as a whole."""
     decoder, closing, number, at = json.JSONDecoder(), re.compile(r"\s*\]"), 0, 0
     text = iter(lambda: handle.read(PIECE), "")
     buffer = next(text, "").lstrip("\ufeff \t\r\n")[1:]
@@ -164,7 +164,7 @@ def read_json_list(path: Path, handle: Any, limit: int) -> NumberedRows:
 
 
 def read_csv(path: Path, handle: Any, limit: int) -> NumberedRows:
-    """The rows of a CSV or (by the file's name) TSV file; an empty field is null. Raises UserError."""
+    """Yield the rows of a CSV or (by the file's name) TSV file. An empty field is null. Raises UserError."""
     csv.field_size_limit(limit)
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
     number = 0
@@ -191,7 +191,7 @@ def read_csv(path: Path, handle: Any, limit: int) -> NumberedRows:
 
 
 def read_arrow(path: Path) -> Iterator[pa.RecordBatch]:
-    """The record batches of an Arrow file, in either of its formats (`datasets` writes streams)."""
+    """Yield the record batches of an Arrow file or stream (`datasets` writes streams)."""
     with pa.memory_map(os.fsencode(path)) as source:
         if source.read(6) == b"ARROW1":
             file = pa.ipc.open_file(source)
@@ -202,7 +202,7 @@ def read_arrow(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def open_bytes(path: Path) -> Any:
-    """The file, unpacked if its content is packed by gzip or zstd, whatever its name."""
+    """Open a file, and unpack it if its content is gzip or zstd, whatever its name."""
     file: Any = open(path, "rb")
     start = file.peek(4)[:4]
     if start[:2] == b"\x1f\x8b":
@@ -213,7 +213,7 @@ def open_bytes(path: Path) -> Any:
 
 
 def read_file(path: Path, limit: int) -> Iterator[Chunk]:
-    """The rows of one file, in order, by chunks."""
+    """Yield the rows of one file, in order, in chunks."""
     name, by_row = path.name.lower(), f"{path}: row "
     if name.endswith(".parquet"):
         file = pq.ParquetFile(open(path, "rb"), pre_buffer=False)
@@ -233,7 +233,7 @@ def read_file(path: Path, limit: int) -> Iterator[Chunk]:
 
 
 def read_files(files: Sequence[Path], limit: int) -> Iterator[Chunk]:
-    """The rows of all files. Raises UserError naming the file that cannot be read, and the last row before."""
+    """Yield the rows of all files. Raises UserError with the name of an unreadable file and the last row read."""
     for path in files:
         last = "its start"
         try:
@@ -254,7 +254,7 @@ def read_files(files: Sequence[Path], limit: int) -> Iterator[Chunk]:
 
 
 class Source(NamedTuple):
-    """Where the rows of one split come from. `held_out`: the split is to be taken out of these rows by prompt."""
+    """Where the rows of one split come from. `held_out`: the split is a part of these rows, chosen by prompt."""
 
     identity: list[Any]  # what the rows depend on
     chunks: Callable[[], Iterator[Chunk]]
@@ -263,16 +263,16 @@ class Source(NamedTuple):
     files: Sequence[str] = ()  # names, below the folder
 
 
-log_once = functools.cache(log)  # the train and the test split have the same to say about their folder
+log_once = functools.cache(log)  # both splits would warn of the same folder
 
 
 def _data_files(root: Path) -> list[Path]:
-    """The data files below `root`, in linked folders too, each once; hidden ones and their folders are skipped."""
+    """Return the data files below `root`, each once. Links are followed; hidden files and folders are skipped."""
     found: dict[str, Path] = {}
     folders: set[str] = set()
     for folder, inner, names in os.walk(root, followlinks=True):
         inner[:] = sorted(name for name in inner if not name.startswith((".", "__")))
-        if os.path.realpath(folder) in folders:  # links may lead round in a circle
+        if os.path.realpath(folder) in folders:  # links may form a circle
             inner.clear()
             continue
         folders.add(os.path.realpath(folder))
@@ -285,9 +285,9 @@ def _data_files(root: Path) -> list[Path]:
 
 
 def _words(path: Path, root: Path, words: Sequence[str]) -> set[str]:
-    """Those of `words` in the file's own name, else those in the name of the nearest folder that has any.
+    """Return which of `words` the file's name holds, or else the name of the nearest folder that holds any.
 
-    A word stands between signs that are no letters, in capital letters or not, as in dpo_train and Test-0.
+    A word has no letter beside it and may be in capitals: dpo_train, Test-0.
     """
     parts = path.relative_to(root).parts
     for part in reversed(parts):
@@ -298,10 +298,10 @@ def _words(path: Path, root: Path, words: Sequence[str]) -> set[str]:
 
 
 def local_files(root: Path, layout: Layout, split: str, strict: bool = True) -> tuple[list[Path], bool]:
-    """The files of a split and whether the split must be held out of them, because the folder has no test files.
+    """Return the files of a split, and whether the split must be held out of them because there are no test files.
 
-    Raises UserError if there are none, or if it is not clear which files belong to which split; files of no split are
-    left out if not `strict`, as the copy of a hub's set has them.
+    Raises UserError if there are none, or if it is not clear which files belong to which split. If not `strict`, files
+    of no split are left out: a copy of a hub's set may have them.
     """
     accepted = f"accepted are {', '.join(SUFFIXES)}"
     if root.is_file():
@@ -348,7 +348,7 @@ def local_source(root: Path, layout: Layout, split: str, limit: int, strict: boo
 
 
 def hub_source(hub: str, layout: Layout, split: str, advice: str) -> Source:
-    """A split of a data set on the Hugging Face hub. Raises UserError with `advice` if it cannot be had."""
+    """Return a split of a data set on the Hugging Face hub. Raises UserError, with `advice`, if it cannot be loaded."""
     import datasets
 
     try:

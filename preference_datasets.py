@@ -22,6 +22,7 @@ from dpo.data.rows import (
     generic,
     get,
     messages,
+    number,
     rank,
     score_notes,
     split_conversations,
@@ -104,7 +105,7 @@ def se(row: Row) -> ParsedRow:
     if not all(isinstance(answer, Mapping) for answer in answers):
         raise BadRow("wrong type", "'answers' is not a list of {text, pm_score}")
     responses = [" " + html_to_text(get(answer, "text")) for answer in answers]
-    scores = [get(answer, "pm_score", int) for answer in answers]
+    scores = [number(answer, "pm_score") for answer in answers]
     return ParsedRow(human(html_to_text(get(row, "question"))), responses, [], **rank(scores))
 
 

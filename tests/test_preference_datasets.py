@@ -628,7 +628,7 @@ BAD_INPUT = {
     "score NaN": (
         "x.jsonl",
         line(prompt="Q", responses=["A", "B"], scores=[1, math.nan]),
-        r"score not finite: scores\[1\]",
+        r"number not finite: 'scores\[1\]'",
     ),
     "null response": (
         "x.jsonl",

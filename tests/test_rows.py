@@ -438,7 +438,7 @@ CASES = {
         [SIMPLE_RECORD, ("2+3?", [" 5" + EOS, " 6" + EOS], PAIR)],
     ),
     "integers beyond all numbers": Case(
-        [{"prompt": Q, "responses": [" 4", " 5"], "scores": [10**400, 1]}], error="rows.jsonl:1: score not finite"
+        [{"prompt": Q, "responses": [" 4", " 5"], "scores": [10**400, 1]}], error="rows.jsonl:1: number not finite"
     ),
     # Forms of others
     "UltraFeedback's completions": Case(

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -112,14 +113,11 @@ def get(row: Row, name: str, *types: type) -> Any:
 
 
 def number(row: Row, name: str) -> float:
-    """Return the field `name` of `row` as a finite number. Raises BadRow."""
+    """Return the field `name` of `row`, which must be a number within the range of a float. Raises BadRow."""
     value = get(row, name, int, float)
-    try:
-        if math.isfinite(result := float(value)):
-            return result
-    except OverflowError:
-        pass
-    raise BadRow("number not finite", f"'{name}' is {str(value)[:40]}")
+    if not -sys.float_info.max <= value <= sys.float_info.max:
+        raise BadRow("number not finite", f"'{name}' is {str(value)[:40]}")
+    return value
 
 
 def _from_text(value: str) -> Any:
@@ -455,10 +453,7 @@ def _rated(prompt: Text, responses: list[Any], scores: list[Any], of: str, by: s
     """Combine a prompt with scored responses. `of` and `by` name the two columns in errors."""
     if not responses or len(responses) != len(scores):
         raise BadRow("scores do not match responses", f"{len(responses)} responses, {len(scores)} scores")
-    for i, score in enumerate(scores):
-        value = get({f"{by}[{i}]": score}, f"{by}[{i}]", int, float)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise BadRow("score not finite", f"{by}[{i}] is {score}")
+    scores = [number({f"{by}[{i}]": score}, f"{by}[{i}]") for i, score in enumerate(scores)]
     sides = [text_or_messages({f"{of}[{i}]": side}, f"{of}[{i}]") for i, side in enumerate(responses)]
     return _with_prompt(prompt, sides, pairs=[], **rank(scores))
 
@@ -466,11 +461,7 @@ def _rated(prompt: Text, responses: list[Any], scores: list[Any], of: str, by: s
 def rank(scores: Sequence[float]) -> dict[str, Any]:
     """Return the fields of a ParsedRow that follow from scores: SFT learns the first of the best responses."""
     best = max(scores)
-    try:
-        score = float(best)
-    except OverflowError:
-        raise BadRow("score not finite", f"{str(best)[:20]}... is beyond what a 64-bit number holds") from None
-    return {"scores": scores, "target": list(scores).index(best), "score": score}
+    return {"scores": scores, "target": list(scores).index(best), "score": float(best)}
 
 
 def conversation(fields: Fields) -> ParsedRow:

@@ -9,8 +9,10 @@ import torch
 import yaml
 from conftest import ROOT
 
+import dpo.run.config
 import dpo.scoring
 import losses
+import preference_datasets
 from dpo.loss import Examples, Responses
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -38,6 +40,14 @@ def test_the_loss() -> None:
     assert loss.rewards(examples.chosen).tolist() == pytest.approx([0.1, 0.1])
 
 
+def test_the_data_set() -> None:
+    names: dict[str, Any] = {**vars(preference_datasets), "REGISTRY": {}}
+    exec(example("A data set", "python"), names)
+    parsed = names["REGISTRY"]["jokes"].parse({"opener": "Knock, knock.", "a": "No.", "b": "Who's there?", "better": 1})
+    assert parsed.prompt == "\n\nHuman: Knock, knock.\n\nAssistant:"
+    assert [parsed.responses[i] for i in parsed.pairs[0]] == [" Who's there?", " No."]
+
+
 def test_the_metric() -> None:
     names: dict[str, Any] = {**vars(dpo.scoring)}
     exec(f"METRICS = {{{example('A metric', 'python')}}}", names)
@@ -46,3 +56,10 @@ def test_the_metric() -> None:
     zero = torch.zeros(2)
     scored = dpo.scoring.Scored(zero, examples.chosen, examples.losers, zero, zero, zero)
     assert metric.value(scored).tolist() == [2.0, -30.0]
+
+
+def test_the_key() -> None:
+    names: dict[str, Any] = {**vars(dpo.run.config)}
+    exec(f"@dataclass(kw_only=True)\nclass Example(Component):\n    {example('A key', 'python')}", names)
+    (field,) = dataclasses.fields(names["Example"])
+    assert yaml.safe_load(example("A key", "yaml")).keys() == {field.name}

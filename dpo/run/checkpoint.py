@@ -41,8 +41,11 @@ SHORT_HASH = functools.partial(hashlib.blake2b, digest_size=16)
 
 
 def newest(path: Path) -> Path:
-    """The newest checkpoint of a run's folder; any other path itself. LATEST counts if it names one of the folder's own
-    checkpoints, or if there are none. A copy may have lost it, or have it as a folder or as a link to another run."""
+    """Return the newest checkpoint of a run's folder; any other path itself.
+
+    LATEST counts if it names one of the folder's own checkpoints, or if there are none. In a copy, LATEST may be lost,
+    a folder, or a link to another run.
+    """
     if path.name == LATEST and not path.exists():
         path = path.parent
     path = Path(os.path.realpath(path))
@@ -53,7 +56,7 @@ def newest(path: Path) -> Path:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """A run's checkpoints, those of the most examples first. Links are left out: they may lead to another run's."""
+    """Return a run's checkpoints, most examples first. Links are left out: they may lead to another run."""
     folder = Path(os.path.realpath(run_dir))
     found = [path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
     return sorted((p for p in found if p.is_dir() and not p.is_symlink()), key=examples_of, reverse=True)
@@ -129,7 +132,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def check(folder: Path, how: str) -> str | None:
-    """What is wrong with a checkpoint's files, by its manifest; None: nothing.
+    """Return what is wrong with a checkpoint's files, by its manifest, or None.
 
     `fast` compares all sizes, and the content of small files, and looks for further files of the kinds that loaders
     find by their names; `full` compares the content of all, and looks for any further file.
@@ -158,7 +161,7 @@ def check(folder: Path, how: str) -> str | None:
 
 
 def _listed(folder: Path) -> dict[str, tuple[int, str]]:
-    """Name -> size and hash, by the manifest. Raises OSError, or ValueError if it is damaged."""
+    """Return name -> (size, hash) of the manifest. Raise OSError, or ValueError if it is damaged."""
     text = (folder / MANIFEST).read_text(encoding="utf-8")
     try:
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(text)["files"].items()}
@@ -178,12 +181,12 @@ def _has_states(files: Iterable[str]) -> bool:
 
 
 def weights_only(folder: Path) -> bool:
-    """Whether a complete checkpoint is one for model.archive only: it has no states to resume training with."""
+    """Return whether a complete checkpoint has no states to resume training with."""
     return not _has_states(_listed(folder))
 
 
 def prune(folder: Path) -> None:
-    """Make a complete checkpoint one of weights only. At any moment of this it is complete, as one or the other."""
+    """Remove the states of a complete checkpoint. It is complete at any moment, with states or as weights only."""
     files = _listed(folder)
     if _has_states(files):
         left = {name: file for name, file in files.items() if not _is_state(name)}
@@ -224,12 +227,13 @@ class _DiskFull(OSError):
 
 
 def _failure(error: OSError, message: str) -> UserError:
-    """What to raise for an error of `CheckpointWriter._together`."""
+    """Return the exception to raise for an error of `CheckpointWriter._together`."""
     return NoSpace(message) if isinstance(error, _DiskFull) else UserError(message)
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """safetensors and torch report a full disk with exception types of their own, in the system's words."""
+    """Return whether the disk is full. safetensors and torch report that with exceptions of their own, in the
+    system's words."""
     codes = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, _DiskFull) or (isinstance(error, OSError) and error.errno in codes):
         return True
@@ -275,11 +279,11 @@ class CheckpointWriter:
         batch: str | None = None,
     ) -> None:
         """Write `<run folder>/<name>`, by default step-<examples>, which LATEST then names. `state` says how the
-        weights came about; see `_card`. `batch` is what batch.json says, where there is to be one. Without an optimizer
+        weights came about; see `_card`. `batch` is the text of batch.json, if there is to be one. Without an optimizer
         it is a checkpoint of weights only.
 
-        A collective: every process writes its part. Raises UserError, in all processes, if it cannot be written, or the
-        one before could not be: NoSpace if the disk is full. Checkpoints written before stay as they are.
+        A collective: every process writes its part. Raise UserError in all processes if this checkpoint or the pending
+        one cannot be written: NoSpace if the disk is full. Checkpoints written before stay as they are.
         """
         try:
             self.wait()
@@ -301,8 +305,10 @@ class CheckpointWriter:
         state: Callable[[], dict[str, Any]],
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        """Write all that a checkpoint will hold into a folder, and remove it, so that what prevents one shows before
-        training. An optimizer without a state gets one for this. A collective; raises as `save` does."""
+        """Write a whole checkpoint and remove it, so that an error shows before training.
+
+        An optimizer without a state gets one for this. A collective; raises as `save` does.
+        """
         folder = self.run_dir / ".step-trial"
         fresh = optimizer is not None and not optimizer.state
         try:
@@ -327,7 +333,7 @@ class CheckpointWriter:
         optimizer: torch.optim.Optimizer | None,
         batch: str | None,
     ) -> tuple[dict[str, Any], Callable[[Path], None]]:
-        """What trainer_state.json will say, and what makes a checkpoint's folder with all its texts."""
+        """Return the content of trainer_state.json, and a function that creates a folder with all texts."""
         try:
             described: Any = self._together(state, parallel.is_main())[0]
         except OSError as error:
@@ -349,17 +355,17 @@ class CheckpointWriter:
         return described, begin
 
     def seconds(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> float:
-        """How long writing a checkpoint takes: as the last one did, or a slow disk would take."""
+        """Return the seconds that the last checkpoint took; before the first, those of a slow disk."""
         return self._seconds if self._seconds is not None else needed_bytes(model, optimizer) / SLOW_DISK
 
     def close(self) -> None:
-        """End the thread; what it was writing, if that failed, is not there."""
+        """Wait for the pending write, ignoring its failure, and end the thread."""
         with contextlib.suppress(UserError):
             self.wait()
         self._thread.shutdown()
 
     def wait(self) -> None:
-        """Until nothing is written any more. Raises UserError where that failed."""
+        """Wait for the pending write. Raise UserError if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -401,8 +407,10 @@ class CheckpointWriter:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _together(self, action: Callable[[], T], here: bool = True) -> list[T | None]:
-        """Run `action` where `here`: what it gave in each process. Raises OSError in all if it failed in any, _DiskFull
-        if that is all that failed."""
+        """Run `action` in the processes that have `here`, and return all results, by rank.
+
+        If it failed in any process, raise in all: _DiskFull if every failure was a full disk, otherwise OSError.
+        """
         result: T | None = None
         message: str | None = None
         full = True
@@ -412,7 +420,7 @@ class CheckpointWriter:
             self.stop_at_once()
             message, full = f"{type(error).__name__}: {error}", _is_disk_full(error)
         results, messages, fulls = zip(*parallel.gather((result, message, full), self._group))
-        # One that is not for want of space says more.
+        # Prefer a failure other than a full disk: it says more.
         failed = sorted((full, message) for message, full in zip(messages, fulls) if message)
         if failed:
             raise (_DiskFull if all(fulls) else OSError)(failed[0][1].strip().splitlines()[-1])
@@ -422,7 +430,7 @@ class CheckpointWriter:
         if self.keep_states is None:
             return
         for path in checkpoints(self.run_dir)[self.keep_states :]:
-            with contextlib.suppress(OSError, ValueError):  # it is damaged, or the disk is full: it stays as it is
+            with contextlib.suppress(OSError, ValueError):  # damaged, or the disk is full: leave it
                 if path.parent == self.run_dir.resolve():  # else a link to another run's
                     prune(path)
 
@@ -438,7 +446,7 @@ class CheckpointWriter:
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
-    """Copies of the model's configurations, as a checkpoint has them."""
+    """Return copies of the model's configurations, as save_pretrained writes them."""
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
@@ -469,7 +477,7 @@ def point(run_dir: Path, link: str, name: str) -> None:
 
 
 def _card(state: dict[str, Any]) -> str:
-    """A model card (Markdown with the hub's front matter) from a checkpoint's state."""
+    """Return a model card (Markdown with the hub's front matter) from a checkpoint's state."""
     n = f", n = {state['eval_examples']}" if state.get("eval_examples") else ""
     metrics = "\n".join(f"| {name} | {value:.5g} |" for name, value in state["metrics"].items())
     config = state["config"]

@@ -35,9 +35,12 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 def tensor_writer(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, copied: bool, group: Any, made_up: bool = False
 ) -> Callable[[Path], None]:
-    """What writes this process's part of weights and, with an optimizer, of states (its own and of the random
-    generators): from where they are, or, `copied`, from a copy in host memory that is made now. An optimizer without a
-    state has none written, or, `made_up`, the one that torch makes up with a step at lr 0."""
+    """Return a function that writes this process's part of the weights into a folder. With an optimizer it also writes
+    the states of the optimizer and of the random generators.
+
+    `copied`: write a copy in host memory, made now. `made_up`: if the optimizer has no state yet, write the one that
+    torch makes up by a step at lr 0; otherwise none is written.
+    """
     random_state = _random_state()
     tensors: Any = {}
     if optimizer is not None and (optimizer.state or made_up):
@@ -64,7 +67,7 @@ def _clones(content: dict[str, Tensor] | str) -> dict[str, Tensor] | str:
 
 
 def _random_state() -> str:
-    """The state of this process's random generators, as JSON."""
+    """Return the states of this process's random generators, as JSON."""
     states = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -75,7 +78,7 @@ def _random_state() -> str:
 
 
 def load_random_state(folder: Path) -> None:
-    """Give the random generators the state that a checkpoint has for a process of this number, if it has one."""
+    """Set the random generators to the states that a checkpoint holds for this rank, if it holds any."""
     path = folder / RANDOM_STATE / f"{parallel.rank()}.json"
     if not path.exists():
         return
@@ -92,8 +95,10 @@ def load_random_state(folder: Path) -> None:
 
 
 def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Fill the optimizer's state from a checkpoint, written by any number of processes: of exactly the parameters that
-    have a state there, as one that never had a gradient has none. Settings stay. Raises UserError if it does not fit.
+    """Fill the optimizer's state from a checkpoint, written by any number of processes. Its settings stay.
+
+    Exactly the parameters with a state in the checkpoint get one: a parameter that never had a gradient has none. Raise
+    UserError if the state does not fit.
     """
     if not (folder / TRAINING_STATE).is_dir():  # there was none yet
         return
@@ -141,9 +146,10 @@ def _write_weights(files: Iterable[WeightFile], folder: Path) -> None:
 
 
 def weight_files(model: PreTrainedModel) -> Iterator[WeightFile]:
-    """The files that `model.save_pretrained` of the whole model writes, byte for byte, one after the other.
+    """Yield the files that `model.save_pretrained` of the whole model would write, byte for byte.
 
-    A collective: process i has the files i, i + n, ... of n processes.
+    A collective: rank i of n yields the files i, i + n, ... So no process holds more than one file of a sharded model,
+    and the ranks write at the same time. transformers gathers the whole model on rank 0, and writes it there.
     """
     left_out = {*(model.all_tied_weights_keys or {}), *(model._keys_to_ignore_on_save or ())}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
@@ -165,7 +171,7 @@ def weight_files(model: PreTrainedModel) -> Iterator[WeightFile]:
 
 
 def _split(model: PreTrainedModel, tensors: dict[str, Tensor], rank: int, n: int) -> Iterator[WeightFile]:
-    """Files of up to MAX_FILE_SIZE: those whose turn is `rank`'s of `n`."""
+    """Yield files of up to MAX_FILE_SIZE: every n-th, starting with file `rank`."""
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
     split = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_FILE_SIZE

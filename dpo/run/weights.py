@@ -39,7 +39,7 @@ class Archive:
 
 
 def resolve_archive(name: str) -> Archive:
-    """Open what `model.archive=name` means; see `find_archive`. Raises UserError naming what is wrong."""
+    """Open what `model.archive=name` means; see `find_archive`. Raise UserError if it cannot be used."""
     path = find_archive(name)
     if path.is_file():
         return _read_policy_pt(path)
@@ -50,10 +50,10 @@ def resolve_archive(name: str) -> Archive:
 
 
 def find_archive(name: str, how: str = "fast") -> Path:
-    """The model folder or policy.pt that `model.archive=name` means: itself, or the LATEST of a run's folder.
+    """Return the model folder or policy.pt that `model.archive=name` means: itself, or the LATEST of a run's folder.
 
-    `<folder>/policy.pt` means `<folder>` where that holds a checkpoint of ours, so that commands of the original run
-    unchanged. Raises UserError where there is none.
+    `<folder>/policy.pt` means `<folder>` if that holds a checkpoint of this program, so that commands of the original
+    run unchanged. Raise UserError if there is none.
     """
     path = Path(name).expanduser()
     if path.suffix == ".pt" and path.is_file():
@@ -76,12 +76,12 @@ def find_archive(name: str, how: str = "fast") -> Path:
 
 
 class OtherWeights(UserError):
-    """What stands under a name is not what stood there when the run began. Raised in all processes or in none."""
+    """The weights under a name have changed since the run began. Raised in all processes or in none."""
 
 
 class Start:
-    """The weights that training starts from: a model folder, a file or a hub's model. Their content, not their name,
-    says which they are. It is taken when they are first read, and compared each time they are read again."""
+    """The weights that training starts from: a model folder, a file or a hub's model. They are identified by
+    their content, not their name. It is hashed at the first read, and compared at each later read."""
 
     def __init__(self, name: str):
         self.name = name
@@ -90,7 +90,7 @@ class Start:
     def read(self, load: Callable[[], T]) -> T:
         """Return what `load` makes of these weights. A collective.
 
-        Raises OtherWeights if they are not those that were read first, or if they changed while they were read.
+        Raise OtherWeights if they differ from those read first, or if they changed while they were read.
         """
         before = parallel.from_main(_file_states(self.name) if parallel.is_main() else None)
         if before or self.identity:  # else it may be a hub's model, which is not downloaded yet
@@ -112,8 +112,7 @@ class Start:
 
 
 def weights_identity(name: str) -> str | None:
-    """A hash of all of `weights_files`, which tells these weights from any others under the same name; None: there are
-    none, or they cannot be read."""
+    """Return a hash of all `weights_files`; None if there are none, or if they cannot be read."""
     try:
         files = weights_files(name)
         with ThreadPoolExecutor(4) as threads:
@@ -126,9 +125,9 @@ def weights_identity(name: str) -> str | None:
 
 
 def weights_files(name: str) -> list[Path]:
-    """The files that decide what a model computes: weights, configuration and code, in a folder or in the hub's cache.
+    """Return the files that decide what a model computes: weights, configuration, code; of a folder or the hub's cache.
 
-    Not the optimizer's state, tokenizer or texts: a checkpoint that loses these is the same model.
+    The optimizer's state, the tokenizer and texts are left out: a checkpoint without these is the same model.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -148,7 +147,7 @@ def weights_files(name: str) -> list[Path]:
 
 
 def _file_states(name: str) -> list[tuple[str, int, int, int, int]]:
-    """Of each of `weights_files`: path, inode, size and times of the last changes, by which a write shows."""
+    """Return path, inode, size and times of each of `weights_files`. A write changes one of them."""
     with contextlib.suppress(OSError):
         found = [(str(file), file.stat()) for file in weights_files(name)]
         return [(path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in found]

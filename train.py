@@ -32,12 +32,12 @@ from utils import run_main
 # torch and transformers are imported once the configuration is accepted: a misspelt key is answered at once.
 
 
-def train(composed: DictConfig, overrides: list[str]) -> None:
-    """Validate Hydra's configuration and train."""
+def train(composed: DictConfig, overrides: list[str], stop: Any = None) -> None:
+    """Validate Hydra's configuration and train. `stop` is a StopRequest, or None for one of the run's own."""
     config = build_config(composed)
     import trainers
 
-    trainers.train(config, overrides)
+    trainers.train(config, overrides, stop)
 
 
 def fails_first() -> bool:
@@ -55,8 +55,8 @@ def main(composed: DictConfig) -> float | None:
 
     overrides = list(HydraConfig.get().overrides.task)
 
-    def run() -> None:
-        run_main(lambda: module.train(composed, overrides), fails_first)
+    def run(stop: Any = None) -> None:
+        run_main(lambda: module.train(composed, overrides, stop), fails_first)
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         from dpo.run import sweeps

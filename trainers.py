@@ -40,8 +40,9 @@ from dpo.model.loading import (
 from dpo.optimizer import Updater
 from dpo.parallel.arrange import sharding_of
 from dpo.reference import LiveReference, Reference, StoredReference, build_reference, wanted_by
-from dpo.run import checkpoint, health, runs, stopping
+from dpo.run import checkpoint, health, resume, stopping, tensors, weights
 from dpo.run.config import Config
+from dpo.run.folder import begin, leave, locked, open_run
 from dpo.run.metrics import RunLogger
 from dpo.run.saved import formats_of
 from dpo.run.saving import Saver
@@ -74,8 +75,10 @@ class Trainer:
         eval_data: PreferenceData | None,
         logger: RunLogger,
         command: str = "",
+        stop: stopping.StopRequest | None = None,
     ):
         self.config, self.load, self.logger, self.command = config, load, logger, command
+        self.stop = stop or stopping.StopRequest()
         self.train_data = train_data
         self.plan = plan_of(config)
         self.total_examples, self.total_steps = self.plan.size(train_data)
@@ -84,7 +87,7 @@ class Trainer:
         self.reference_seconds = 0.0
         self.watch = health.Watch(config.warn_loss_spike, config.warn_chosen_drop)
         self.deadline = stopping.Deadline(config.max_runtime)
-        self.start = checkpoint.Start(config.model.start)
+        self.start = weights.Start(config.model.start)
         self.use(self.start.read(lambda: load(config.model.archive)))
         check_fits(self.policy, tokenizer, config)
         if not parallel.all_finite(self.policy):
@@ -96,7 +99,8 @@ class Trainer:
         archive = Path(config.model.archive) if config.model.archive else None
         kept = (config.keep_last_n, config.keep_optimizer_last_n)
         files = trained_on(train_data, archive)
-        writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, *kept, files, logger.check)
+        checks = (logger.check, self.stop.at_once)
+        writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, *kept, files, *checks)
         self.saver = Saver(config, writer, tokenizer, self.state)
         if config.loss.needs_reference:
             self.prepare_reference()
@@ -157,10 +161,10 @@ class Trainer:
         """Train to the end of the plan, evaluating and saving on the way. Raise Stopped if asked to end early."""
         self.saver.try_out(self.policy, self.updater.optimizer)
         if not self.examples and self.config.do_first_eval:
-            with stopping.gracefully():
+            with self.stop.gracefully():
                 self.evaluate()
         bar = progress(total=self.total_examples, initial=self.examples, unit="ex", desc=self.config.exp_name)
-        with stopping.gracefully(), bar:
+        with self.stop.gracefully(), bar:
             self.deadline.start()
             self.evaluate_and_save()
             for examples in self.plan.batches_after(self.train_data, self.examples):
@@ -258,7 +262,8 @@ class Trainer:
 
     def stop_if_asked(self) -> None:
         """Save and raise Stopped if a signal or the deadline asks for it. The resumed run does what is due then."""
-        reason = stopping.reason(self.deadline, self.saver.writer.seconds(self.policy, self.updater.optimizer))
+        passed = self.deadline.passed(self.saver.writer.seconds(self.policy, self.updater.optimizer))
+        reason = self.stop.name or ("max_runtime" if passed else None)
         if not parallel.any_process(reason is not None):
             return
         reason = next(given for given in parallel.gather(reason) if given)
@@ -273,16 +278,9 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint. Raise UserError if it is of other data or another reference."""
-        checkpoint.must_have_states(folder)
+        resume.must_have_states(folder)
         state = checkpoint.read_state(folder)
-        for name, value in self.identity().items():
-            if state.get(name) not in (None, value) and value is not None:
-                if not self.config.resume_allow_changes:
-                    raise UserError(
-                        f"resume={folder}: {name} has changed: the files it was read from (or the program) are others; "
-                        "give the same, or set resume_allow_changes=true"
-                    )
-                log(f"resume_allow_changes=true: {name} has changed")
+        resume.check_identity(self.config, state, self.identity())
         del self.policy, self.updater  # before there are others
         gc.collect()  # a model refers to itself
         self.use(self.load(str(folder)))
@@ -292,8 +290,8 @@ class Trainer:
         metric, best = state["best"]
         self.saver.best = best if metric == self.config.keep_best else None
         self.eval_metrics = state["metrics"]
-        checkpoint.load_optimizer(folder, self.policy, self.updater.optimizer)
-        checkpoint.load_random_state(folder)
+        tensors.load_optimizer(folder, self.policy, self.updater.optimizer)
+        tensors.load_random_state(folder)
         if state["scaler"] and self.updater.scaler.is_enabled():
             self.updater.scaler.load_state_dict(state["scaler"])
         log(f"resuming {folder} after {self.examples} examples and {self.updater.updates} updates")
@@ -339,26 +337,27 @@ def _sources(data: PreferenceData | None) -> list[dict[str, Any]]:
 
 
 @stopping.final()
-def train(config: Config, overrides: list[str] | None = None) -> None:
+def train(config: Config, overrides: list[str] | None = None, stop: stopping.StopRequest | None = None) -> None:
     """Train from a configuration, in this process, or in new ones if the trainer works in a group of them.
 
-    `overrides` are those of the command line, if it came from there, for the run's folder. Raise UserError for what a
+    `overrides` are those of the command line, if it came from there, for the run's folder. `stop` shows the caller
+    whether a signal asked to stop. Raise UserError for what a
     user can put right, and Stopped (a SystemExit) if the run was asked to end early.
     """
     if config.model.archive:
-        checkpoint.find_archive(config.model.archive)  # a wrong path should not wait for the data
+        weights.find_archive(config.model.archive)  # a wrong path should not wait for the data
     if parallel.is_main():
         check_sources(config)
-        resume, run_dir = runs.find_resume(config)
-        config = dataclasses.replace(config, resume=resume, local_run_dir=run_dir)
+        found, run_dir = resume.find_resume(config)
+        config = dataclasses.replace(config, resume=found, local_run_dir=run_dir)
     arguments = (config, overrides)
     if not config.needs_group:
         if parallel.joined() and int(os.environ["WORLD_SIZE"]) > 1:
             raise UserError(f"trainer={config.trainer} is one process; inside torchrun or srun set trainer=FSDPTrainer")
-        train_in_process(*arguments)
+        train_in_process(*arguments, stop)
     elif parallel.joined():
         with parallel.group(pick_device(config)):
-            train_in_process(*parallel.from_main(arguments))
+            train_in_process(*parallel.from_main(arguments), stop)
     else:
         train_in_new_processes(config, arguments)
 
@@ -372,8 +371,8 @@ def train_in_new_processes(config: Config, arguments: tuple[Any, ...]) -> None:
     except BaseException:  # Ctrl-C among them
         run_dir = Path(config.local_run_dir)
         if run_dir.exists():
-            with contextlib.suppress(UserError), runs.locked(run_dir):
-                runs.leave(run_dir)
+            with contextlib.suppress(UserError), locked(run_dir):
+                leave(run_dir)
                 open_log(run_dir)  # for the reason, if no process could give one
         raise
 
@@ -383,9 +382,10 @@ def work(config: Config, overrides: list[str] | None) -> None:
     run_main(lambda: train(config, overrides), parallel.fails_first)
 
 
-def train_in_process(config: Config, overrides: list[str] | None) -> None:
+def train_in_process(config: Config, overrides: list[str] | None, stop: stopping.StopRequest | None = None) -> None:
     """Train from a configuration that is the same in every process of the group."""
-    stopping.listen()
+    stop = stop or stopping.StopRequest()
+    stop.listen()
     quiet_transformers()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     torch.manual_seed(config.seed)
@@ -393,31 +393,30 @@ def train_in_process(config: Config, overrides: list[str] | None) -> None:
         be_quiet()
     sharding = sharding_of(config)
     config = with_archive(config)
-    if config.checkpoint:
-        runs.check_changes(config, checkpoint.read_state(config.checkpoint))
+    resume.check_settings(config)
     run_dir = Path(config.local_run_dir)
     command = shlex.join(["python", "train.py", *overrides]) if overrides is not None else "trainers.train(config)"
-    fit = functools.partial(build_and_fit, config, sharding, command)
+    fit = functools.partial(build_and_fit, config, sharding, command, stop)
     if not parallel.is_main():
         fit(RunLogger(run_dir), lambda funnel: None)
         return
     fresh, accepted = not run_dir.exists(), False
     composed = OmegaConf.create(literal(config.to_dict()))
 
-    def begin(funnel: dict[str, Any]) -> None:
+    def accept(funnel: dict[str, Any]) -> None:
         nonlocal accepted
-        runs.begin(config, composed, overrides or [], funnel)
+        begin(config, composed, overrides or [], funnel)
         accepted = True
 
-    with runs.locked(run_dir) as check:
+    with locked(run_dir) as check:
         try:
-            runs.open_run(config, composed, overrides or [])
-            fit(RunLogger(run_dir, check, config.minimum_log_interval_secs), begin)
+            open_run(config, composed, overrides or [])
+            fit(RunLogger(run_dir, check, config.minimum_log_interval_secs), accept)
         except TakenOver:
             raise
         except BaseException as error:
             check()
-            runs.leave(run_dir, fresh and not accepted and isinstance(error, UserError))
+            leave(run_dir, fresh and not accepted and isinstance(error, UserError))
             raise
 
 
@@ -425,7 +424,7 @@ def with_archive(config: Config) -> Config:
     """Return the configuration with the checkpoint that LATEST names now, in all processes."""
     archive = None
     if config.model.archive and parallel.is_main():
-        archive = str(checkpoint.find_archive(config.model.archive, config.checkpoint_check))
+        archive = str(weights.find_archive(config.model.archive, config.checkpoint_check))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, archive=parallel.from_main(archive)))
 
 
@@ -433,15 +432,16 @@ def build_and_fit(
     config: Config,
     sharding: parallel.Sharding | None,
     command: str,
+    stop: stopping.StopRequest,
     logger: RunLogger,
-    begin: Callable[[dict[str, Any]], None],
+    accept: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Load tokenizer, data and model, and train. Call `begin` with the data's funnel after all validation."""
+    """Load tokenizer, data and model, and train. Call `accept` with the data's funnel after all validation."""
     device, run_dir = pick_device(config), Path(config.local_run_dir)
     with parallel.one_per_machine_first():
         tokenizer = load_tokenizer(config)
         train_data, eval_data, funnel = load_splits(config, tokenizer)
-        if runs.is_finished(config, train_data):
+        if resume.is_finished(config, train_data):
             log(f"{run_dir} is finished, with these settings and data: nothing to do")
             return
         local_folder(config.model.name_or_path, config.cache)  # converts a .gguf file
@@ -451,7 +451,7 @@ def build_and_fit(
     trainer = None
     try:
         load = functools.partial(load_policy, config, device, sharding)
-        trainer = Trainer(config, load, tokenizer, train_data, eval_data, logger, command)
+        trainer = Trainer(config, load, tokenizer, train_data, eval_data, logger, command, stop)
         if config.checkpoint:
             trainer.resume(config.checkpoint)
         n_parameters = sum(p.numel() for p in trainer.policy.parameters())
@@ -459,7 +459,7 @@ def build_and_fit(
             f"policy: {n_parameters / 1e6:.1f}M parameters on {device} ({parallel.describe()}), "
             f"a {config.model.name_or_path}, layout {trainer.scorer.how.layout}"
         )
-        open_logger(logger, config, lambda: begin(funnel))
+        open_logger(logger, config, lambda: accept(funnel))
         trainer.fit()
     finally:
         if trainer is not None:

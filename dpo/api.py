@@ -18,9 +18,10 @@ from dpo.data.sources import DataSettings
 from dpo.data.tokenise import own_bos
 from dpo.loss import Loss, Responses
 from dpo.model.loading import Computation, quiet_transformers, response_logps
-from dpo.run.checkpoint import START, find_archive, read_state
+from dpo.run.checkpoint import START, read_state
 from dpo.run.config import Config
 from dpo.run.saved import Saved
+from dpo.run.weights import find_archive
 from dpo.sampling import Sampling, sample
 from dpo.utils import UserError
 

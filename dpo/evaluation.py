@@ -11,7 +11,7 @@ from dpo.agreement import must_agree
 from dpo.data.batching import Cut, eval_examples
 from dpo.data.records import PreferenceData
 from dpo.reference import LiveReference
-from dpo.run import checkpoint, health
+from dpo.run import health, weights
 from dpo.run.config import Config
 from dpo.run.metrics import RunLogger
 from dpo.sampling import SampleEvaluator, Sampling, divergence, prompts_of
@@ -92,7 +92,7 @@ class Evaluator:
             try:
                 reference = self.load_reference().requires_grad_(False).eval()
             except UserError as error:
-                if parallel.active() and not isinstance(error, checkpoint.OtherWeights):  # others may wait inside load
+                if parallel.active() and not isinstance(error, weights.OtherWeights):  # others may wait inside load
                     raise
                 log(f"warning: the reference cannot be read again: {error}. This evaluation has no kl_eval")
                 return {}

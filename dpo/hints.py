@@ -1,4 +1,4 @@
-"""What a command line that cannot be understood was meant to say: keys of other trainers, values in need of quotes."""
+"""Hints for mistakes on the command line: keys of other trainers, misspelt keys, values that need quotes."""
 
 import difflib
 import json
@@ -66,7 +66,7 @@ HERE = {name: meaning for names, meaning in ELSEWHERE.items() for name in names.
 
 
 def meant(key: str, keys: Collection[str]) -> str:
-    """What to write instead of `key`, as the end of a message; empty if that is not known."""
+    """Return what to write instead of `key`, as the end of a message; empty if that is not known."""
     name = key.replace("-", "_").lower()
     if name in HERE:
         return f"; here that is {HERE[name]}"
@@ -77,7 +77,7 @@ def meant(key: str, keys: Collection[str]) -> str:
 
 
 def parsed(argument: str) -> Override:
-    """The override as Hydra understands it. Raises UserError that says how to write it, if Hydra does not."""
+    """Return the override as Hydra parses it. Raise UserError with the right spelling if Hydra cannot."""
     key, equals, value = argument.partition("=")
     if not equals and not key.startswith("~"):
         raise UserError(f"{argument!r} is no setting; settings are written key=value")
@@ -96,7 +96,7 @@ def parsed(argument: str) -> Override:
 
 
 def _quote(value: str) -> str:
-    """The value, or each of a list's, in double quotes; a part that has quotes already keeps them."""
+    """Return the value, or each entry of a list, in double quotes, unless it is quoted already."""
     if value.startswith("[") and value.endswith("]"):
         return f"[{','.join(_quote(part.strip()) for part in value[1:-1].split(','))}]"
     return value if value[:1] in ("'", '"') else json.dumps(value, ensure_ascii=False)

@@ -9,10 +9,11 @@ from typing import Any
 from dpo.config import Inherited, keys
 from dpo.data.checks import format_warning
 from dpo.model.loading import load_tokenizer
-from dpo.run.checkpoint import START, STATE_FILE, find_archive, read_state, weights_identity
+from dpo.run.checkpoint import START, STATE_FILE, read_state
 from dpo.run.config import Config
-from dpo.run.runs import flat
+from dpo.run.resume import flat
 from dpo.run.saved import CHANGED, Saved
+from dpo.run.weights import find_archive, weights_identity
 from dpo.utils import UserError, log
 from settings import check_keys, load_config, quoted
 

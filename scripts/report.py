@@ -38,7 +38,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from dpo.config import MayChange
 from dpo.config import keys as config_keys
 from dpo.run.config import Config
-from dpo.run.runs import flat
+from dpo.run.resume import flat
 from dpo.sampling import mean_and_error
 from dpo.utils import UserError, log, make_dir, redact, visible
 from utils import HelpFormatter, run_main

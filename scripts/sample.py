@@ -27,8 +27,8 @@ from dpo.data.rendering import ChatFormat
 from dpo.data.rows import BadRow, ParsedRow, text_or_messages, to_messages
 from dpo.data.tokenise import own_bos
 from dpo.model.loading import load_tokenizer, pick_device, positions, quiet_transformers
-from dpo.run.checkpoint import weights_identity
 from dpo.run.saved import Saved
+from dpo.run.weights import weights_identity
 from dpo.sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample
 from dpo.utils import UserError, file_hash, log, make_dir, progress, visible
 from opening import find_reference, find_saved, take_overrides, warn_of_formats

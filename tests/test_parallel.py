@@ -36,8 +36,9 @@ from transformers import AutoModelForCausalLM
 
 from dpo import parallel
 from dpo.parallel.arrange import sharding_of
-from dpo.run import checkpoint
-from dpo.run.runs import locked
+from dpo.run import tensors
+from dpo.run.folder import locked
+from dpo.run.resume import find_checkpoint
 from dpo.utils import UserError
 from settings import load_config
 
@@ -222,7 +223,7 @@ def test_every_trainer_writes_the_bytes_of_save_pretrained(folder: Path, monkeyp
     model = AutoModelForCausalLM.from_pretrained(folder / "gpt_neox")
     model.save_pretrained(folder / "expected", max_shard_size="20KB")
     given = "lr=0 n_examples=4 n_epochs=null n_eval_examples=0 optimizer=SGD"
-    monkeypatch.setattr(checkpoint, "MAX_FILE_SIZE", "20KB")
+    monkeypatch.setattr(tensors, "MAX_FILE_SIZE", "20KB")
     train_here(overrides_of(folder, "bytes1", "gpt_neox", given, "trainer=BasicTrainer"))
     monkeypatch.setattr(parallel, "_start", _start_with_small_files)
     launch([overrides_of(folder, "bytes2", "gpt_neox", given, FSDP)], 2)
@@ -236,7 +237,7 @@ def test_every_trainer_writes_the_bytes_of_save_pretrained(folder: Path, monkeyp
 
 
 def _start_with_small_files(*arguments: Any) -> None:
-    checkpoint.MAX_FILE_SIZE = "20KB"
+    tensors.MAX_FILE_SIZE = "20KB"
     START(*arguments)
 
 
@@ -268,7 +269,7 @@ def test_a_killed_worker_ends_the_job(folder: Path) -> None:
     assert "killed by SIGKILL" in stderr and "Traceback" not in stderr, stderr
     wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in everything), 10)
     AutoModelForCausalLM.from_pretrained(run_dir / "LATEST")
-    assert checkpoint.find_checkpoint(str(run_dir)).is_dir()
+    assert find_checkpoint(str(run_dir)).is_dir()
 
 
 def still_alive(processes: list[psutil.Process]) -> list[psutil.Process]:

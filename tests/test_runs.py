@@ -1,10 +1,11 @@
 """A run's folder: who writes to it, what a refused or copied run leaves in it, and what its command may be."""
 
+import fcntl
 import hashlib
-import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, read_jsonl, train_here
-from restarts import run_without_locks, start
+from restarts import run_on_another_machine, start
 
 from dpo import utils
 from dpo.hints import HERE, meant
-from dpo.run import checkpoint, runs, stopping
+from dpo.run import resume, stopping
+from dpo.run.folder import STALE, locked
 from dpo.run.stopping import EXIT_CODE
 from dpo.utils import TakenOver, UserError, get_local_run_dir
 from settings import all_keys, check_keys, load_config
@@ -45,7 +47,7 @@ def content(folder: Path) -> dict[str, str]:
 def test_a_name_that_looks_like_a_number_is_one_name(name: str, folder: str, tmp_path: Path) -> None:
     get_local_run_dir.cache_clear()
     config = load_config([f"exp_name={name}", f"local_dirs=[{tmp_path}]"])
-    assert config.exp_name == folder and not runs._is_given(config)
+    assert config.exp_name == folder and not resume.local_run_dir_is_given(config)
     assert Path(config.local_run_dir).name.startswith(f"{folder}_")
 
 
@@ -77,27 +79,44 @@ def test_a_run_of_any_name_is_gone_on_with(overrides: Overrides, tmp_path: Path,
 # Locks
 
 
+def lock_of(host: str) -> str:
+    """The lock file of a process 1 on `host`."""
+    return f"filelock/2\npid=1\nhost={host}\nmode=lease\ntoken={'0' * 32}\nduration={STALE}\n"
+
+
 def test_a_lock_that_is_anothers_by_now_stops_all_writing(tmp_path: Path) -> None:
-    with runs.locked(tmp_path) as check:
+    with locked(tmp_path) as check:
         check()
-        (tmp_path / "lock").write_text(json.dumps({"host": "other", "pid": 1, "token": "theirs"}))
+        (tmp_path / "theirs").write_text(lock_of("other"))
+        os.replace(tmp_path / "theirs", tmp_path / "lock")
         with pytest.raises(TakenOver):
             check()
-    assert "theirs" in (tmp_path / "lock").read_text()  # it is not wiped out either
+    assert (tmp_path / "lock").read_text() == lock_of("other")  # it is not removed either
+
+
+def test_a_lock_that_was_anothers_and_is_gone_stops_all_writing(tmp_path: Path) -> None:
+    with locked(tmp_path) as check:
+        (tmp_path / "lock").unlink()
+        with pytest.raises(TakenOver):
+            check()
 
 
 def test_two_on_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("no locks here")
 
-    monkeypatch.setattr(runs.fcntl, "flock", refuse)
-    monkeypatch.setattr(runs, "SETTLE", 0.0)
-    monkeypatch.setattr(runs, "STALE", 1.5)
-    # The first stands still: its heart beats too slowly to be seen.
-    with runs.locked(tmp_path) as check, runs.locked(tmp_path) as other:
-        other()
-        with pytest.raises(TakenOver):
-            check()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr("dpo.run.folder.STALE", 1.5)
+    monkeypatch.setattr("dpo.run.folder.HEARTBEAT", 1.4)
+    with locked(tmp_path) as check:
+        os.utime(tmp_path / "lock", (0, 0))
+        stands_still = (tmp_path / "lock").read_text().replace(f"host={socket.gethostname()}", "host=elsewhere")
+        (tmp_path / "theirs").write_text(stands_still)
+        os.replace(tmp_path / "theirs", tmp_path / "lock")  # no thread touches this one
+        with locked(tmp_path) as other:
+            other()
+            with pytest.raises(TakenOver):
+                check()
 
 
 def test_a_writer_that_stood_still_does_not_go_on_beside_the_next(overrides: Overrides, tmp_path: Path) -> None:
@@ -112,10 +131,10 @@ def test_a_writer_that_stood_still_does_not_go_on_beside_the_next(overrides: Ove
 
     for log in logs:
         log.touch()
-    first = start(given, logs[0], run_without_locks)
+    first = start(given, logs[0], run_on_another_machine)
     wait_for(15, logs[0])
     os.kill(first.pid or 0, signal.SIGSTOP)
-    second = start(given, logs[1], run_without_locks)
+    second = start(given, logs[1], run_on_another_machine)
     try:
         until = time.monotonic() + 120
         while "resuming" not in logs[1].read_text():
@@ -139,10 +158,10 @@ def test_a_writer_that_stood_still_does_not_go_on_beside_the_next(overrides: Ove
 def test_a_taken_lock_is_met_before_anything_is_written(overrides: Overrides, tmp_path: Path) -> None:
     train_here(overrides(*SHORT))
     before = content(tmp_path / "run")
-    with runs.locked(tmp_path / "run"), pytest.raises(UserError, match="is in use by process"):
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="is in use by process"):
         train_here(overrides(*SHORT, "n_examples=12", "resume=auto"))
     after = content(tmp_path / "run")
-    same = {"lock": "", "log.txt": ""}  # the lock is held; this process still has the log of the first run open
+    same = {"lock": "", "log.txt": ""}  # the lock is gone; this process still has the log of the first run open
     assert before | same == after | same
 
 
@@ -212,7 +231,7 @@ def test_a_link_that_leads_nowhere_is_made_anew(overrides: Overrides, tmp_path: 
     (run / "LATEST").symlink_to(target)
     train_here(overrides(*SHORT, "n_examples=16", "resume=auto"))
     assert (run / "LATEST").resolve().name == "step-16"
-    assert checkpoint.find_checkpoint(str(run)).name == "step-16"
+    assert resume.find_checkpoint(str(run)).name == "step-16"
 
 
 def test_a_copy_without_links_is_gone_on_with(overrides: Overrides, tmp_path: Path) -> None:
@@ -238,16 +257,15 @@ def test_links_of_a_copy_do_not_lead_back_to_its_run(
     before = content(run)
     train_here(overrides(*SHORT, "n_examples=16", "resume=auto", "keep_last_n=1", f"local_run_dir={copied}"))
     after = content(run)
-    before.pop("lock"), after.pop("lock")  # one file in both
     assert after == before
-    assert len(read_jsonl(copied / "metrics.jsonl")) == 4 and checkpoint.find_checkpoint(str(copied)).name == "step-16"
+    assert len(read_jsonl(copied / "metrics.jsonl")) == 4 and resume.find_checkpoint(str(copied)).name == "step-16"
 
 
 # Signals, and time
 
 
 def test_max_runtime_does_not_follow_a_clock_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "_started", time.monotonic() - 3000)
+    monkeypatch.setattr(stopping, "process_age", lambda: 3000.0)
     deadline = stopping.Deadline(1.0)
     for clock in (0.0, 1e12):
         monkeypatch.setattr(time, "time", lambda clock=clock: clock)

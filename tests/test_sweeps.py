@@ -104,7 +104,7 @@ def test_a_run_stopped_before_its_last_evaluation_is_not_finished(
 
         def asked(trainer: trainers.Trainer) -> None:
             at_the_end = trainer.examples == trainer.total_examples
-            patch.setattr(stopping, "reason", lambda *_: "the test" if at_the_end else None)
+            trainer.stop.name = "the test" if at_the_end else None
             stop(trainer)
 
         patch.setattr(trainers.Trainer, "stop_if_asked", asked)
@@ -121,7 +121,7 @@ def test_a_failed_run_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyPatch, 
     class Large:
         pass
 
-    def run() -> None:
+    def run(stop: stopping.StopRequest) -> None:
         large = Large()
         large.itself = large  # type: ignore[attr-defined]
         seen.append(weakref.ref(large))
@@ -139,7 +139,7 @@ def test_sweeps_and_torchrun_exclude_each_other(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sweeps.parallel, "joined", lambda: True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="a sweep cannot run inside torchrun"):
-        sweeps.run_in_sweep(OmegaConf.create(), lambda: None)
+        sweeps.run_in_sweep(OmegaConf.create(), lambda stop: None)
 
 
 def test_the_folder_of_a_swept_run_can_be_named_in_an_override(overrides: Overrides, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from dpo.optimizer import Updater
 from dpo.run import checkpoint
 from dpo.run.checkpoint import CheckpointWriter
 from dpo.run.stopping import SAME_REQUEST
+from dpo.run.weights import weights_identity
 from dpo.sampling import Sampling, sample
 from dpo.utils import UserError, file_hash
 from opening import find_reference, find_saved
@@ -150,7 +151,7 @@ def test_an_archive_that_changes_during_the_run_is_not_taken_for_the_reference(
     shutil.copytree((run_dir / "LATEST").resolve() if what == "checkpoint" else tiny_model_dir, archive)
     given.append(f"model.{'name_or_path' if what == 'base model' else 'archive'}={archive}")
     train_here(overrides(*given, f"local_run_dir={tmp_path / 'whole'}"))
-    before = checkpoint.weights_identity(str(archive))
+    before = weights_identity(str(archive))
     evaluate = trainers.Trainer.evaluate
 
     def change_it(trainer: trainers.Trainer) -> None:
@@ -184,24 +185,24 @@ def test_an_archive_that_changes_during_the_run_is_not_taken_for_the_reference(
 def test_weights_are_identified_by_all_their_content_and_nothing_else(run_dir: Path, tmp_path: Path) -> None:
     folder, original = tmp_path / "same", (run_dir / "LATEST").resolve()
     shutil.copytree(original, folder)
-    identity = checkpoint.weights_identity(str(folder))
-    assert identity and identity == checkpoint.weights_identity(str(original))
+    identity = weights_identity(str(folder))
+    assert identity and identity == weights_identity(str(original))
     for name in ("manifest.json", "README.md", "tokenizer.json", "generation_config.json"):
         (folder / name).unlink()
     shutil.rmtree(folder / "training_state")
-    assert checkpoint.weights_identity(str(folder)) == identity
+    assert weights_identity(str(folder)) == identity
     big = tmp_path / "big"
     big.mkdir()
     content = bytearray(3 * 2**20)  # a change in the middle, far from both ends
     for name in ("model.safetensors", "policy.pt", "model.gguf"):
         (big / name).write_bytes(content)
         given = str(big if name == "model.safetensors" else big / name)
-        before = checkpoint.weights_identity(given)
+        before = weights_identity(given)
         content[len(content) // 2] ^= 1
         (big / name).write_bytes(content)
-        assert before and checkpoint.weights_identity(given) not in (None, before), name
-    assert checkpoint.weights_identity(str(tmp_path / "none")) is None
-    assert checkpoint.weights_identity("org/not-on-the-hub") is None
+        assert before and weights_identity(given) not in (None, before), name
+    assert weights_identity(str(tmp_path / "none")) is None
+    assert weights_identity("org/not-on-the-hub") is None
 
 
 def test_a_checkpoint_gives_the_same_logits_in_a_fresh_process(overrides: Overrides, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer, read_jsonl, train_here, write_pairs
 
-from dpo.run.checkpoint import load_random_state, read_state
+from dpo.run.checkpoint import read_state
+from dpo.run.tensors import load_random_state
 from dpo.utils import UserError, log, open_log, progress
 from opening import find_reference, find_saved
 from settings import load_config, quoted

@@ -38,8 +38,8 @@ from dpo.data.batching import Batch, Tree
 from dpo.data.cache import cached
 from dpo.model.layouts import Rows, lay_out, model_inputs, set_attention
 from dpo.parallel import Sharding
-from dpo.run.checkpoint import Archive, find_archive, resolve_archive
 from dpo.run.config import Config
+from dpo.run.weights import Archive, find_archive, resolve_archive
 from dpo.utils import UserError, file_hash, is_passing, log, visible
 
 # Buffers in a policy.pt of older versions of transformers, which today's models compute: causal masks and frequencies.

@@ -1,4 +1,4 @@
-"""What a run watches itself for: numbers that are not finite, a loss that jumps, chosen responses that get unlikely."""
+"""Health checks of a run: numbers that are not finite, a loss that jumps, chosen responses that get unlikely."""
 
 import itertools
 import json
@@ -74,7 +74,7 @@ class Watch:
 
 
 def broken_examples(data: PreferenceData, examples: Sequence[Example], losses: Sequence[float]) -> str:
-    """Which examples of all processes have a loss that is not finite, for a message."""
+    """Name the examples of all processes whose loss is not finite, for a message. A collective."""
     mine = [name_of(data, e) for e, loss in zip(examples, losses, strict=True) if not math.isfinite(loss)]
     found = sorted({name for names in parallel.gather(mine) for name in names})
     return f"the loss of {_first(found)} is not finite" if found else "every example's loss is finite"
@@ -86,13 +86,13 @@ def _first(names: Sequence[str]) -> str:
 
 
 def name_of(data: PreferenceData, example: Example) -> str:
-    """How messages call an example: its data set, and numbers of the record and of its pair in the run's data."""
+    """Return an example's name in messages: its data set, and the numbers of record and pair in the run's data."""
     record, pair = example
     return f"{data.names[int(data.source[record])]}:{record}:{pair}"
 
 
 def broken_parameters(model: PreTrainedModel) -> str:
-    """Which parameters are not finite, or else which gradients, for a message. A collective."""
+    """Name the parameters that are not finite, or else the gradients, for a message. A collective."""
     for what, tensors in (
         ("weights", dict(model.named_parameters())),
         ("gradients", {n: p.grad for n, p in model.named_parameters() if p.grad is not None}),
@@ -106,7 +106,7 @@ def broken_parameters(model: PreTrainedModel) -> str:
 
 @dataclass(frozen=True, order=True)
 class Difference:
-    """By how much policy and reference differ on an example: nats per token (infinite if not a number), reward."""
+    """Difference of policy and reference on an example: nats per token (infinite if NaN), reward."""
 
     per_token: float
     reward: float = 0.0
@@ -119,7 +119,7 @@ NO_DIFFERENCE = Difference(0.0)
 def difference(
     data: PreferenceData, examples: Sequence[Example], metrics: dict[str, list[float]], split: str
 ) -> Difference:
-    """The largest of `examples`, whose metrics, in their order, these are."""
+    """Return the largest difference among `examples`. `metrics` are theirs, in the same order."""
     found = NO_DIFFERENCE
     for side in ("chosen", "rejected"):
         values = (metrics[f"{name}_{split}/{side}"] for name in ("logratios_per_token", "rewards"))
@@ -131,8 +131,7 @@ def difference(
 
 
 def with_new_examples(batches: Iterable[list[Example]]) -> list[list[Example]]:
-    """Those of a run's global batches that hold examples which none before them holds: the first, then the others in
-    random order."""
+    """Return the global batches that hold an example for the first time: the first, then the rest shuffled."""
     seen: set[Example] = set()
     found = []
     for batch in batches:
@@ -191,7 +190,7 @@ def warn_of_lost_steps(model: PreTrainedModel, lr: float, optimizer: str) -> Non
 def batch_text(
     data: PreferenceData, examples: Sequence[Example], reference: Reference | None, loss: dict[str, Any]
 ) -> str:
-    """What batch.json says: every example's token ids and the reference's log-probabilities. A collective."""
+    """Return the text of batch.json: token ids and reference log-probabilities of every example. A collective."""
     rows = []
     for example in examples:
         batch = make_batch(data, [example])
@@ -219,7 +218,7 @@ class Recorded:
 
 
 def read_batch(folder: Path) -> tuple[dict[str, Any], list[Recorded]]:
-    """The loss's configuration and the examples of `batch_text`. Raises UserError."""
+    """Return the loss's configuration and the examples of batch.json. Raise UserError."""
     path = folder / BATCH_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

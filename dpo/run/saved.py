@@ -17,8 +17,9 @@ from dpo.model.loading import (
     pick_device,
     refusing,
 )
-from dpo.run.checkpoint import STATE_FILE, read_state, weights_identity
+from dpo.run.checkpoint import STATE_FILE, read_state
 from dpo.run.config import Config
+from dpo.run.weights import weights_identity
 from dpo.utils import UserError
 
 CHANGED = "it is not what the policy was trained against: its weights have changed since"

@@ -12,44 +12,60 @@ import psutil
 from dpo.utils import notice
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run again to go on
-WARNING = signal.SIGUSR1  # what schedulers can be asked to send some time before the end
+WARNING = signal.SIGUSR1  # the signal that schedulers can be asked to send some time before the end
 ENDS = (signal.SIGINT, signal.SIGTERM)
 # Shells and schedulers may send one request to a whole group of processes, which then pass it on to each other.
-SAME_REQUEST = 2.0
+SAME_REQUEST = 2.0  # seconds within which signals are one request
 Handler = Callable[[int, FrameType | None], None]
-_asked: str | None = None
-_end_asked_at: float | None = None
-_asked_twice = False
-# When this process started, by the monotonic clock: the other one may be set while the process runs.
-_started = time.monotonic() - max(time.time() - psutil.Process().create_time(), 0.0)
-
-
-def _forked() -> None:
-    global _started
-    _started = time.monotonic()
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 class Stopped(SystemExit):
-    """Training ended early, with a checkpoint of where it was, if it had begun; the process exits with EXIT_CODE."""
+    """Training ended early, with a checkpoint of where it was, if it had begun. The process exits with EXIT_CODE."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_CODE)
 
 
-def listen() -> None:
-    """From here on take a WARNING, one that waits because it was blocked included, as a request to stop.
+class StopRequest:
+    """Listens for signals that ask this process to stop. One is created per run and passed to all who need it."""
 
-    Until `gracefully` SIGTERM ends the run at once: nothing is trained that could be saved.
-    """
-    global _asked, _end_asked_at, _asked_twice
-    _asked, _end_asked_at, _asked_twice = None, None, False
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # as it is in a group, where the parent does the same
-        signal.signal(signal.SIGTERM, _end)
-    signal.signal(WARNING, _ask)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})
+    def __init__(self) -> None:
+        self.name: str | None = None  # of the first signal
+        self._end_asked_at: float | None = None
+        self._asked_twice = False
+
+    def listen(self) -> None:
+        """From here on take a WARNING as a request to stop, even one that waits because it was blocked.
+
+        Until `gracefully` SIGTERM ends the run at once: nothing is trained that could be saved.
+        """
+        if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # as it is in a group, whose parent does the same
+            signal.signal(signal.SIGTERM, _end)
+        signal.signal(WARNING, self._ask)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})
+
+    def gracefully(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, SIGINT and SIGTERM are requests to stop, too; a second one stops at once."""
+        return _handled(self._ask, ENDS, lambda: self.name is not None)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.name is None:
+            self.name = signal.Signals(number).name
+            notice(
+                f"{self.name}: this step is finished and saved, then training stops; a second signal stops it at once"
+            )
+        if number not in ENDS:
+            return
+        self._end_asked_at = self._end_asked_at or now
+        if now - self._end_asked_at > SAME_REQUEST:
+            self._asked_twice = True
+            raise KeyboardInterrupt
+
+    def at_once(self) -> None:
+        """Raise KeyboardInterrupt if a second signal came: libraries may have made another exception of it."""
+        if self._asked_twice:
+            raise KeyboardInterrupt
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -58,8 +74,8 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def final() -> Iterator[None]:
-    """Leaving it with EXIT_CODE is the last word. A signal that came while the interpreter shuts down would end the
-    process with a code of its own."""
+    """Ignore signals after leaving this with EXIT_CODE. A signal that comes while the interpreter shuts down would
+    change the process's exit code."""
     try:
         yield
     except SystemExit as ended:
@@ -71,7 +87,8 @@ def final() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled(handler: Handler, numbers: Sequence[signal.Signals], was_asked: Callable[[], bool]) -> Iterator[None]:
-    """The handler stays if a stop was asked for: the same request may come once more while the process ends."""
+    """Handle signals inside. The handler stays if a stop was asked for: the request may come again while the process
+    ends."""
     before = {number: signal.signal(number, handler) for number in numbers}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     try:
@@ -82,38 +99,8 @@ def _handled(handler: Handler, numbers: Sequence[signal.Signals], was_asked: Cal
                 signal.signal(number, earlier)
 
 
-def asked() -> bool:
-    """Whether a signal asked this process to stop."""
-    return _asked is not None
-
-
-def gracefully() -> contextlib.AbstractContextManager[None]:
-    """While inside, SIGINT and SIGTERM are requests to stop, too; a second one stops at once."""
-    return _handled(_ask, ENDS, asked)
-
-
-def _ask(number: int, frame: FrameType | None) -> None:
-    global _asked, _end_asked_at, _asked_twice
-    now = time.monotonic()
-    if _asked is None:
-        _asked = signal.Signals(number).name
-        notice(f"{_asked}: this step is finished and saved, then training stops; a second signal stops it at once")
-    if number not in ENDS:
-        return
-    _end_asked_at = _end_asked_at or now
-    if now - _end_asked_at > SAME_REQUEST:
-        _asked_twice = True
-        raise KeyboardInterrupt
-
-
-def at_once() -> None:
-    """Raise KeyboardInterrupt if a second signal came: libraries may have made another exception of it."""
-    if _asked_twice:
-        raise KeyboardInterrupt
-
-
 def passing_on(pids: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-    """While inside, a first request to stop goes to the processes `pids`; a second ends this one."""
+    """Inside, pass a first request to stop on to the processes `pids`; end this one at a second."""
     end_asked_at, was_asked = None, False
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -130,27 +117,28 @@ def passing_on(pids: Sequence[int]) -> contextlib.AbstractContextManager[None]:
     return _handled(pass_on, (*ENDS, WARNING), lambda: was_asked)
 
 
-class Deadline:
-    """Tells when what is left of `hours` since this process started is just enough for one more save.
+def process_age() -> float:
+    """Return the seconds since this process started."""
+    return max(time.time() - psutil.Process().create_time(), 0.0)
 
-    The longest time between two calls, in which a step, an evaluation and a save may lie, stands for the next.
+
+class Deadline:
+    """Tells when the rest of `hours` since this process started is just enough for one more save.
+
+    The longest time between two calls, which may hold a step, an evaluation and a save, stands for the next. Time is
+    that of the monotonic clock: the other one may be set while the process runs.
     """
 
     def __init__(self, hours: float | None):
-        self.at = None if hours is None else _started + 3600 * hours
         self.last, self.longest = time.monotonic(), 0.0
+        self.at = None if hours is None else self.last - process_age() + 3600 * hours
 
     def start(self) -> None:
-        """What took time until now will not be repeated."""
+        """Forget the time until now, which is not repeated."""
         self.last = time.monotonic()
 
     def passed(self, save_seconds: float) -> bool:
-        """Whether to stop now, with `save_seconds` for the checkpoint."""
+        """Return whether to stop now, with `save_seconds` for the checkpoint."""
         now = time.monotonic()
         self.longest, self.last = max(self.longest, now - self.last), now
         return self.at is not None and now + self.longest + save_seconds > self.at
-
-
-def reason(deadline: Deadline, save_seconds: float) -> str | None:
-    """Why this process should stop now; None: it should not."""
-    return _asked or ("max_runtime" if deadline.passed(save_seconds) else None)

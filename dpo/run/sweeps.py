@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from dpo import parallel
 from dpo.run import stopping
 from dpo.run.checkpoint import checkpoints, read_state
-from dpo.run.runs import locked
+from dpo.run.folder import locked
 from dpo.utils import UserError, log, open_log
 
 
@@ -27,7 +27,7 @@ class RunFailed(CompactHydraException):
     """One run of a sweep failed. Hydra runs the others, then shows this and exits with code 1."""
 
 
-def run_in_sweep(composed: DictConfig, run: Callable[[], Any]) -> float | None:
+def run_in_sweep(composed: DictConfig, run: Callable[[stopping.StopRequest], Any]) -> float | None:
     """Run once in a sweep. Return the metric that Hydra's sweepers search by: keep_best, or the evaluation's loss.
 
     Resume the run if an earlier call of the same sweep began it; leave a finished one as it is. Raise RunFailed.
@@ -47,9 +47,9 @@ def run_in_sweep(composed: DictConfig, run: Callable[[], Any]) -> float | None:
     except UserError as error:
         raise RunFailed(f"error: {error}") from None
     log(f"\n=== {run_dir.parent.name}: {run_dir.name} ===")
-    code: Any = 0
+    stop, code = stopping.StopRequest(), None
     try:
-        run()
+        run(stop)
     except SystemExit as ended:
         code = ended.code
     gc.collect()  # before the next run loads its model: one refers to itself
@@ -60,7 +60,7 @@ def run_in_sweep(composed: DictConfig, run: Callable[[], Any]) -> float | None:
             f"error: {run_dir.name} failed: for the reason see {run_dir / 'log.txt'}. Every run was tried; the same "
             "command runs those again that are not finished"
         )
-    if code or stopping.asked():
+    if code or stop.name:
         sys.exit(code or stopping.EXIT_CODE)  # it was asked to stop, and so is the sweep
     newest = next(iter(checkpoints(run_dir)), None)
     metrics = read_state(newest)["metrics"] if newest is not None else {}

@@ -1,4 +1,4 @@
-"""What a step costs: tokens, floating-point operations, memory."""
+"""The cost of a step: tokens, floating-point operations, memory."""
 
 import resource
 import sys
@@ -29,7 +29,7 @@ class Cost:
 
 
 def cost_of(batch: Batch, layout: str) -> Cost:
-    """What `batch` costs under `layout`."""
+    """Return the tokens of `batch` under `layout`."""
     trees = [n_tokens(len(tree.prompt), map(len, tree.responses)) for tree in batch.trees]
     rows = [n_tokens(len(tree.prompt), [len(r)]) for tree in batch.trees for r in tree.responses]
     computed = {
@@ -42,11 +42,11 @@ def cost_of(batch: Batch, layout: str) -> Cost:
 
 
 def throughput(model: PreTrainedModel, cost: Cost, seconds: float) -> dict[str, float]:
-    """Metrics of a step of all processes that took `seconds`.
+    """Return metrics of a step of all processes that took `seconds`.
 
     Operations are 6 for each weight and each token that passes through it, as usual (Kaplan et al. 2020, section 2.1):
     those of the body for distinct tokens, those of the head for response tokens; attention scores, padding and what is
-    computed twice are left out. `mfu` is their share of the device's peak in bfloat16, where that is known.
+    computed twice are left out. `mfu` is their share of the device's peak in bfloat16, if that is known.
     """
     total = Cost(*map(int, parallel.sum_over_data(astuple(cost))))
     ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
@@ -66,7 +66,7 @@ def throughput(model: PreTrainedModel, cost: Cost, seconds: float) -> dict[str, 
 
 
 def peak_memory(cuda: bool) -> float:
-    """Most memory that this process has had: allocated on its GPU, or resident, in MiB."""
+    """Return the peak memory of this process in MiB: allocated on its GPU, or resident."""
     if cuda:
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")

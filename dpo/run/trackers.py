@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo import parallel
-from dpo.run import runs
 from dpo.run.checkpoint import read_state
 from dpo.run.config import Config
 from dpo.run.metrics import RunLogger
+from dpo.run.resume import resumes_in_place
 from dpo.utils import UserError, log, redact
 
 
@@ -38,7 +38,7 @@ def open_wandb(config: Config, run_dir: Path) -> Any:
     import wandb
 
     name = Path(config.exp_name).name
-    known = read_state(config.checkpoint)["wandb_id"] if config.checkpoint and runs.goes_on_inside(config) else None
+    known = read_state(config.checkpoint)["wandb_id"] if config.checkpoint and resumes_in_place(config) else None
     start = functools.partial(
         wandb.init,
         entity=config.wandb.entity,

@@ -33,7 +33,7 @@ from dpo.reference import LiveReference, build_reference, model_key, wanted_by
 from dpo.run.throughput import cost_of
 from dpo.scoring import Scorer, shares
 from dpo.utils import UserError
-from losses import DPOLoss
+from losses import DPO
 from settings import load_config
 
 SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
@@ -204,14 +204,14 @@ def test_everything_on_gives_the_gradient_of_everything_off(
     other = copy_of(kind)
     other.load_state_dict({k: v + 0.01 * v.abs().mean() * torch.randn_like(v) for k, v in policy.state_dict().items()})
     plain = Computation(torch.float32)
-    slow = Scorer(DPOLoss(0.1), plain, LiveReference(other, plain))
+    slow = Scorer(DPO(0.1), plain, LiveReference(other, plain))
     loss, wanted, passes = gradient(policy, data, slow, Cut("padded", 1, 1, None))
     assert passes == 1
     examples = [(int(record), int(pair)) for record, pair in epoch_order(data, 0, 0)]
     for layout in ("tree", "packed"):
         how, cut = Computation(torch.float32, layout), Cut(layout, 1, 1, 60)
         stored = build_reference(other, how, cut, tmp_path / layout, wanted_by(data, examples))
-        again, found, passes = gradient(policy, data, Scorer(DPOLoss(0.1), how, stored), cut)
+        again, found, passes = gradient(policy, data, Scorer(DPO(0.1), how, stored), cut)
         assert passes > 3
         assert again == pytest.approx(loss, rel=1e-5)
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()

@@ -1,4 +1,4 @@
-"""scripts/demo.py on the tiny model: everything but the result."""
+"""experiments/demo.py on the tiny model: everything but the result."""
 
 import sys
 from pathlib import Path

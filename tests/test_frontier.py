@@ -1,4 +1,4 @@
-"""scripts/frontier.py: its sums against slow ones, and the whole of it on the tiny model."""
+"""experiments/frontier.py: its sums against slow ones, and the whole of it on the tiny model."""
 
 import csv
 import itertools

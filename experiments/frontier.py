@@ -1,9 +1,9 @@
-"""Reward against KL, for DPO over betas and for its baselines: python scripts/frontier.py [--folder frontier]
+"""Reward against KL, for DPO over betas and for its baselines: python experiments/frontier.py [--folder frontier]
 
 The controlled sentiment experiment of the DPO paper (arXiv:2305.18290, section 6.1 and figure 2): the true reward is
-known, so that each method shows how much reward it buys with how much KL from the policy it starts from. Trains every
-method of scripts/frontier.yaml through train.py, measures each along training on held-out prompts, samples best-of-N,
-and writes `frontier.csv`, `frontier.png` and `frontier.md` into the folder. Given again, it goes on where it ended.
+known, so each method shows how much reward it buys with how much KL from the policy it starts from. Trains every method
+of experiments/frontier.yaml through train.py, measures each along training on held-out prompts, and samples best of N.
+Writes `frontier.csv`, `frontier.png` and `frontier.md` into the folder. Run it again to resume.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
 import yaml
 from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ from preference_datasets import load_data
 from report import draw_points, frontier, interval, load_runs, sentiment
 from settings import data_settings, quoted
 
-SETTINGS = ROOT / "scripts" / "frontier.yaml"
+SETTINGS = ROOT / "experiments" / "frontier.yaml"
 START, BEST_OF, PREFERRED = "start", "best of N", "preferred"
 
 
@@ -202,7 +202,7 @@ def write(folder: Path, points: Sequence[Point]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "frontier", help="runs and results go here")
-    parser.add_argument("--settings", default="small", help="of scripts/frontier.yaml")
+    parser.add_argument("--settings", default="small", help="of experiments/frontier.yaml")
     parser.add_argument("--start", type=Path, help="the starting policy, a run's folder; default: an SFT of its own")
     parser.add_argument("--data", type=Path, help="folder of train and test rows with prompt, responses, scores")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run, as train.py takes them")

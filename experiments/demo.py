@@ -1,6 +1,6 @@
 """SFT and DPO on the embedded sentiment data, through train.py, and what they did to the model.
 
-    make demo          (or: python scripts/demo.py --folder demo)
+    make demo          (or: python experiments/demo.py --folder demo)
 
 The controlled sentiment task of the DPO paper (arXiv:2305.18290, section 6.1), small: the true reward is known (VADER's
 compound score), so that reward and KL can be measured. About 9 minutes on 2 cores; given again, it goes on where it
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from dpo.utils import HelpFormatter, UserError, log, make_dir, run_main, visible
 from report import EXAMPLES, Z95, Run, interval, load_runs, sentiment, write_report

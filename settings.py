@@ -537,11 +537,14 @@ def check_command(overrides: list[str]) -> list[Override]:
                 f"model={name} is none of {', '.join(options)} (config/model). Any other model: model=blank_model "
                 f"model.name_or_path={name}"
             )
-    losses = given.get("loss", ["sft"])
+    for name in given.get("experiment", []):
+        if name not in (recipes := sorted(path.stem for path in CONFIG_DIR.glob("experiment/*.yaml"))):
+            raise UserError(f"+experiment={name} is none of {', '.join(recipes)} (config/experiment)")
+    losses = given.get("loss", [] if "experiment" in given else ["sft"])  # a recipe may choose another loss
     for key in (key for key in given if key.startswith("loss.")):
         name = key.removeprefix("loss.")
         have = [loss for loss, kind in LOSSES.items() if name in inspect.signature(kind).parameters]
-        if have and all(loss in LOSSES and loss not in have for loss in losses):
+        if losses and have and all(loss in LOSSES and loss not in have for loss in losses):
             chosen = f"loss={','.join(losses)}" + ("" if "loss" in given else ", the default")
             theirs = " or ".join(f"loss={loss}" for loss in have)
             raise UserError(f"{key} is for {theirs}, and this run has {chosen}: add loss={have[0]}")

@@ -1,4 +1,4 @@
-"""The steps that `benchmark.py dpo` times: one DPO step as the original computes it, with each idea in turn, and in TRL."""
+"""The steps that `benchmark.py dpo` times: the original's formulation, each idea of ours in turn, and TRL."""
 
 import dataclasses
 import gc

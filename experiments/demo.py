@@ -1,10 +1,10 @@
-"""SFT and DPO on the embedded sentiment data, through train.py, and what they did to the model.
+"""Train SFT and DPO on the embedded sentiment data through train.py, then compare base, SFT and DPO model.
 
     make demo          (or: python experiments/demo.py --folder demo)
 
-The controlled sentiment task of the DPO paper (arXiv:2305.18290, section 6.1), small: the true reward is known (VADER's
-compound score), so that reward and KL can be measured. About 9 minutes on 2 cores; given again, it goes on where it
-ended.
+The controlled sentiment task of the DPO paper (arXiv:2305.18290, section 6.1), small. The true reward is known (VADER's
+compound score), so reward and KL can be measured. The recipes are config/experiment/sentiment_sft.yaml and
+sentiment_dpo.yaml. About 9 minutes on 2 cores. Run it again to resume.
 """
 
 import argparse
@@ -22,25 +22,20 @@ from dpo.utils import HelpFormatter, UserError, log, make_dir, run_main, visible
 from report import EXAMPLES, Z95, Run, interval, load_runs, sentiment, write_report
 from settings import quoted
 
-COMMON = ["model=smollm2", "datasets=[sentiment]", "max_length=32", "max_prompt_length=16", "optimizer=AdamW"]
-COMMON += ["+optimizer_kwargs.fused=true", "warmup_steps=2", "lr_schedule=linear", "kl_during_eval=true"]
-SFT = ["loss=sft", "lr=2e-5", "batch_size=16", "n_examples=160"]
-DPO = ["loss=dpo", "loss.beta=0.1", "lr=2e-4", "batch_size=32", "n_examples=832", "do_first_eval=false"]
-EVALUATION = ["n_eval_examples=392", "n_eval_model_samples=80", "n_eval_samples_per_prompt=2", "eval_batch_size=80"]
-Sampled = dict[str, list[tuple[str, str]]]
+Samples = dict[str, list[tuple[str, str]]]
 """Model -> (prompt, response) of each sample."""
 
 
-def train(name: str, overrides: Sequence[str], sweep: bool = False) -> None:
-    """Run train.py, which goes on where the run or sweep ended. Raises UserError where it fails."""
-    arguments = [*["-m"] * sweep, f"exp_name={name}", "resume=auto", "wandb.enabled=false", *overrides]
-    log(f"\n=== {name} ===\npython train.py {shlex.join(arguments)}")
+def train(overrides: Sequence[str], sweep: bool = False) -> None:
+    """Run train.py as a process; it resumes an earlier run or sweep. Raises UserError if it fails."""
+    arguments = [*["-m"] * sweep, *overrides, "resume=auto", "wandb.enabled=false"]
+    log(f"\npython train.py {shlex.join(arguments)}")
     if subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], check=False).returncode:
-        raise UserError(f"{name} failed; see above. The same command goes on from here")
+        raise UserError("train.py failed; see above. Run the same command again to resume")
 
 
-def sampled(sft: Run, dpo: Run) -> Sampled:
-    """What base, SFT and DPO model answered to the prompts that DPO is evaluated on: those with a pair."""
+def samples_of(sft: Run, dpo: Run) -> Samples:
+    """Return the responses of base, SFT and DPO model to the prompts on which DPO is evaluated: those with a pair."""
     last = [(prompt, row) for prompt, rows in dpo.last_samples().items() for row in rows]
     prompts = {prompt for prompt, _ in last}
     first = [row for row in sft.samples if row[EXAMPLES] == 0 and row["prompt"] in prompts]
@@ -51,47 +46,53 @@ def sampled(sft: Run, dpo: Run) -> Sampled:
     }
 
 
-def table(models: Sampled, sft: dict[str, float], dpo: dict[str, float]) -> str:
-    """A line for each model; `sft` and `dpo` are the metrics of their last evaluations."""
+def format_table(samples: Samples, sft: dict[str, float], dpo: dict[str, float]) -> str:
+    """Return a line for each model. `sft` and `dpo` are the metrics of the runs' last evaluations."""
     lines = [f"{'':6}{'sentiment (95 % interval)':>28}{'KL, nats (95 % interval)':>28}{'pair accuracy':>15}"]
-    for name, row, start in (("base", {}, ""), ("SFT", sft, "base"), ("DPO", dpo, "SFT")):
-        reward, width, _ = interval([sentiment(p + text) for p, text in models[name]], [p for p, _ in models[name]])
+    for name, metrics, start in (("base", {}, ""), ("SFT", sft, "base"), ("DPO", dpo, "SFT")):
+        prompts, responses = zip(*samples[name])
+        reward, width, _ = interval([sentiment(p + r) for p, r in zip(prompts, responses)], prompts)
         cells = [f"{reward:+.3f} [{reward - width:+.3f}, {reward + width:+.3f}]", "-", "-"]
         if start:
-            kl, error = row["kl_eval/rao_blackwell"], row["kl_eval/rao_blackwell_error"]
+            kl, error = metrics["kl_eval/rao_blackwell"], metrics["kl_eval/rao_blackwell_error"]
             cells[1] = f"{kl:.2f} ± {Z95 * error:.2f} from {start}"
-        if "rewards_eval/accuracies" in row:
-            cells[2] = f"{row['rewards_eval/accuracies']:.3f}"
+        if "rewards_eval/accuracies" in metrics:
+            cells[2] = f"{metrics['rewards_eval/accuracies']:.3f}"
         lines.append(f"{name:6}{cells[0]:>28}{cells[1]:>28}{cells[2]:>15}")
     return "\n".join(lines)
 
 
-def show_samples(models: Sampled, n: int = 4) -> str:
-    texts = {name: dict(reversed(samples)) for name, samples in models.items()}  # of each prompt, the first
+def format_samples(samples: Samples, n: int = 4) -> str:
+    """Return the first sample of each model for `n` prompts."""
+    by_model = {model: dict(reversed(rows)) for model, rows in samples.items()}
     lines = []
-    for prompt in list(dict(models["DPO"]))[:n]:
+    for prompt in list(dict(samples["DPO"]))[:n]:
         lines.append(f"\n{visible(prompt)} ...")
-        for name, text in ((name, own[prompt]) for name, own in texts.items()):
-            lines.append(f"  {name:4} {sentiment(prompt + text):+.2f} {visible(text.strip())!r}")
+        for model, responses in by_model.items():
+            response = responses[prompt]
+            lines.append(f"  {model:4} {sentiment(prompt + response):+.2f} {visible(response.strip())!r}")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="runs and results go here")
-    folder = make_dir(parser.parse_args().folder.resolve(), "--folder")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for both runs, as train.py takes them")
+    arguments = parser.parse_args()
+    folder = make_dir(arguments.folder.resolve(), "--folder")
     start, sft, dpo = time.time(), folder / "sft", folder / "dpo"
-    train("demo_sft", [f"local_run_dir={quoted(sft)}", *COMMON, *SFT, *EVALUATION])
-    train("demo_dpo", [f"local_run_dir={quoted(dpo)}", f"model.archive={quoted(sft)}", *COMMON, *DPO, *EVALUATION])
+    train(["+experiment=sentiment_sft", f"local_run_dir={quoted(sft)}", *arguments.overrides])
+    archive = f"model.archive={quoted(sft)}"
+    train(["+experiment=sentiment_dpo", f"local_run_dir={quoted(dpo)}", archive, *arguments.overrides])
     runs = load_runs([sft, dpo])
     write_report(runs, folder, 8, "make demo")
-    models = sampled(*runs)
-    result = table(models, *(run.evaluations[-1] for run in runs))
-    (folder / "table.txt").write_text(result + "\n", encoding="utf-8")
-    log(show_samples(models))
-    n = len(dict(models["DPO"]))
-    log(f"\n{result}\n\nTwo samples for each of {n} held-out prompts; sentiment: VADER's score, -1 to 1; KL: on")
-    log("the model's own samples; accuracy: of held-out pairs, those that the implicit reward ranks as VADER does.")
+    samples = samples_of(*runs)
+    table = format_table(samples, *(run.evaluations[-1] for run in runs))
+    (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
+    log(format_samples(samples))
+    n = len(dict(samples["DPO"]))
+    log(f"\n{table}\n\nTwo samples for each of {n} held-out prompts. Sentiment: VADER's score, -1 to 1. KL: on the")
+    log("model's own samples. Accuracy: share of held-out pairs that the implicit reward ranks as VADER does.")
     log(f"Curves and samples: {folder / 'report.html'}\nfinished in {(time.time() - start) / 60:.1f} minutes")
 
 

@@ -10,13 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import EVERYTHING, read_jsonl, real_data, train_here
 
-SETTINGS = (
-    "exp_name=parity model=smollm2 datasets=[hh] batch_size=8 gradient_accumulation_steps=1 n_epochs=3 lr=1e-6 "
-    "warmup_steps=0 optimizer=RMSprop max_grad_norm=10 max_length=128 max_prompt_length=64 "
-    "n_eval_examples=0 debug=true device=cpu num_proc=1"
-)
-
-
 RUNS = ["sft", "dpo", "ipo", "dpo trainer=FSDPTrainer nproc=2", *(["cdpo", "reffree"] if EVERYTHING else [])]
 
 
@@ -31,7 +24,7 @@ def test_trajectory_of_the_original(run: str, tmp_path: Path, cache_dir: Path) -
     for split in ("train", "test"):
         (source / f"{split}.jsonl").write_bytes((parity / "hh8.jsonl").read_bytes())
     folders = [f"local_run_dir={tmp_path / 'run'}", f"cache_dir={cache_dir}", f"dataset_sources.hh={source}"]
-    train_here([*SETTINGS.split(), *expected["overrides"].split(), *folders, *more])
+    train_here(["+experiment=parity", *expected["overrides"].split(), *folders, *more])
 
     steps = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     beta = next((float(o.split("=")[1]) for o in expected["overrides"].split() if o.startswith("loss.beta")), 0.0)

@@ -9,7 +9,6 @@ import argparse
 import csv
 import functools
 import glob
-import html
 import io
 import json
 import math
@@ -28,8 +27,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import jinja2
 import matplotlib
 import yaml
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -63,22 +64,6 @@ INK = "#000000"  # as matplotlib draws axes and texts; currentColor on the page
 DRAWING: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9.5, "lines.markersize": 4}
 DRAWING |= {"axes.spines.top": False, "axes.spines.right": False}
 DRAWING |= {"axes.grid": True, "grid.color": "#888888", "grid.alpha": 0.25}
-STYLE = """
-:root { color-scheme: light dark }
-body { margin: 0 auto; padding: 1rem; max-width: 76rem; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1, h2, h3, h4, p { margin: 0 0 .4rem } h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.5rem }
-h3 { font-size: 1rem } h4, .box p, table { font-size: .9rem }
-small, figcaption, footer, .note { opacity: .75; font-size: .85rem; font-weight: 400 }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
-figure { margin: 0; max-width: 34rem }
-svg { display: block; width: 100%; height: auto; fill: currentColor; stroke-linejoin: round }
-.scroll { overflow-x: auto; overflow-wrap: normal; margin-bottom: .4rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .7rem; text-align: left; white-space: nowrap; border: 1px solid #8885 }
-article { margin-bottom: 2rem } article h3, .box p { white-space: pre-wrap }
-.box { background: #8882; border-left: 4px solid #888; padding: .5rem .7rem }
-footer { margin-top: 3rem }
-"""
 
 
 @dataclass
@@ -111,6 +96,10 @@ class Run:
     def rewarded(self) -> bool:
         """Whether the true reward of its samples is known."""
         return self.config.get("datasets") == ["sentiment"]
+
+    def reward(self, sample: Mapping[str, Any], model: str) -> float | None:
+        """Return the true reward of a sample of `model` (policy or reference), or None if it is not known."""
+        return sentiment(sample["prompt"] + sample[model]) if self.rewarded else None
 
     def last_samples(self) -> dict[str, list[dict[str, Any]]]:
         """Those of the last evaluation, by prompt."""
@@ -367,116 +356,101 @@ def reference_rewards(runs: Sequence[Run]) -> list[Interval]:
     return list(dict.fromkeys(reward for rewards in found for reward in rewards))
 
 
-def chart(title: str, draw: Callable[..., None], *what: Any) -> str:
+def chart(title: str, draw: Callable[..., None], *data: Any) -> Markup:
     """What `draw` draws, as inline SVG in the page's colours. Its ids begin with its `title`."""
     with matplotlib.rc_context(DRAWING):
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         axis = figure.add_subplot()
         axis.locator_params(nbins=6)
-        draw(axis, *what)
+        draw(axis, *data)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
     svg = file.getvalue()[file.getvalue().index("<svg") :]
     # matplotlib's <style> would hold for the whole page; namespaces mean nothing in HTML.
     svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL)
-    label = f'role="img" aria-label="{e(title)}"'
+    label = f'role="img" aria-label="{escape(visible(title))}"'
     svg = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', lambda found: f"<svg {found[1]} {label}>", svg, count=1)
     key = re.sub(r"\W+", "-", title)
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{key}-", svg)
-    return re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg).replace(INK, "currentColor")
+    return Markup(re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg).replace(INK, "currentColor"))
 
 
-def e(text: str) -> str:
-    """`text` as HTML that shows it and nothing else."""
-    return html.escape(visible(text))
-
-
-def mark_of(run: Run) -> str:
-    return f'<span style="color: {run.colour}" aria-hidden="true">{run.mark}</span>'
-
-
-def table_html(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table, which is the charts' legend too, and what all runs share."""
+def table_of(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the page's table: `columns`, (run, cells) of each run, and the settings that all runs share."""
     names = [name for name in rows[0] if not name.endswith("_error")]
-    head = "".join(f'<th scope="col">{e(name)}</th>' for name in names)
-    body = ""
-    for run, row in zip(runs, rows, strict=True):
-        cells = "".join(f"<td>{e(with_error(row, name))}</td>" for name in names[1:])
-        body += f'<tr><th scope="row">{mark_of(run)} {e(run.name)}</th>{cells}</tr>'
-    differing, first = differences(runs), runs[0].config
-    shared = [f"{key}: {shown(first[key])}" for key in MAIN_KEYS if key in first and key not in differing]
-    return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        '<p class="note">Results of the last evaluation; ± is a 95 % interval. Losses of different kinds are not '
-        f"comparable. {'All runs' if len(runs) > 1 else 'Settings'}: {e('; '.join(shared))}</p>"
-    )
+    cells = [[with_error(row, name) for name in names[1:]] for row in rows]
+    differing, config = differences(runs), runs[0].config
+    shared = [f"{key}: {shown(config[key])}" for key in MAIN_KEYS if key in config and key not in differing]
+    return {"columns": names, "table": list(zip(runs, cells, strict=True)), "shared": shared}
 
 
-def curves_html(runs: Sequence[Run]) -> str:
-    """A chart of the loss for each kind of loss, which cannot be compared, and one of each other metric with data."""
+def curves_of(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
+    """Return (title, chart): of the loss for each kind of loss, which cannot be compared, then of each other metric."""
     kinds: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         kinds[shown(run.config.get("loss.name"))].append(run)
-    charts = [(f"Loss: {kind}", "loss/{}", some) for kind, some in kinds.items()]
-    charts += [(title, metric, list(runs)) for title, metric in PANELS.items()]
-    figures = ""
-    for title, metric, some in charts:
+    panels = [(f"Loss: {kind}", "loss/{}", members) for kind, members in kinds.items()]
+    panels += [(title, metric, list(runs)) for title, metric in PANELS.items()]
+    charts = []
+    for title, metric, members in panels:
         names = {metric.format("train"), metric.format("eval")}
-        if any(names & row.keys() for run in some for row in run.metrics):
-            figures += f"<figure><h3>{e(title)}</h3>{chart(title, draw_curves, metric, some)}</figure>"
-    note = "Colours and marks: see the table. Thin: training batches; thick: evaluations, with 95 % intervals. "
-    note += f"More than {MOST_POINTS} points are thinned evenly. Implicit reward: beta times log policy / reference."
-    return f'<h2>Curves</h2><p class="note">{note}</p><div class="grid">{figures}</div>' if figures else ""
+        if any(names & row.keys() for run in members for row in run.metrics):
+            charts.append((title, chart(title, draw_curves, metric, members)))
+    return charts
 
 
-def frontier_html(runs: Sequence[Run]) -> str:
+def frontier_of(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Return the chart of reward against KL, its number of prompts and the runs without all points; None if empty."""
     along = [(run, [p for p in frontier(run) if math.isfinite(p.kl)] if run.rewarded else []) for run in runs]
     counts = sorted({point.prompts for _, points in along for point in points})
     if not counts:
-        return ""
-    note = f"True reward: VADER's compound score (-1 to 1) of prompt and sampled response, mean over {shown(counts)} "
-    note += "held-out prompts. A line follows training, to the larger mark; star: the reference. Bars: 95 % intervals, "
-    note += "of the reward over prompts."
-    missing = [run.name for run, points in along if len(points) < max(1, len(run.evaluations))]
-    note += f" Evaluations without a KL or a known reward are left out: of {', '.join(missing)}." if missing else ""
+        return None
+    incomplete = [run.name for run, points in along if len(points) < max(1, len(run.evaluations))]
     svg = chart("True reward against KL", draw_frontier, along)
-    return f"<h2>Reward against KL</h2><figure>{svg}<figcaption>{e(note)}</figcaption></figure>"
+    return {"svg": svg, "prompts": shown(counts), "incomplete": incomplete}
 
 
-def samples_html(runs: Sequence[Run], n: int) -> str:
-    """The first `n` prompts, those that more runs have first."""
-    found = [(run, run.last_samples()) for run in runs]
-    prompts = Counter(prompt for _, by_prompt in found for prompt in by_prompt)
-    articles = ""
+def samples_of(runs: Sequence[Run], n: int) -> list[tuple[str, list[Any], list[Any]]]:
+    """Return (prompt, references, policies) for `n` prompts; those that more runs have come first.
+
+    A reference is (text, reward); a policy is (run, examples, number of samples, text, reward) of the first sample. A
+    reward is None if it is not known.
+    """
+    by_run = [(run, run.last_samples()) for run in runs]
+    prompts = Counter(prompt for _, by_prompt in by_run for prompt in by_prompt)
+    samples = []
     for prompt, _ in prompts.most_common(n):
-        references: dict[str, None] = {}
+        references: dict[tuple[str, float | None], None] = {}  # runs that start from the same weights share one
         policies = []
-        for run, by_prompt in found:
+        for run, by_prompt in by_run:
             for row in by_prompt.get(prompt, [])[:1]:
-                if "reference" in row:  # runs that start from the same weights share it
-                    references[_box("reference", run, row, "reference")] = None
-                which = f", first of {len(by_prompt[prompt])} samples" if len(by_prompt[prompt]) > 1 else ""
-                title = f"{mark_of(run)} {e(run.name)} <small>after {row[EXAMPLES]} examples{which}</small>"
-                policies.append(_box(title, run, row, "policy", f' style="border-color: {run.colour}"'))
-        boxes = "".join([*references, *policies])
-        articles += f'<article><h3>{e(prompt)}</h3><div class="grid">{boxes}</div></article>'
-    return f"<h2>Samples of the last evaluation</h2>{articles}" if articles else ""
+                if "reference" in row:
+                    references[row["reference"], run.reward(row, "reference")] = None
+                reward = run.reward(row, "policy")
+                policies.append((run, row[EXAMPLES], len(by_prompt[prompt]), row["policy"], reward))
+        samples.append((prompt, list(references), policies))
+    return samples
 
 
-def _box(title: str, run: Run, row: Mapping[str, Any], model: str, style: str = "") -> str:
-    reward = f"<small>, reward {sentiment(row['prompt'] + row[model]):+.2f}</small>" if run.rewarded else ""
-    return f'<div class="box"{style}><h4>{title}{reward}</h4><p>{e(row[model]) or "<em>(empty)</em>"}</p></div>'
-
-
-def page(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]], samples: int, command: str) -> str:
-    """The whole report as HTML."""
-    title = f"Report of {len(runs)} run{'s' * (len(runs) > 1)}"
-    parts = [table_html(runs, rows), curves_html(runs), frontier_html(runs), samples_html(runs, samples)]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
-        f"<h1>{title}</h1>{''.join(parts)}"
-        f"<footer>{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, by <code>{e(command)}</code></footer></body></html>\n"
+def make_page(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]], samples: int, command: str) -> str:
+    """Return the report as HTML. report.html escapes every value, after `visible`, unless it is Markup."""
+    template = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    ).get_template("report.html")
+    return template.render(
+        title=f"Report of {len(runs)} run{'s' * (len(runs) > 1)}",
+        **table_of(runs, rows),
+        curves=curves_of(runs),
+        most_points=MOST_POINTS,
+        frontier=frontier_of(runs),
+        samples=samples_of(runs, samples),
+        time=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
+        command=command,
     )
 
 
@@ -496,7 +470,7 @@ def write_report(runs: Sequence[Run], out: Path, samples: int, command: str) -> 
     writer = csv.writer(table)
     writer.writerow(map(csv_cell, rows[0]))
     writer.writerows(map(csv_cell, row.values()) for row in rows)
-    for name, text in {"report.csv": table.getvalue(), "report.html": page(runs, rows, samples, command)}.items():
+    for name, text in {"report.csv": table.getvalue(), "report.html": make_page(runs, rows, samples, command)}.items():
         try:
             (out / name).write_text(redact(text), encoding="utf-8", newline="")
         except OSError as error:

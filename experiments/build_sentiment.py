@@ -27,7 +27,7 @@ import torch
 from dpo.model.loading import quiet_transformers
 from dpo.run.saved import find_saved
 from dpo.utils import HelpFormatter, UserError, make_dir, run_main
-from report import sentiment
+from results import sentiment
 from settings import load_config
 
 DATA = ROOT / "data" / "sentiment"

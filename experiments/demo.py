@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from dpo.utils import HelpFormatter, UserError, log, make_dir, run_main, visible
-from report import EXAMPLES, Z95, Run, interval, load_runs, sentiment, write_report
+from report import write_report
+from results import EXAMPLES, Z95, Run, interval, load_runs, sentiment
 from settings import quoted
 
 Samples = dict[str, list[tuple[str, str]]]

@@ -32,7 +32,8 @@ from dpo.run.saved import find_saved
 from dpo.sampling import Sampling, prompts_of, sample
 from dpo.utils import HelpFormatter, UserError, log, make_dir, run_main
 from preference_datasets import load_data
-from report import draw_points, frontier, interval, load_runs, sentiment
+from report import draw_points
+from results import frontier, interval, load_runs, sentiment
 from settings import data_settings, quoted
 
 SETTINGS = ROOT / "experiments" / "frontier.yaml"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import demo
-from report import load_runs, sentiment_rewards
+from results import load_runs, sentiment_rewards
 
 
 def test_the_demo_runs_and_writes_table_and_page(

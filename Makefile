@@ -18,7 +18,7 @@ $(INSTALLED): requirements.txt requirements-dev.txt pyproject.toml Makefile
 	@touch $@
 
 demo: $(INSTALLED)
-	$(RUN) scripts/demo.py
+	$(RUN) experiments/demo.py
 
 test: $(INSTALLED)
 	$(RUN) -m ruff check .

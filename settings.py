@@ -258,6 +258,9 @@ def check_command(overrides: list[str]) -> list[Override]:
                 f"model={name} is none of {', '.join(options)} (config/model). Any other model: model=blank_model "
                 f"model.name_or_path={name}"
             )
+    for name in given.get("experiment", []):
+        if name not in (recipes := sorted(path.stem for path in CONFIG_DIR.glob("experiment/*.yaml"))):
+            raise UserError(f"+experiment={name} is none of {', '.join(recipes)} (config/experiment)")
     _check_loss_keys(given)
     return settings
 
@@ -265,6 +268,8 @@ def check_command(overrides: list[str]) -> list[Override]:
 def _check_loss_keys(given: dict[str, list[str]]) -> None:
     """Raise UserError for a key that only losses have that were not chosen."""
     default = next(part["loss"] for part in OmegaConf.load(CONFIG_DIR / "config.yaml").defaults if "loss" in part)
+    if "experiment" in given and "loss" not in given:  # the recipe chooses the loss
+        return
     chosen, known = given.get("loss", [default]), loss_keys()
     for key in given:
         having = [loss for loss, names in known.items() if key.removeprefix("loss.") in names]

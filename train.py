@@ -76,7 +76,7 @@ class TableAtEnd(Callback):
 def show_table(folder: Path) -> None:
     """Print the results of a sweep's runs, and the command of their report."""
     sys.path.insert(0, str(ROOT / "scripts"))
-    from report import load_runs, table_rows, text_table
+    from results import load_runs, table_rows, text_table
 
     begun = [path.parent for path in folder.glob("*/config.yaml")]
     others = sorted(path.parent.name for path in folder.glob("*/log.txt") if path.parent not in begun)

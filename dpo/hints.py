@@ -59,6 +59,7 @@ ELSEWHERE = {
     "resume_from_checkpoint": "resume=<auto, or a folder>",
     "torch_compile": "compile=<value>",
     "fsdp deepspeed": "trainer=FSDPTrainer",
+    "experiment recipe": "+experiment=<name of a file in config/experiment>",
     "num_gpus n_gpus num_processes world_size": "trainer=FSDPTrainer nproc=<value>",
     "do_train do_eval": "nothing: it always trains; n_eval_examples=0 turns evaluations off",
 }

@@ -1,4 +1,4 @@
-"""scripts/demo.py on the tiny model: everything but the result."""
+"""experiments/demo.py on the tiny model."""
 
 import sys
 from pathlib import Path
@@ -6,21 +6,17 @@ from pathlib import Path
 import pytest
 
 import demo
-from report import load_runs, sentiment_rewards
+from results import load_runs, sentiment_rewards
 
 
 @pytest.mark.full
 def test_the_demo_runs_and_writes_table_and_page(
     tmp_path: Path, tiny_model_dir: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    common = ["model=blank_model", f"model.name_or_path={tiny_model_dir}", f"cache_dir={cache_dir}", "device=cpu"]
-    common += ["datasets=[sentiment]", "max_length=48", "max_prompt_length=24", "kl_during_eval=true"]
-    monkeypatch.setattr(demo, "COMMON", common)
-    monkeypatch.setattr(demo, "SFT", ["loss=sft", "n_examples=16", "batch_size=8", "lr=1e-2", "warmup_steps=0"])
-    monkeypatch.setattr(demo, "DPO", ["loss=dpo", "loss.beta=0.1", "n_examples=16", "batch_size=8"])
-    evaluation = ["n_eval_examples=392", "n_eval_model_samples=80", "eval_batch_size=80"]
-    monkeypatch.setattr(demo, "EVALUATION", evaluation)
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--folder", str(tmp_path / "out")])
+    overrides = ["model=blank_model", f"model.name_or_path={tiny_model_dir}", f"cache_dir={cache_dir}", "device=cpu"]
+    overrides += ["max_length=48", "max_prompt_length=24", "n_examples=16", "batch_size=8", "lr=1e-2", "warmup_steps=0"]
+    overrides += ["n_eval_samples_per_prompt=1"]
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--folder", str(tmp_path / "out"), *overrides])
     (tmp_path / "out" / "sft").mkdir(parents=True)
     (tmp_path / "out" / "sft" / "metrics.jsonl").write_text("{}")  # of an earlier demo that was ended early
     (tmp_path / "out" / "thesis.tex").write_text("mine")

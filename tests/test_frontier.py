@@ -1,4 +1,4 @@
-"""scripts/frontier.py: its sums against slow ones, and the whole of it on the tiny model."""
+"""experiments/frontier.py: its sums against slow ones, and the whole of it on the tiny model."""
 
 import csv
 import itertools
@@ -42,35 +42,29 @@ def test_verdicts_say_what_the_points_say() -> None:
     assert at_kl([point("DPO", "beta 1", 1.0, 0.9), point("DPO", "beta 3", 1.5, 0.2)], 2.0).reward == 0.2
 
 
-def test_settings_name_what_there_is() -> None:
+def test_settings_are_valid() -> None:
     from settings import load_config
 
-    for name, known in yaml.safe_load(frontier.SETTINGS.read_text()).items():
-        for method in known["methods"].values():
+    for settings in yaml.safe_load(frontier.SETTINGS.read_text()).values():
+        for method in settings["methods"].values():
             for value in method["values"]:
-                shared = [*known["common"], *known["training"], *known["evaluation"]]
-                given = [*shared, *method["overrides"], f"loss.{method['sweep']}={value}"]
-                assert load_config(["exp_name=x", *given]), name
+                swept = f"loss.{method['sweep']}={value}"
+                assert load_config([f"+experiment={settings['recipe']}", *method["overrides"], swept])
 
 
 SMALL = {
+    "recipe": "frontier",
+    "start": "frontier_start",
     "data": "data/sentiment",
-    "common": ["max_length=48", "max_prompt_length=24", "warmup_steps=0", "device=cpu", "model=blank_model"],
-    "sft": ["n_examples=8", "batch_size=8"],
-    "training": ["n_examples=8", "batch_size=4", "eval_every=4", "save_every=8", "n_epochs=null", "lr=1e-3"],
     "methods": {
         "DPO": {"overrides": ["loss=dpo"], "sweep": "beta", "values": [0.1, 1]},
         "preferred": {"overrides": ["loss=unlikelihood"], "sweep": "alpha", "values": [0]},
     },
-    "evaluation": [
-        "n_eval_examples=16",
-        "n_eval_model_samples=3",
-        "n_eval_samples_per_prompt=2",
-        "eval_batch_size=8",
-        "do_first_eval=false",
-    ],
     "best_of": 4,
 }
+OVERRIDES = ["max_length=48", "max_prompt_length=24", "warmup_steps=0", "device=cpu", "model=blank_model", "lr=1e-3"]
+OVERRIDES += ["n_examples=8", "batch_size=4", "eval_every=4", "save_every=8"]
+OVERRIDES += ["n_eval_examples=16", "n_eval_model_samples=3", "eval_batch_size=8"]
 
 
 @pytest.mark.full
@@ -83,8 +77,9 @@ def test_the_experiment_runs_and_goes_on_where_it_ended(
 ) -> None:
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({"tiny": SMALL}))
     monkeypatch.setattr(frontier, "SETTINGS", tmp_path / "small.yaml")
-    folder, given = tmp_path / "beta=out", [f"model.name_or_path={tiny_model_dir}", f"cache_dir={cache_dir}"]
-    monkeypatch.setattr(sys, "argv", ["frontier.py", "--settings", "tiny", "--folder", str(folder), *given])
+    folder, overrides = tmp_path / "beta=out", [f"model.name_or_path={tiny_model_dir}", f"cache_dir={cache_dir}"]
+    command = ["frontier.py", "--settings", "tiny", "--folder", str(folder), *OVERRIDES, *overrides]
+    monkeypatch.setattr(sys, "argv", command)
     frontier.main()
     rows = list(csv.DictReader(open(folder / "frontier.csv")))
     best, runs = rows[:3], rows[3:]

@@ -10,11 +10,6 @@ import pytest
 from conftest import EVERYTHING, ROOT, first_fast, read_jsonl, train_here
 
 DATA = ROOT / "tests" / "data"
-SETTINGS = (
-    "exp_name=parity model=smollm2 datasets=[hh] batch_size=8 gradient_accumulation_steps=1 lr=1e-6 "
-    "warmup_steps=0 optimizer=RMSprop max_grad_norm=10 max_length=128 max_prompt_length=64 "
-    "n_eval_examples=0 debug=true device=cpu num_proc=1"
-)
 # Overrides and number of updates. `make test` runs the first: two updates show the gradient and what it changed.
 RUNS = [("dpo", 2), ("dpo", 3), ("sft", 3), ("ipo", 3), ("dpo trainer=FSDPTrainer nproc=2", 3)]
 RUNS += [("cdpo", 3), ("reffree", 3)] if EVERYTHING else []
@@ -25,7 +20,7 @@ def test_trajectory_of_the_original(run: str, updates: int, tmp_path: Path, cach
     run, *more = run.split()
     expected = json.loads((DATA / "original.json").read_text())["runs"][run]
     given = [f"local_run_dir={tmp_path / 'run'}", f"cache_dir={cache_dir}", f"dataset_sources.hh={DATA / 'hh'}"]
-    train_here([*SETTINGS.split(), *expected["overrides"].split(), *given, f"n_epochs={updates}", *more])
+    train_here(["+experiment=parity", *expected["overrides"].split(), *given, f"n_epochs={updates}", *more])
 
     steps = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     beta = next((float(o.split("=")[1]) for o in expected["overrides"].split() if o.startswith("loss.beta")), 0.0)

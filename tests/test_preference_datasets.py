@@ -233,7 +233,7 @@ def test_html_to_text_keeps_all_words(source: str, text: str) -> None:
 
 def test_embedded_sentiment(settings: DataSettings, tokenizer: Any) -> None:
     if not (ROOT / "data/sentiment/train.jsonl.gz").exists():
-        pytest.skip("the embedded data is not built: scripts/build_sentiment.py")
+        pytest.skip("the embedded data is not built: experiments/build_sentiment.py")
     for split in ("train", "test"):
         data = load_data(replace(settings, names=("sentiment",)), tokenizer, split)
         check_funnel(data)

@@ -137,7 +137,7 @@ def test_samples_side_by_side(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> N
     score = SentimentIntensityAnalyzer().polarity_scores(PROMPTS[0] + TEXTS[2])["compound"]
     assert f"reward {score:+.2f}" in first[1][0]
     assert "<em>(empty)</em>" in articles[1]
-    assert report.samples_html(report.load_runs([sweep]), 0) == ""
+    assert report.samples_of(report.load_runs([sweep]), 0) == []
 
 
 def test_the_frontier(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:

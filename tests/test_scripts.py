@@ -1,4 +1,4 @@
-"""What all scripts have in common, and inspect_data.py as JSON."""
+"""What all commands have in common, and inspect_data.py as JSON."""
 
 import json
 import os
@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, make_tokenizer
 
-SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text())
+FOLDERS = ("scripts", "experiments", "benchmarks")
+FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+COMMANDS = [path for path in FILES if "__main__" in path.read_text()]
 
 
-def run(script: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(script: str | Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command of the project; `script` alone is a file in scripts/."""
     command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ})
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_works_from_any_folder(script: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", COMMANDS, ids=lambda path: path.name)
+def test_help_works_from_any_folder(script: Path, tmp_path: Path) -> None:
     done = run(script, "--help", folder=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
     assert "None)" not in done.stdout and not [*tmp_path.iterdir()]

@@ -1,9 +1,9 @@
-"""Reward against KL, for DPO over betas and for its baselines: python scripts/frontier.py [--folder frontier]
+"""Reward against KL, for DPO over betas and for its baselines: python experiments/frontier.py [--folder frontier]
 
 The controlled sentiment experiment of the DPO paper (arXiv:2305.18290, section 6.1 and figure 2): the true reward is
-known, so that each method shows how much reward it buys with how much KL from the policy it starts from. Trains every
-method of scripts/frontier.yaml through train.py, measures each along training on held-out prompts, samples best-of-N,
-and writes `frontier.csv`, `frontier.png` and `frontier.md` into the folder. Given again, it goes on where it ended.
+known, so each method shows how much reward it buys with how much KL from the policy it starts from. Trains every method
+of experiments/frontier.yaml through train.py, measures each along training on held-out prompts, and samples best of N.
+Writes `frontier.csv`, `frontier.png` and `frontier.md` into the folder. Run it again to resume.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
 import yaml
 from matplotlib.figure import Figure
@@ -32,11 +32,12 @@ from dpo.sampling import Sampling, prompts_of, sample
 from dpo.utils import UserError, log, make_dir
 from opening import find_saved
 from preference_datasets import load_data
-from report import draw_points, frontier, interval, load_runs, sentiment
+from report import draw_points
+from results import frontier, interval, load_runs, sentiment
 from settings import data_settings, quoted
 from utils import HelpFormatter, run_main
 
-SETTINGS = ROOT / "scripts" / "frontier.yaml"
+SETTINGS = ROOT / "experiments" / "frontier.yaml"
 START, BEST_OF, PREFERRED = "start", "best of N", "preferred"
 
 
@@ -54,7 +55,7 @@ class Point(NamedTuple):
 
 
 def fine_tune(folder: Path, data: Path, settings: dict[str, Any]) -> Path:
-    """The starting policy: SFT on every response of the training rows. Returns its run's folder."""
+    """Train the starting policy: SFT on every response of the training rows. Return its run's folder."""
     source = next(data.glob("train.jsonl*"))
     opener: Any = gzip.open if source.suffix == ".gz" else open
     with opener(source, "rt", encoding="utf-8") as file:
@@ -62,106 +63,106 @@ def fine_tune(folder: Path, data: Path, settings: dict[str, Any]) -> Path:
     responses = folder / "responses.jsonl"
     pairs = ({"prompt": row["prompt"], "completion": response} for row in rows for response in row["responses"])
     responses.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    only = ["holdout_fraction=0", "n_eval_examples=0", "loss=sft", "n_epochs=null", f"datasets=[{quoted(responses)}]"]
-    where = f"local_run_dir={quoted(folder / START)}"
-    train("frontier_sft", [where, *settings["common"], *settings["sft"], *only, *settings["given"]])
-    return folder / START
+    run_dir = folder / START
+    own = [f"datasets=[{quoted(responses)}]", "n_eval_examples=0", f"local_run_dir={quoted(run_dir)}"]
+    train([f"+experiment={settings['start']}", *settings["overrides"], *own])
+    return run_dir
 
 
 def train_methods(folder: Path, start: Path, data: str, settings: dict[str, Any]) -> None:
-    """Every method as a sweep of its own, evaluated along training."""
-    shared = [*settings["common"], *settings["training"], *settings["evaluation"]]
-    shared += [f"datasets=[{data}]", f"model.archive={quoted(start)}"]
+    """Train every method as a sweep in a folder of its own."""
+    shared = [f"+experiment={settings['recipe']}", f"datasets=[{data}]", f"model.archive={quoted(start)}"]
     for name, method in settings["methods"].items():
+        sweep_dir = [f"exp_name=frontier_{name.replace(' ', '_')}", f"hydra.sweep.dir={quoted(folder / name)}"]
         swept = f"loss.{method['sweep']}=choice({','.join(map(str, method['values']))})"
-        overrides = [f"hydra.sweep.dir={quoted(folder / name)}", *shared, *method["overrides"], swept]
-        train(f"frontier_{name.replace(' ', '_')}", [*overrides, *settings["given"]], sweep=True)
+        train([*shared, *sweep_dir, *method["overrides"], swept, *settings["overrides"]], sweep=True)
 
 
 def points_of(folder: Path, methods: dict[str, Any]) -> list[Point]:
-    """Every evaluation of every run that `methods` name, in their order and that of training."""
-    found: list[Point] = []
+    """Return a point for every evaluation of every run of `methods`, in their order and that of training."""
+    points: list[Point] = []
     for name, method in methods.items():
         key, values = method["sweep"], method["values"]
         runs = {run.config.get(f"loss.{key}"): run for run in load_runs([folder / name])}
-        found += [Point(name, f"{key} {value}", *point) for value in values for point in frontier(runs[value])]
-    return found
+        points += [Point(name, f"{key} {value}", *point) for value in values for point in frontier(runs[value])]
+    return points
 
 
 def best_of(start: Path, data: str, settings: dict[str, Any]) -> list[Point]:
-    """Best of N samples of the starting policy, N = 1, 2, 4 ... The expected best of N is over all N of the samples.
+    """Return points of best of N samples of the starting policy, N = 1, 2, 4 ... up to the setting `best_of`.
 
-    KL = log N - (N - 1) / N is an upper bound, close where no response and no reward is likely by itself (Beirami et
+    The reward is the mean of the best of N over all subsets of N of the samples.
+    KL = log N - (N - 1) / N is an upper bound, close if no response and no reward is likely by itself (Beirami et
     al. 2024, arXiv:2401.01879). It is 0 at N = 1: the starting policy itself.
     """
-    own = [f"datasets=[{data}]", "loss=dpo", "loss.beta=1", *settings["common"], *settings["evaluation"]]
-    saved, n = find_saved(str(start), [*own, *settings["given"]]), settings["best_of"]
-    model, tokenizer, how = saved.open()
+    recipe = [f"+experiment={settings['recipe']}", f"datasets=[{data}]", "loss=dpo", "loss.beta=1"]
+    saved, n = find_saved(str(start), [*recipe, *settings["overrides"]]), settings["best_of"]
+    model, tokenizer, computation = saved.open()
     config = saved.config
     test = load_data(data_settings(config), tokenizer, "test")
     examples = eval_examples(test, config.n_eval_examples)  # as in training
     prompts = prompts_of(test, examples, config.n_eval_model_samples)
-    room = config.max_length - max(map(len, prompts))
     repeated = [prompt for prompt in prompts for _ in range(n)]
-    sampled = sample(model, tokenizer, repeated, Sampling(room, config.eval_batch_size, 1, how.dtype))
+    max_new_tokens = config.max_length - max(map(len, prompts))
+    sampled = sample(model, tokenizer, repeated, Sampling(max_new_tokens, config.eval_batch_size, 1, computation.dtype))
     responses = tokenizer.batch_decode(sampled, skip_special_tokens=True)
     texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     scores = [sorted(sentiment(text + r) for r in responses[i * n : (i + 1) * n]) for i, text in enumerate(texts)]
-    found = []
-    for best in (2**k for k in range(n.bit_length())):
-        reward = interval([expected_best(row, best) for row in scores], range(len(scores)))
-        found.append(Point(BEST_OF, f"N {best}", 0, math.log(best) - (best - 1) / best, 0.0, *reward))
-    return found
+    points = []
+    for size in (2**k for k in range(n.bit_length())):
+        reward = interval([expected_best(row, size) for row in scores], range(len(scores)))
+        points.append(Point(BEST_OF, f"N {size}", 0, math.log(size) - (size - 1) / size, 0.0, *reward))
+    return points
 
 
 def expected_best(scores: Sequence[float], n: int) -> float:
-    """The mean, over all subsets of `n` of the sorted `scores`, of their largest."""
+    """Return the largest of `n` of the sorted `scores`, as the mean over all subsets of that size."""
     total = math.comb(len(scores), n)
     return sum(math.comb(i, n - 1) / total * score for i, score in enumerate(scores))
 
 
 def verdicts(points: Sequence[Point]) -> list[str]:
-    """What the points say of the paper's two claims: larger beta, smaller KL; DPO above the preferred responses."""
+    """Return a line for each test of the paper's two claims: KL falls with beta; DPO is above SFT."""
     last = {(p.method, p.setting): p for p in points}  # a run's last evaluation is its last point
     lines = []
     for method in dict.fromkeys(p.method for p in points if p.setting.startswith("beta")):
         runs = [p for p in last.values() if p.method == method]
-        shown = ", ".join(f"{p.setting}: {p.kl:.2f} ± {p.kl_error:.2f}" for p in runs)
+        values = ", ".join(f"{p.setting}: {p.kl:.2f} ± {p.kl_error:.2f}" for p in runs)
         rises = [f"{a.setting} to {b.setting}" for a, b in itertools.combinations(runs, 2) if above(b, a)]
         falls = above(runs[0], runs[-1])
-        what = f"RISES from {rises[0]}" if rises else "falls as beta grows" if falls else "does not change with beta"
-        lines.append(f"{method}: KL at the end of training {what}, beyond error ({shown})")
+        trend = f"RISES from {rises[0]}" if rises else "falls as beta grows" if falls else "does not change with beta"
+        lines.append(f"{method}: KL at the end of training {trend}, beyond error ({values})")
     for p in (p for p in points if p.method == PREFERRED):
         rival = at_kl([q for q in points if q.method == "DPO"], p.kl)
         if rival is None:
             lines.append(f"fine-tuning on preferred, KL {p.kl:.2f}: no DPO run was measured as near to the start")
             continue
         gap, error = rival.reward - p.reward, math.hypot(rival.half_width, p.half_width)
-        what = "above" if gap > error else "BELOW" if gap < -error else "level with"
+        order = "above" if gap > error else "BELOW" if gap < -error else "level with"
         lines.append(
-            f"DPO ({rival.setting}, KL {rival.kl:.2f}, reward {rival.reward:+.3f}) is {what} fine-tuning on preferred "
+            f"DPO ({rival.setting}, KL {rival.kl:.2f}, reward {rival.reward:+.3f}) is {order} fine-tuning on preferred "
             f"(KL {p.kl:.2f}, reward {p.reward:+.3f}): difference {gap:+.3f} ± {error:.3f}"
         )
     return lines
 
 
 def above(a: Point, b: Point) -> bool:
-    """Whether the KL of `a` is larger than that of `b`, by more than two standard errors."""
+    """Return whether the KL of `a` is larger than the KL of `b` by more than two standard errors."""
     return a.kl - b.kl > 2 * math.hypot(a.kl_error, b.kl_error)
 
 
 def at_kl(points: Sequence[Point], kl: float) -> Point | None:
-    """The one of `points` with the largest KL of up to `kl`; None where there is none."""
+    """Return the point with the largest KL of up to `kl`, or None."""
     return max((p for p in points if p.kl <= kl), key=lambda p: p.kl, default=None)
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
-    """As the paper's figure 2: a colour for each method, a line for each run along training."""
+    """Draw the paper's figure 2: a colour for each method, a line for each run along training."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for number, (method, own) in enumerate(itertools.groupby(points, lambda p: p.method)):
+    for number, (method, members) in enumerate(itertools.groupby(points, lambda p: p.method)):
         look: dict[str, Any] = {"color": f"C{number}", "marker": "os^Dvx*P"[number % 8], "alpha": 0.8, "label": method}
-        for _, group in itertools.groupby(own, lambda p: p.method == BEST_OF or p.setting):
+        for _, group in itertools.groupby(members, lambda p: p.method == BEST_OF or p.setting):
             run = list(group)
             draw_points(axes, run, **look)
             look["label"] = None
@@ -176,9 +177,9 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
 
 def write(folder: Path, points: Sequence[Point]) -> str:
-    """frontier.csv and frontier.png, and the table as Markdown, which is returned."""
+    """Write frontier.csv, frontier.png and frontier.md, and return the table as Markdown."""
     if len({p.prompts for p in points}) > 1:
-        raise UserError(f"{folder} holds runs measured on other numbers of prompts; give another --folder")
+        raise UserError(f"{folder} holds runs measured on different numbers of prompts; give another --folder")
     with open(folder / "frontier.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([Point._fields, *points])
     draw(points, folder / "frontier.png")
@@ -203,7 +204,7 @@ def write(folder: Path, points: Sequence[Point]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "frontier", help="runs and results go here")
-    parser.add_argument("--settings", default="small", help="of scripts/frontier.yaml")
+    parser.add_argument("--settings", default="small", help="of experiments/frontier.yaml")
     parser.add_argument("--start", type=Path, help="the starting policy, a run's folder; default: an SFT of its own")
     parser.add_argument("--data", type=Path, help="folder of train and test rows with prompt, responses, scores")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run, as train.py takes them")
@@ -211,11 +212,11 @@ def main() -> None:
     known = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
     if arguments.settings not in known:
         raise UserError(f"--settings {arguments.settings} is not in {SETTINGS}; choose from: {', '.join(known)}")
-    settings = known[arguments.settings] | {"given": arguments.overrides}
+    settings = known[arguments.settings] | {"overrides": arguments.overrides}
     data = arguments.data or (settings["data"] and ROOT / settings["data"])
     if data is None or not list(data.glob("train.jsonl*")):
         raise UserError(f"--data {data} must be a folder with train.jsonl(.gz) and test.jsonl(.gz)")
-    if settings["sft"] is None and not arguments.start:
+    if settings["start"] is None and not arguments.start:
         raise UserError(f"--settings {arguments.settings} needs --start, the policy to start from")
     began, folder = time.time(), make_dir(arguments.folder.resolve(), "--folder")
     quiet_transformers()

@@ -1,8 +1,8 @@
 """Measure the project's claims on this machine and write them, with hardware and versions, into benchmarks/.
 
-    python scripts/benchmark.py dpo      pairs per second of the original's formulation, and with each of our ideas
-    python scripts/benchmark.py data     160,800 HH-like pairs: time and memory to tokenise, and to start again
-    python scripts/benchmark.py start    host memory of 4 processes while FSDPTrainer loads the embedded 135M model
+    python benchmarks/benchmark.py dpo      pairs per second of the original's formulation, and with each of our ideas
+    python benchmarks/benchmark.py data     160,800 HH-like pairs: time and memory to tokenise, and to start again
+    python benchmarks/benchmark.py start    host memory of 4 processes while FSDPTrainer loads the embedded 135M model
 
 `dpo` computes the same global batch in each way in turn, in one process, and checks that all give the same loss and
 gradient: on the embedded model unless overrides say otherwise. `--sweep` does so for four betas as a whole.
@@ -234,7 +234,7 @@ def benchmark_start(arguments: argparse.Namespace) -> None:
 def write_table(name: str, title: str, method: str, facts: dict[str, str], rows: Sequence[Sequence[str]]) -> None:
     """Write benchmarks/<name>.md: how it was measured, on what, and a table whose first row is its head."""
     described = {**machine(), **facts}
-    command = f"`python scripts/benchmark.py {' '.join(sys.argv[1:])}`; {method}"
+    command = f"`python benchmarks/benchmark.py {' '.join(sys.argv[1:])}`; {method}"
     lines = [f"# {title}", "", command, "", *(f"- {key}: {value}" for key, value in described.items()), ""]
     lines += [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
     target = ROOT / "benchmarks" / f"{name}.md"

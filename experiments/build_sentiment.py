@@ -1,7 +1,7 @@
 """Build the embedded controlled-sentiment data: review openers, sampled continuations, VADER scores.
 
-python scripts/build_sentiment.py                                   # 4 to 6 minutes on 2 CPU cores
-python scripts/build_sentiment.py --model FOLDER --out FOLDER2      # any Hugging Face causal language model
+python experiments/build_sentiment.py                                   # 4 to 6 minutes on 2 CPU cores
+python experiments/build_sentiment.py --model FOLDER --out FOLDER2      # any Hugging Face causal language model
 
 The task is the small form of controlled sentiment generation in Rafailov et al. 2023 (arXiv:2305.18290, section 6).
 Writes train.jsonl.gz and test.jsonl.gz, one row a prompt: {"prompt": str, "responses": [str], "scores": [float]}.
@@ -20,14 +20,14 @@ from statistics import mean, pstdev
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch
 
 from dpo.model.loading import quiet_transformers
 from dpo.utils import UserError, make_dir
 from opening import find_saved
-from report import sentiment
+from results import sentiment
 from settings import load_config
 from utils import HelpFormatter, run_main
 

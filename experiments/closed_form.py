@@ -1,4 +1,4 @@
-"""The theory, exactly: python scripts/closed_form.py [--betas 0.05,0.1,...] [--noise 0.1]
+"""The theory, exactly: python experiments/closed_form.py [--betas 0.05,0.1,...] [--noise 0.1]
 
 Prompts with few enough responses to enumerate, a known reward, preferences drawn from it by Bradley-Terry. What DPO
 reaches is compared with the optimum of reward minus beta times KL, pi_ref(y) exp(r(y) / beta) / Z (Rafailov et al.

@@ -1,4 +1,4 @@
-"""What `scripts/benchmark.py dpo` times: one DPO step in the original's formulation, with each idea in turn, in TRL."""
+"""The steps that `benchmark.py dpo` times: the original's formulation, each idea of ours in turn, and TRL."""
 
 import dataclasses
 import gc

@@ -1,0 +1,298 @@
+"""Read runs from their folders: configuration, metrics, samples; the true reward and the table of results."""
+
+import functools
+import glob
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from dpo.config import MayChange
+from dpo.config import keys as config_keys
+from dpo.run.config import Config
+from dpo.run.resume import flat
+from dpo.sampling import mean_and_error
+from dpo.utils import UserError, visible
+
+EXAMPLES = "counters/examples"
+Z95 = 1.96
+# Metric -> its name in the printed table.
+SHORT = {"loss/eval": "loss", "rewards_eval/accuracies": "accuracy", "rewards_eval/margins": "margin"}
+SHORT |= {"kl_eval/rao_blackwell": "KL", "true_reward": "reward", "samples_eval/policy_length": "length"}
+# At least 3:1 on white and on browsers' dark backgrounds; with the marks, 36 runs can be told apart.
+COLOURS = ["#2b7bd9", "#d9541e", "#1e9461", "#b34fc4", "#a67c00", "#d6407f", "#0f93a8", "#7a7f3c", "#7d6ae0"]
+MARKS = {"●": "o", "■": "s", "▲": "^", "◆": "D"}  # character -> matplotlib's marker
+
+
+@dataclass
+class Run:
+    """A run's folder. `config`: dotted key -> value; `metrics`, `samples`: the objects of the files' lines."""
+
+    name: str
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    finished: bool
+    colour: str
+    mark: str
+    n_seen_prompts: int = 0
+    """Prompts of the test split that training, or the training of model.archive, has seen."""
+
+    @functools.cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [row for row in self.metrics if any("eval" in name for name in row)]
+
+    @property
+    def status(self) -> str:
+        if not self.metrics:
+            return "nothing logged"
+        state = "finished" if self.finished else f"unfinished, {self.metrics[-1][EXAMPLES]} examples"
+        state += f", {self.n_seen_prompts} test prompts seen in training" if self.n_seen_prompts else ""
+        return state if self.evaluations else f"{state}, no evaluation"
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether the true reward of the samples is known."""
+        return self.config.get("datasets") == ["sentiment"]
+
+    def reward(self, sample: Mapping[str, Any], model: str) -> float | None:
+        """Return the true reward of a sample of `model` (policy or reference), or None if it is not known."""
+        return sentiment(sample["prompt"] + sample[model]) if self.rewarded else None
+
+    def last_samples(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the samples of the last evaluation by prompt."""
+        by_prompt = defaultdict(list)
+        for row in self.samples:
+            if row[EXAMPLES] == self.samples[-1][EXAMPLES]:
+                by_prompt[row["prompt"]].append(row)
+        return by_prompt
+
+
+class Interval(NamedTuple):
+    """A mean over `prompts`, and the half-width of its 95 % interval (NaN for a single value)."""
+
+    mean: float
+    half_width: float
+    prompts: int
+
+
+class Point(NamedTuple):
+    """A point of the frontier: KL and its standard error in nats a response; true reward and its interval."""
+
+    examples: int
+    kl: float
+    kl_error: float
+    reward: float
+    half_width: float
+    prompts: int
+
+
+# --- Reading ---
+
+
+def read_lines(path: Path, *texts: str) -> list[dict[str, Any]]:
+    """Return the objects of a file with one a line, or [] if there is no file. A truncated last line is left out.
+
+    With `texts`, every row must have these keys, as text; without, all values must be numbers. Raises UserError for a
+    row that differs, or that has no count `counters/examples`.
+    """
+    # Not splitlines: samples may hold U+2028 and other line separators.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = json.loads(line)
+            _check_row(row, texts)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            keys = " and ".join([EXAMPLES, *texts])
+            raise UserError(
+                f"{path}, line {number} is no JSON object with {keys}: {line[:50]!r}; repair or remove that line"
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def _check_row(row: Any, texts: Sequence[str]) -> None:
+    examples = row[EXAMPLES]
+    if type(examples) is not int or not 0 <= examples < 2**63:
+        raise TypeError
+    if not all(isinstance(row[key], str) for key in texts):
+        raise TypeError
+    for value in () if texts else row.values():
+        if type(value) not in (int, float):
+            raise TypeError
+        float(value)  # OverflowError if a whole number is too large
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Return the run folders that `paths` are or hold, without repeats. Raises UserError for a path without any."""
+    folders: dict[Path, None] = {}
+    for path in paths:
+        configs = [file for below in ("", "*/", "*/*/") for file in glob.glob(f"{below}config.yaml", root_dir=path)]
+        if not configs:
+            problem = "holds no run" if path.exists() else "does not exist"
+            raise UserError(f"{path} {problem}; give run folders, or folders that hold runs up to two levels down")
+        folders |= dict.fromkeys((path / file).resolve().parent for file in sorted(configs, key=_by_number))
+    return list(folders)
+
+
+def _by_number(name: str) -> list[Any]:
+    """Sort beta=0.05 before beta=10, by their numbers."""
+    return [float(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", name))]
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Return the runs of `find_runs`, named by their paths below the folder that holds all. Raise UserError."""
+    folders = find_runs(paths)
+    parent = os.path.commonpath([folder.parent for folder in folders])
+    runs = []
+    for i, folder in enumerate(folders):
+        try:
+            config = flat(dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))))
+            metrics = read_lines(folder / "metrics.jsonl")
+            samples = read_lines(folder / "samples.jsonl", "prompt", "policy")
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read: {error.strerror}; leave that run out") from error
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{folder / 'config.yaml'} cannot be read ({reason}); leave that run out") from error
+        name, finished = visible(str(folder.relative_to(parent))), _is_finished(folder, metrics)
+        look = COLOURS[i % len(COLOURS)], list(MARKS)[i % len(MARKS)]
+        runs.append(Run(name, config, metrics, samples, finished, *look, _n_seen_prompts(folder)))
+    return runs
+
+
+def _n_seen_prompts(folder: Path) -> int:
+    """Read `Run.n_seen_prompts` from data_funnel.json; 0 if it is not known."""
+    try:
+        overlap = json.loads((folder / "data_funnel.json").read_text(encoding="utf-8"))["overlap"]
+        return max((int(shared["prompts"]) for shared in overlap.values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return 0
+
+
+def _is_finished(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> bool:
+    try:
+        state = json.loads((folder / "LATEST" / "trainer_state.json").read_text(encoding="utf-8"))
+        # A finished run may have been resumed for more epochs.
+        return state["examples"] == state["total_examples"] >= metrics[-1][EXAMPLES]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+# --- Statistics ---
+
+
+def interval(values: Sequence[float], prompts: Sequence[Any]) -> Interval:
+    """Return the mean of samples' values and its 95 % interval over their prompts."""
+    mean, error = mean_and_error(values, prompts)
+    return Interval(mean, math.nan if error is None else Z95 * error, len(set(prompts)))
+
+
+@functools.cache
+def _analyzer() -> SentimentIntensityAnalyzer:
+    return SentimentIntensityAnalyzer()
+
+
+@functools.cache
+def sentiment(text: str) -> float:
+    """Return VADER's compound score, -1 to 1."""
+    return _analyzer().polarity_scores(text)["compound"]
+
+
+def sentiment_rewards(rows: Iterable[Mapping[str, Any]], model: str = "policy") -> dict[int, Interval]:
+    """Return examples -> true reward of prompt + response, from rows of samples.jsonl. `model`: policy or reference."""
+    scores: dict[int, list[tuple[float, str]]] = defaultdict(list)
+    for row in rows:
+        if isinstance(row.get(model), str):
+            scores[row[EXAMPLES]].append((sentiment(row["prompt"] + row[model]), row["prompt"]))
+    return {examples: interval(*zip(*pairs)) for examples, pairs in scores.items()}
+
+
+def frontier(run: Run) -> list[Point]:
+    """Return the evaluations that have a KL and samples, in order of training. The reward is the samples' sentiment."""
+    rewards = sentiment_rewards(run.samples)
+    points = []
+    for row in run.evaluations:
+        name = next((n for n in ("kl_eval/rao_blackwell", "kl_eval/plain") if n in row), None)
+        if name and row[EXAMPLES] in rewards:
+            error = row.get(f"{name}_error", math.nan)
+            points.append(Point(row[EXAMPLES], row[name], error, *rewards[row[EXAMPLES]]))
+    return points
+
+
+def reference_rewards(runs: Sequence[Run]) -> list[Interval]:
+    """Return the true reward of each distinct reference of the runs."""
+    last = [list(sentiment_rewards(run.samples, "reference").values())[-1:] for run in runs]
+    return list(dict.fromkeys(reward for rewards in last for reward in rewards))
+
+
+# --- The table ---
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Return the configuration's keys whose values differ, without keys that do not change the training. A missing key
+    counts as null."""
+    free = set(config_keys(Config, MayChange))
+    keys = dict.fromkeys(key for run in runs for key in run.config if not {key, key.split(".")[0]} & free)
+    return [key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1]
+
+
+def table_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the row of report.csv for each run. `X_error` is the standard error of X; all rows have the same keys."""
+    rows, differing = [], differences(runs)
+    for run in runs:
+        row: dict[str, Any] = {"run": run.name, "status": run.status}
+        row |= {key: as_text(run.config.get(key)) for key in differing}
+        final = run.evaluations[-1] if run.evaluations else {}
+        row |= {"examples": run.metrics[-1][EXAMPLES] if run.metrics else 0, "evaluated_after": final.get(EXAMPLES)}
+        row |= {name: value for name, value in final.items() if "eval" in name}
+        reward = sentiment_rewards(run.samples).get(final.get(EXAMPLES, -1)) if run.rewarded else None
+        if reward:
+            row |= {"true_reward": reward.mean, "true_reward_error": reward.half_width / Z95, "prompts": reward.prompts}
+        rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    first = ["run", "status", *differing, "examples", "evaluated_after", *SHORT]
+    return [{name: row.get(name) for name in dict.fromkeys([*first, *names]) if name in names} for row in rows]
+
+
+def as_text(value: Any) -> str:
+    """Return a value for people: absolute paths relative to the current folder, or by their last two names."""
+    if value is None:
+        return "–"
+    if isinstance(value, list):
+        return ", ".join(map(as_text, value))
+    if isinstance(value, str) and value.startswith("/"):
+        path = Path(value)
+        value = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else "…/" + "/".join(path.parts[-2:])
+    return visible(str(value))
+
+
+def with_error(row: Mapping[str, Any], name: str) -> str:
+    """Return a cell as text, with its 95 % interval if the standard error is known."""
+    value, error = row[name], row.get(f"{name}_error")
+    text = f"{value:.4g}" if isinstance(value, float) else as_text(value)
+    return text + (f" ± {Z95 * error:.2g}" if error is not None else "")
+
+
+def text_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
+    """Return aligned columns, the most important first, as many as fit into `width` characters."""
+    names = list(rows[0])
+    settings = names[2 : names.index("examples")]
+    names = ["run", "status", *settings[:2], "examples", *(n for n in SHORT if n in names), *settings[2:]]
+    columns = [[SHORT.get(name, name), *(with_error(row, name) for row in rows)] for name in names]
+    widths = [max(map(len, column)) for column in columns]
+    n_fitting = max(2, sum(end <= width for end in accumulate(widths, lambda end, added: end + 2 + added)))
+    padded = [[text.ljust(size) for text in column] for column, size in zip(columns[:n_fitting], widths)]
+    left_out = ", ".join(column[0] for column in columns[n_fitting:])
+    note = "\n± is a 95 % interval" + (f"; no room for {left_out}: see report.csv" if left_out else "")
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded)) + note

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from dpo.model.loading import quiet_transformers
+from dpo.model.patches import quiet_transformers
 from dpo.run.saved import find_saved
 from dpo.utils import HelpFormatter, UserError, make_dir, run_main
 from report import sentiment

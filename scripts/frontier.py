@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from benchmark import machine
 from demo import train
 from dpo.data.batching import eval_examples
-from dpo.model.loading import quiet_transformers
+from dpo.model.patches import quiet_transformers
 from dpo.run.saved import find_saved
 from dpo.sampling import Sampling, prompts_of, sample
 from dpo.utils import HelpFormatter, UserError, log, make_dir, run_main

@@ -24,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dpo.data.rendering import ChatFormat
 from dpo.data.rows import BadRow, Judgement, text_or_messages, to_messages
-from dpo.model.loading import load_tokenizer, pick_device, positions, quiet_transformers
+from dpo.model.checks import positions
+from dpo.model.loading import load_tokenizer, pick_device
+from dpo.model.patches import quiet_transformers
 from dpo.run.checkpoint import weights_identity
 from dpo.run.saved import Saved, find_reference, find_saved, take_overrides, warn_of_formats
 from dpo.sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample

@@ -29,7 +29,9 @@ import torch
 from dpo.data.batching import Batch, Cut, make_tree
 from dpo.data.files import Source, numbered_rows
 from dpo.loss import Loss, Responses
-from dpo.model.loading import load_tokenizer, quiet_transformers, response_logps
+from dpo.model.loading import load_tokenizer
+from dpo.model.logps import response_logps
+from dpo.model.patches import quiet_transformers
 from dpo.run.config import Config
 from dpo.run.saved import Saved, find_reference, find_saved, take_overrides, warn_of_formats
 from dpo.utils import HelpFormatter, UserError, log, make_dir, progress, redact, run_main, visible

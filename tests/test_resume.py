@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dpo import utils
-from dpo.model.loading import Computation
+from dpo.model.logps import Computation
 from dpo.run import checkpoint, runs
 from dpo.run.checkpoint import check, checkpoints, find_archive
 from dpo.run.health import Watch

@@ -187,6 +187,8 @@ class Cut:
     ranks: int
     passes: int
     tokens: int | None
+    rank: int = 0
+    """This process's number among the `ranks`."""
 
     def groups(self, prompt: int, responses: Sequence[int], items: Sequence[Sequence[int]], n: int) -> Iterator[range]:
         """Cut `items` of a prompt, each some of its responses, into runs whose trees are fit for a micro-batch.

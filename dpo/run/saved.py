@@ -10,16 +10,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.config import Inherited, keys
 from dpo.data.checks import format_warning
-from dpo.model.loading import (
-    Computation,
-    check_fits,
-    load_policy,
-    load_tokenizer,
-    local_folder,
-    pick_computation,
-    pick_device,
-    refusing,
-)
+from dpo.model.checks import check_fits, pick_computation, refusing
+from dpo.model.loading import load_policy, load_tokenizer, local_folder, pick_device
+from dpo.model.logps import Computation
 from dpo.run.checkpoint import START, STATE_FILE, find_archive, read_state, weights_identity
 from dpo.run.config import Config
 from dpo.run.runs import flat

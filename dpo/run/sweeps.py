@@ -5,7 +5,6 @@ import argparse
 import atexit
 import gc
 import json
-import os
 import re
 import shlex
 import shutil
@@ -135,7 +134,7 @@ def run_in_sweep(composed: DictConfig, run: Callable[[], Any]) -> float | None:
 
     The run goes on where an earlier one of the same sweep ended; a finished one is left as it is. Raises RunFailed.
     """
-    if parallel.joined() and int(os.environ["WORLD_SIZE"]) > 1:
+    if parallel.world_size() > 1:
         raise UserError("a sweep cannot run inside torchrun or srun: its runs start processes of their own (nproc)")
     hydra_config = HydraConfig.get()
     given = {str(override).partition("=")[0] for override in hydra_config.overrides.task}

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import gc
 import math
-import os
 import shlex
 import sys
 import time
@@ -27,16 +26,9 @@ from dpo.data.checks import check_format, check_overlap, trained_on
 from dpo.data.records import PreferenceData, format_funnel
 from dpo.data.sources import HUB_ID, find_source
 from dpo.evaluation import Evaluator
-from dpo.model.loading import (
-    check_fits,
-    check_noise,
-    load_policy,
-    load_tokenizer,
-    local_folder,
-    pick_computation,
-    pick_device,
-    quiet_transformers,
-)
+from dpo.model.checks import check_fits, check_noise, pick_computation
+from dpo.model.loading import load_policy, load_tokenizer, local_folder, pick_device
+from dpo.model.patches import quiet_transformers
 from dpo.optimizer import Updater
 from dpo.parallel.arrange import sharding_of
 from dpo.reference import LiveReference, Reference, StoredReference, build_reference, wanted_by
@@ -146,9 +138,10 @@ class Trainer:
 
     def cut(self, n: int, pass_size: int | None = None) -> Cut:
         """Return how `n` examples are cut into passes, of about `pass_size` examples or as in training."""
-        config, ranks = self.config, parallel.data_ranks()
+        config, ranks = self.config, parallel.data_ranks(self.policy)
         size = max(pass_size or config.batch_size // config.gradient_accumulation_steps, ranks)
-        return Cut(self.scorer.how.layout, ranks, -(-n // size), config.microbatch_tokens)
+        rank = parallel.data_rank(self.policy)
+        return Cut(self.scorer.how.layout, ranks, -(-n // size), config.microbatch_tokens, rank)
 
     @property
     def eval_cut(self) -> Cut:
@@ -352,7 +345,7 @@ def train(config: Config, overrides: list[str] | None = None, stop: stopping.Sto
         config = dataclasses.replace(config, resume=found, local_run_dir=run_dir)
     arguments = (config, overrides)
     if not config.needs_group:
-        if parallel.joined() and int(os.environ["WORLD_SIZE"]) > 1:
+        if parallel.world_size() > 1:
             raise UserError(f"trainer={config.trainer} is one process; inside torchrun or srun set trainer=FSDPTrainer")
         train_in_process(*arguments, stop)
     elif parallel.joined():
@@ -445,7 +438,7 @@ def build_and_fit(
             log(f"{run_dir} is finished, with these settings and data: nothing to do")
             return
         local_folder(config.model.name_or_path, config.cache)  # converts a .gguf file
-    parallel.build_mesh(sharding, device)
+    sharding = sharding and sharding.on_mesh(device)
     if not parallel.is_main() and run_dir.exists():
         open_log(run_dir)  # for an error of this process
     trainer = None
@@ -456,7 +449,7 @@ def build_and_fit(
             trainer.resume(config.checkpoint)
         n_parameters = sum(p.numel() for p in trainer.policy.parameters())
         log(
-            f"policy: {n_parameters / 1e6:.1f}M parameters on {device} ({parallel.describe()}), "
+            f"policy: {n_parameters / 1e6:.1f}M parameters on {device} ({sharding or 'one process'}), "
             f"a {config.model.name_or_path}, layout {trainer.scorer.how.layout}"
         )
         open_logger(logger, config, lambda: accept(funnel))

@@ -183,7 +183,8 @@ def benchmark_data(arguments: argparse.Namespace) -> None:
 def load_sharded(overrides: list[str], ready: Path) -> None:
     """What each process of `start` does: join, say so, load, write to each weight."""
     from dpo import parallel
-    from dpo.model.loading import load_policy, pick_device, quiet_transformers
+    from dpo.model.loading import load_policy, pick_device
+    from dpo.model.patches import quiet_transformers
     from dpo.parallel.arrange import sharding_of
     from settings import load_config
 
@@ -192,7 +193,7 @@ def load_sharded(overrides: list[str], ready: Path) -> None:
     device = pick_device(config)
     with parallel.group(device):
         sharding = sharding_of(config)
-        parallel.build_mesh(sharding, device)
+        sharding = sharding and sharding.on_mesh(device)
         parallel.gather(0)
         if parallel.is_main():
             ready.touch()

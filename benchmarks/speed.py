@@ -15,15 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from dpo.data.batching import Batch, Cut, Example, epoch_order, make_batch
 from dpo.data.records import PreferenceData
-from dpo.model.loading import (
-    Computation,
-    load_policy,
-    load_tokenizer,
-    local_folder,
-    pick_computation,
-    pick_device,
-    quiet_transformers,
-)
+from dpo.model.checks import pick_computation
+from dpo.model.loading import load_policy, load_tokenizer, local_folder, pick_device
+from dpo.model.logps import Computation
+from dpo.model.patches import quiet_transformers
 from dpo.reference import LiveReference, StoredReference, build_reference, wanted_by
 from dpo.run.config import Config
 from dpo.run.throughput import Cost, cost_of, peak_memory, throughput

@@ -17,7 +17,8 @@ from dpo.data.records import Record, load
 from dpo.data.sources import DataSettings
 from dpo.data.tokenise import own_bos
 from dpo.loss import Loss, Responses
-from dpo.model.loading import Computation, quiet_transformers, response_logps
+from dpo.model.logps import Computation, response_logps
+from dpo.model.patches import quiet_transformers
 from dpo.run.checkpoint import START, read_state
 from dpo.run.config import Config
 from dpo.run.saved import Saved

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from dpo import parallel
 from dpo.data.batching import Batch, Cut, Example, Tree, make_tree
 from dpo.data.records import PreferenceData
-from dpo.model.loading import Computation, TokenLogps, response_logps
+from dpo.model.logps import Computation, TokenLogps, response_logps
 from dpo.utils import UserError, log, make_dir, progress
 
 SECONDS_PER_SHARD = 60.0
@@ -247,7 +247,7 @@ def _computed(
 ) -> Iterator[tuple[Tree, list[np.ndarray]]]:
     """This process's share of the trees, each with the log-probabilities of its responses."""
     for shares in dealt:
-        mine = shares[parallel.data_rank()]
+        mine = shares[parallel.data_rank(model)]
         trees = [_tree(*wanted[i]) for i in mine or shares[0][:1]]
         logps = iter(response_logps(model, Batch(trees, [], None), how).logps.cpu().numpy())
         for tree in trees if mine else []:

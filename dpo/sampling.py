@@ -15,7 +15,7 @@ from dpo.data.batching import Batch, Cut, Example, Tree, chunks
 from dpo.data.records import PreferenceData
 from dpo.data.tokenise import own_bos
 from dpo.model.layouts import set_attention
-from dpo.model.loading import LOGITS_AT_ONCE, Computation, autocast, input_device, next_token_logps
+from dpo.model.logps import LOGITS_AT_ONCE, Computation, autocast, input_device, next_token_logps
 from dpo.utils import progress
 
 ESTIMATORS = ("plain", "rao_blackwell")
@@ -60,7 +60,7 @@ def sample(
     set_attention(model, flex=False)  # which is for whole responses
     # generate() fills in what is not set from the model's own settings, such as a repetition penalty.
     own, model.generation_config = model.generation_config, _generation(how, end)
-    batches, ranks = list(chunks(prompts, how.batch_size)), parallel.data_ranks()
+    batches, ranks = list(chunks(prompts, how.batch_size)), parallel.data_ranks(model)
     width = max(map(len, prompts))
     mine: list[list[list[int]]] = []
     rng_devices = [device] if device.type == "cuda" else []
@@ -71,7 +71,7 @@ def sample(
             parallel.whole_logits(model),
         ):
             for start in progress(range(0, len(batches), ranks), desc="sampling", leave=False):
-                turn = start + parallel.data_rank()
+                turn = start + parallel.data_rank(model)
                 some = batches[turn] if turn < len(batches) else batches[start]
                 torch.manual_seed(how.batch_seed(turn))
                 ids, mask = left_padded(some, end, width)
@@ -85,7 +85,7 @@ def sample(
                 mine.append([_until_end(row, end) for row in out[:, width:].tolist()])
     finally:
         model.generation_config = own
-    by_rank = parallel.gather_over_data(mine)
+    by_rank = parallel.gather_over_data(model, mine)
     return [response for i in range(len(batches)) for response in by_rank[i % ranks][i // ranks]]
 
 
@@ -165,14 +165,14 @@ def divergence(
     """Compare the models on `responses`, sampled from `policy`. A collective: the processes share the work."""
     at_once = max(LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size, 1)
     sizes = [(len(prompt), [len(response)]) for prompt, response in zip(prompts, responses, strict=True)]
-    ranks = parallel.data_ranks()
+    ranks = parallel.data_ranks(policy)
     mine: list[tuple[int, float, float]] = []
     for dealt in progress(Cut("padded", ranks, 1, at_once).deal(sizes), desc="KL", leave=False):
-        some = dealt[parallel.data_rank()]
+        some = dealt[parallel.data_rank(policy)]
         trees = [Tree(prompts[i], [responses[i]]) for i in some or dealt[0][:1]]
         found = _compare(policy, reference, Batch(trees, [], None), how)
         mine += [(i, *values) for i, values in zip(some, found, strict=False)]
-    by_response = {i: values for share in parallel.gather_over_data(mine) for i, *values in share}
+    by_response = {i: values for share in parallel.gather(mine) for i, *values in share}
     plain, exact = zip(*(by_response[i] for i in range(len(responses))), strict=True)
     return Divergence(list(plain), list(exact))
 

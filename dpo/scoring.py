@@ -11,7 +11,7 @@ from dpo import parallel
 from dpo.data.batching import Batch, Cut, Example, deal, make_batch
 from dpo.data.records import PreferenceData
 from dpo.loss import Examples, Loss, Responses, sum_tokens
-from dpo.model.loading import Computation, TokenLogps, response_logps
+from dpo.model.logps import Computation, TokenLogps, response_logps
 from dpo.reference import Reference
 from dpo.utils import progress
 
@@ -147,12 +147,12 @@ class Scorer:
             seen = self.loss.observe(self.examples(part.batch, response_logps(policy, part.batch, self.how)))
             parallel.reshard(policy)  # no backward pass follows
             extend_metrics(mine, {name: value.tolist() for name, value in seen.items()}, part.counts)
-        every = parallel.gather_over_data([mine])
+        every = parallel.gather_over_data(policy, mine)
         device = policy.device
         return replace(
             self,
             statistics={
-                name: torch.tensor([v for [values] in every for v in values[name]], device=device) for name in mine
+                name: torch.tensor([v for values in every for v in values[name]], device=device) for name in mine
             },
         )
 
@@ -168,7 +168,7 @@ class Share:
 
 def shares(data: PreferenceData, examples: Sequence[Example], cut: Cut) -> list[Share]:
     """This process's micro-batches of a global batch, as many in every process."""
-    mine = [dealt[parallel.data_rank()] for dealt in deal(data, examples, cut)]
+    mine = [dealt[cut.rank] for dealt in deal(data, examples, cut)]
     return [Share(make_batch(data, some or examples[:1]), bool(some), some) for some in mine]
 
 
@@ -179,10 +179,13 @@ def extend_metrics(total: Metrics, more: Metrics, counts: bool = True) -> None:
 
 
 def mean_metrics(metrics: Metrics) -> dict[str, float]:
-    """Mean of every metric over the examples of all processes."""
-    sums = parallel.sum_over_data([sum(values) for values in metrics.values()])
-    counts = parallel.sum_over_data([len(values) for values in metrics.values()])
-    return {name: total / n for name, total, n in zip(metrics, sums, counts, strict=True)}
+    """Return the mean of every metric over the examples of all processes.
+
+    Tensor-parallel ranks hold the same examples, equally often, which leaves the mean as it is.
+    """
+    every = parallel.gather([(sum(values), len(values)) for values in metrics.values()])
+    totals = ([sum(column) for column in zip(*shares)] for shares in zip(*every))
+    return {name: total / n for name, (total, n) in zip(metrics, totals, strict=True)}
 
 
 @torch.no_grad()

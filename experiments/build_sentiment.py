@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch
 
-from dpo.model.loading import quiet_transformers
+from dpo.model.patches import quiet_transformers
 from dpo.utils import UserError, make_dir
 from opening import find_saved
 from results import sentiment

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from benchmark import machine
 from demo import train
 from dpo.data.batching import eval_examples
-from dpo.model.loading import quiet_transformers
+from dpo.model.patches import quiet_transformers
 from dpo.sampling import Sampling, prompts_of, sample
 from dpo.utils import UserError, log, make_dir
 from opening import find_saved

@@ -11,7 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dpo.model.loading import Computation, load_policy, pick_device, quiet_transformers, refusing
+from dpo.model.checks import refusing
+from dpo.model.loading import load_policy, pick_device
+from dpo.model.logps import Computation
+from dpo.model.patches import quiet_transformers
 from dpo.run.checkpoint import read_state
 from dpo.run.health import broken_parameters, read_batch
 from dpo.scoring import Scorer

@@ -26,7 +26,9 @@ from dpo.data.parse import decode
 from dpo.data.rendering import ChatFormat
 from dpo.data.rows import BadRow, ParsedRow, text_or_messages, to_messages
 from dpo.data.tokenise import own_bos
-from dpo.model.loading import load_tokenizer, pick_device, positions, quiet_transformers
+from dpo.model.checks import positions
+from dpo.model.loading import load_tokenizer, pick_device
+from dpo.model.patches import quiet_transformers
 from dpo.run.saved import Saved
 from dpo.run.weights import weights_identity
 from dpo.sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample

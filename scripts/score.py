@@ -32,7 +32,9 @@ from dpo.data.records import PreferenceData, Record, short_names
 from dpo.data.sources import DataSet, DataSettings, find_source
 from dpo.data.tokenise import own_bos
 from dpo.loss import Loss, Responses
-from dpo.model.loading import load_tokenizer, quiet_transformers, response_logps
+from dpo.model.loading import load_tokenizer
+from dpo.model.logps import response_logps
+from dpo.model.patches import quiet_transformers
 from dpo.run.config import Config
 from dpo.run.saved import Saved
 from dpo.utils import UserError, log, make_dir, progress, redact, visible

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from dpo.data.batching import Batch, Cut, Plan, chunks, deal, epoch_order, eval_examples, make_batch
 from dpo.data.records import Record
 from dpo.loss import Loss, sum_tokens
+from dpo.model.checks import disable_dropout
 from dpo.model.layouts import PADDING, lay_out
-from dpo.model.loading import Computation, TokenLogps, add_token_logps, disable_dropout, response_logps
+from dpo.model.logps import Computation, TokenLogps, add_token_logps, response_logps
 from dpo.reference import LiveReference
 from dpo.scoring import Scorer
 from losses import DPO, IPO, SFT

@@ -19,16 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo.data.batching import Batch, Cut, Tree, epoch_order
 from dpo.data.records import Record
-from dpo.model import loading as models
+from dpo.model.checks import disable_dropout, head_difference, pick_computation
 from dpo.model.layouts import FLEX, PADDING, block_mask, lay_out, set_attention, visible
-from dpo.model.loading import (
-    Computation,
-    add_token_logps,
-    disable_dropout,
-    head_difference,
-    pick_computation,
-    response_logps,
-)
+from dpo.model.logps import Computation, add_token_logps, response_logps
 from dpo.reference import LiveReference, build_reference, model_key, wanted_by
 from dpo.run.throughput import cost_of
 from dpo.scoring import Scorer, shares
@@ -169,7 +162,7 @@ def test_attention_that_cannot_be_exchanged_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
 def test_log_probabilities_are_those_of_the_models_own_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "LOGITS_AT_ONCE", 3 * 320)
+    monkeypatch.setattr("dpo.model.logps.LOGITS_AT_ONCE", 3 * 320)
     assert head_difference(copy_of(kind), torch.float32) < 1e-6
 
 

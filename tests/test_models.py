@@ -1,4 +1,4 @@
-"""What models.py refuses: weights that are not there, noise in training, rows that change each other, odd models."""
+"""Models that are refused: weights that are not there, noise in training, rows that change each other, odd models."""
 
 import json
 import random
@@ -16,18 +16,9 @@ from conftest import make_model, make_tokenizer, train_here
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dpo.model import loading as models
-from dpo.model.loading import (
-    Computation,
-    add_token_logps,
-    check_noise,
-    company_differences,
-    disable_dropout,
-    load_policy,
-    load_tokenizer,
-    local_folder,
-    pick_computation,
-)
+from dpo.model.checks import check_noise, company_differences, disable_dropout, pick_computation, positions
+from dpo.model.loading import load_policy, load_tokenizer, local_folder
+from dpo.model.logps import Computation, add_token_logps
 from dpo.utils import UserError
 from settings import load_config
 
@@ -333,8 +324,8 @@ def test_rows_of_longrope_are_computed_alike_or_refused(overrides: Overrides, tm
     model = longrope()
     how = Computation(torch.float32)
     assert company_differences(model, how, 24)[0] < 1e-5 < 1e-2 < company_differences(model, how, 25)[0]
-    assert models.positions(model.config)[0] == 24
-    assert models.positions(longrope(long_factor=[1.0] * 4).config)[0] == 96
+    assert positions(model.config)[0] == 24
+    assert positions(longrope(long_factor=[1.0] * 4).config)[0] == 96
     model.save_pretrained(tmp_path / "phi3")
     make_tokenizer().save_pretrained(tmp_path / "phi3")
     given = [f"model.name_or_path={tmp_path / 'phi3'}", "loss=dpo", "loss.beta=0.1", "max_prompt_length=12"]

@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dpo import parallel
+from dpo.parallel import processes
 from dpo.parallel.arrange import sharding_of
 from dpo.run import tensors
 from dpo.run.folder import locked
@@ -225,7 +226,7 @@ def test_every_trainer_writes_the_bytes_of_save_pretrained(folder: Path, monkeyp
     given = "lr=0 n_examples=4 n_epochs=null n_eval_examples=0 optimizer=SGD"
     monkeypatch.setattr(tensors, "MAX_FILE_SIZE", "20KB")
     train_here(overrides_of(folder, "bytes1", "gpt_neox", given, "trainer=BasicTrainer"))
-    monkeypatch.setattr(parallel, "_start", _start_with_small_files)
+    monkeypatch.setattr(processes, "_start", _start_with_small_files)
     launch([overrides_of(folder, "bytes2", "gpt_neox", given, FSDP)], 2)
     launch([overrides_of(folder, "bytes4", "gpt_neox", given, f"{TENSOR} tensor_parallel_size=2")], 4)
     files = sorted(path.name for path in (folder / "expected").glob("model*"))
@@ -241,7 +242,7 @@ def _start_with_small_files(*arguments: Any) -> None:
     START(*arguments)
 
 
-START = parallel._start
+START = processes._start
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
@@ -339,7 +340,7 @@ def test_workers_go_with_a_parent_that_is_killed_while_they_import(folder: Path)
 def fill_caches(folder: Path, lives: bool) -> None:
     """Two processes of one machine, of which the first fills a cache for longer than it may be silent."""
     silent = not lives and os.environ["RANK"] == "0"
-    parallel.HEARTBEAT, parallel.DEAD_AFTER = 100.0 if silent else 0.1, 1.0
+    processes.HEARTBEAT, processes.DEAD_AFTER = 100.0 if silent else 0.1, 1.0
     with parallel.group(torch.device("cpu")):
         for turn in range(2):
             with parallel.one_per_machine_first():
@@ -360,9 +361,9 @@ def test_a_cache_that_takes_long_is_waited_for_while_its_maker_lives(tmp_path: P
 def test_processes_that_do_not_come_are_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     monkeypatch.setattr(os, "environ", {**os.environ, **environment})
-    monkeypatch.setattr(parallel, "TO_JOIN", timedelta(seconds=1))
+    monkeypatch.setattr(processes, "JOIN_TIMEOUT", timedelta(seconds=1))
     with pytest.raises(UserError, match="did not find each other within 0:00:01"):
-        parallel._join("gloo")
+        processes._join("gloo")
 
 
 @pytest.mark.full
@@ -434,4 +435,6 @@ def test_srun_tells_what_torchrun_would(nodes: str, first: str, monkeypatch: pyt
         "SLURM_STEP_NODELIST": nodes,
     })  # fmt: skip
     assert parallel.joined() and parallel.rank() == 3 and parallel.local_rank() == 1
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "20123")
+    assert parallel.world_size() == 4 and "RANK" not in os.environ
+    variables = processes._variables()
+    assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == (first, "20123")

@@ -21,7 +21,8 @@ from dpo import agreement, reference
 from dpo.data.batching import Batch, Cut, Tree, epoch_order
 from dpo.data.records import Record
 from dpo.model import layouts
-from dpo.model.loading import Computation, add_token_logps, disable_dropout, response_logps
+from dpo.model.checks import disable_dropout
+from dpo.model.logps import Computation, add_token_logps, response_logps
 from dpo.reference import StoredReference, build_reference, entry_key, model_key, wanted_by
 from dpo.run import health
 from dpo.utils import UserError

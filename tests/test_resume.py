@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dpo import utils
-from dpo.model.loading import Computation
+from dpo.model.logps import Computation
 from dpo.run import checkpoint, resume
 from dpo.run.checkpoint import check, checkpoints
 from dpo.run.folder import locked

@@ -639,7 +639,7 @@ def test_only_the_assistants_tokens_count(tmp_path: Path) -> None:
 
     from dpo.data.batching import make_batch
     from dpo.loss import sum_tokens
-    from dpo.model.loading import Computation, add_token_logps, response_logps
+    from dpo.model.logps import Computation, add_token_logps, response_logps
 
     tokenizer = tokenizer_of("chatml")
     (tmp_path / "data").mkdir()

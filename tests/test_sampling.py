@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo import sampling
-from dpo.model.loading import Computation, add_token_logps
+from dpo.model.logps import Computation, add_token_logps
 from dpo.sampling import Sampling, divergence, mean_and_error, sample
 
 EOS, VOCABULARY, LONGEST = 0, 4, 3

@@ -136,8 +136,7 @@ def test_a_failed_run_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_sweeps_and_torchrun_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeps.parallel, "joined", lambda: True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sweeps.parallel, "world_size", lambda: 2)
     with pytest.raises(UserError, match="a sweep cannot run inside torchrun"):
         sweeps.run_in_sweep(OmegaConf.create(), lambda stop: None)
 

@@ -18,7 +18,7 @@ from conftest import COSTS, ROOT, RunTrain, first_fast, make_model, make_tokeniz
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainers
-from dpo.model.loading import add_token_logps
+from dpo.model.logps import add_token_logps
 from dpo.optimizer import Updater
 from dpo.run import checkpoint
 from dpo.run.checkpoint import CheckpointWriter

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from dpo import parallel
 from dpo.data.batching import Batch, Example, Tree, make_batch, n_tokens
 from dpo.data.records import PreferenceData
-from dpo.model.loading import TokenLogps
+from dpo.model.logps import TokenLogps
 from dpo.reference import Reference
 from dpo.run.checkpoint import BATCH_FILE
 from dpo.utils import UserError, log

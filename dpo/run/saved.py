@@ -7,16 +7,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo.model.loading import (
-    Computation,
-    check_fits,
-    load_policy,
-    load_tokenizer,
-    local_folder,
-    pick_computation,
-    pick_device,
-    refusing,
-)
+from dpo.model.checks import check_fits, pick_computation, refusing
+from dpo.model.loading import load_policy, load_tokenizer, local_folder, pick_device
+from dpo.model.logps import Computation
 from dpo.run.checkpoint import STATE_FILE, read_state
 from dpo.run.config import Config
 from dpo.run.weights import weights_identity

@@ -5,7 +5,6 @@ finished and what is not.
 """
 
 import gc
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ def run_in_sweep(composed: DictConfig, run: Callable[[stopping.StopRequest], Any
 
     Resume the run if an earlier call of the same sweep began it; leave a finished one as it is. Raise RunFailed.
     """
-    if parallel.joined() and int(os.environ["WORLD_SIZE"]) > 1:
+    if parallel.world_size() > 1:
         raise UserError("a sweep cannot run inside torchrun or srun: its runs start processes of their own (nproc)")
     hydra_config = HydraConfig.get()
     given = {str(override).partition("=")[0] for override in hydra_config.overrides.task}

@@ -48,7 +48,7 @@ def throughput(model: PreTrainedModel, cost: Cost, seconds: float) -> dict[str, 
     those of the body for distinct tokens, those of the head for response tokens; attention scores, padding and what is
     computed twice are left out. `mfu` is their share of the device's peak in bfloat16, if that is known.
     """
-    total = Cost(*map(int, parallel.sum_over_data(astuple(cost))))
+    total = Cost(*map(sum, zip(*parallel.gather_over_data(model, astuple(cost)))))
     ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     body = sum(p.numel() for p in model.parameters() if id(p) not in ends)
     head = model.get_output_embeddings().weight.numel()

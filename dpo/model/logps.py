@@ -1,0 +1,125 @@
+"""Log-probabilities of a batch's responses."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from dpo import parallel
+from dpo.data.batching import Batch
+from dpo.model.layouts import Rows, lay_out, model_inputs, set_attention
+from dpo.model.patches import logits_of
+
+LOGITS_AT_ONCE = 2**25
+"""Logits (positions x vocabulary) that exist at a time: 128 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """log p(token | all before it) in nats, float32 [responses, longest response].
+
+    `mask` is true for tokens that have a log-probability and count (see `batching.Tree`).
+    """
+
+    logps: Tensor
+    mask: Tensor
+
+    def of(self, batch: Batch) -> "TokenLogps":
+        """Return these without the tokens of `batch` that do not count."""
+        counted = batch.counted(self.mask.shape[1])
+        if counted is None:
+            return self
+        return TokenLogps(self.logps, self.mask & torch.from_numpy(counted).to(self.mask.device))
+
+    def to(self, device: torch.device) -> "TokenLogps":
+        return TokenLogps(self.logps.to(device), self.mask.to(device))
+
+
+@dataclass(frozen=True)
+class Computation:
+    """How log-probabilities are computed: the type of matrix products, and how trees lie on rows."""
+
+    dtype: torch.dtype
+    layout: str = "padded"
+    flex: bool = False
+    """Whether FlexAttention computes a packed row, instead of attention with a mask of all pairs of tokens."""
+    tolerance: float = 1e-4
+    """Largest difference between two ways of computing the same, in nats per token: rounding of `dtype`."""
+
+
+def add_token_logps(model: PreTrainedModel) -> PreTrainedModel:
+    """Let `model(sources=..., targets=..., **inputs)` return log p(targets) [n], read at the slots `sources` [n].
+
+    Without targets it returns those of every token: [n, vocabulary]. Logits for targets exist only at these slots,
+    LOGITS_AT_ONCE of them at a time, and backward computes them again. This is a part of the model's forward because
+    FSDP gathers the model's weights there.
+    """
+    own = model.forward
+    step = max(LOGITS_AT_ONCE // model.config.get_text_config().vocab_size, 1)
+
+    def logps(hidden: Tensor, targets: Tensor) -> Tensor:
+        return parallel.label_logps(logits_of(model, own, hidden), targets.to(hidden.device))
+
+    @functools.wraps(own)
+    def forward(*args: Any, sources: Tensor | None = None, targets: Tensor | None = None, **inputs: Any) -> Any:
+        if sources is None:
+            return own(*args, **inputs)
+        states = model.get_decoder()(*args, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
+        states = states[sources.to(states.device)]
+        if targets is None:
+            return parallel.full(logits_of(model, own, states)).float().log_softmax(-1)
+        chunks = zip(states.split(step), targets.split(step), strict=True)
+        return torch.cat([checkpoint(logps, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
+    model.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+def response_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> TokenLogps:
+    """Return the log-probability of each token of the batch's responses, in the order of its trees.
+
+    The log-softmax is float32 whatever the model's type. The first token of a response without prompt and BOS has none.
+    """
+    rows = lay_out(batch, how.layout).to(input_device(model))
+    found = _forward(model, rows, how, targets=rows.targets)
+    places = rows.places.to(found.device)
+    logps = found.new_zeros(rows.shape).flatten().index_put((places,), found)
+    mask = torch.zeros(logps.shape, dtype=torch.bool, device=found.device).index_fill(0, places, True)
+    return TokenLogps(logps.view(rows.shape), mask.view(rows.shape)).of(batch)
+
+
+def next_token_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> tuple[Tensor, Rows]:
+    """Return log p(token | all before it) of every token of the vocabulary at the n response tokens, and the rows.
+
+    Shape [n, vocabulary], float32. All exist at once, so this is for few rows.
+    """
+    rows = lay_out(batch, how.layout).to(input_device(model))
+    return _forward(model, rows, how), rows
+
+
+def _forward(model: PreTrainedModel, rows: Rows, how: Computation, targets: Tensor | None = None) -> Tensor:
+    set_attention(model, how.flex)
+    inputs = model_inputs(rows, how.layout, model.config.get_text_config(), how.dtype, how.flex)
+    with autocast(model, how.dtype):
+        return model(**inputs, sources=rows.sources, targets=targets)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return where a model expects token ids: on its embeddings' device. Its layers may be on several."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return parallel.device_of(weight)
+
+
+@contextlib.contextmanager
+def autocast(model: PreTrainedModel, compute: torch.dtype) -> Iterator[None]:
+    """Run matrix products in `compute` if it is not the weights' type, unless FSDP casts the weights itself."""
+    needed = not parallel.casts_itself(model) and compute != model.dtype
+    with torch.autocast(input_device(model).type, compute) if needed else contextlib.nullcontext():
+        yield

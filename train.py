@@ -8,11 +8,9 @@ Every key of config/config.yaml can be overridden in this way.
 
 import atexit
 import os
-import shlex
-import shutil
 import signal
+import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # a scheduler's warning waits for stopping.listen
@@ -25,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dpo.commandline import arranged
-from dpo.utils import ROOT, UserError
+from dpo.utils import ROOT
 from settings import all_keys, build_config, check_command, register_resolvers
 from utils import run_main
 
@@ -70,23 +68,8 @@ class TableAtEnd(Callback):
     """Hydra's callback that ends a sweep with a table of its runs, however it ends."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        atexit.register(show_table, Path(config.hydra.sweep.dir))
-
-
-def show_table(folder: Path) -> None:
-    """Print the results of a sweep's runs, and the command of their report."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from results import load_runs, table_rows, text_table
-
-    begun = [path.parent for path in folder.glob("*/config.yaml")]
-    others = sorted(path.parent.name for path in folder.glob("*/log.txt") if path.parent not in begun)
-    try:
-        table = text_table(table_rows(load_runs(begun)), shutil.get_terminal_size((120, 24)).columns) if begun else ""
-    except UserError as error:
-        table = str(error)
-    failed = f"\nnot begun, for the reason see their log.txt: {', '.join(others)}" if others else ""
-    report = shlex.join(["python", "scripts/report.py", str(folder)])
-    print(f"\n=== {folder.name}\n{table}{failed}\ncurves and samples: {report}", flush=True)
+        command = [sys.executable, str(ROOT / "scripts" / "results.py"), str(config.hydra.sweep.dir)]
+        atexit.register(subprocess.run, command, check=False)
 
 
 if __name__ == "__main__":

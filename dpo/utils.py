@@ -65,9 +65,6 @@ class _LogFile(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.add(record.getMessage())
 
-    def close(self) -> None:
-        self.lines.close()
-        super().close()
 
 
 LOGGER.addHandler(_Terminal())
@@ -80,7 +77,7 @@ def open_log(run_dir: Path | None) -> None:
     only."""
     for handler in [handler for handler in LOGGER.handlers if isinstance(handler, _LogFile)]:
         LOGGER.removeHandler(handler)
-        handler.close()
+        handler.lines.close()  # not in Handler.close, by which whoever configures logging closes all handlers
     if run_dir is not None:
         LOGGER.addHandler(_LogFile(run_dir))
 

@@ -1,4 +1,7 @@
-"""Read runs from their folders: configuration, metrics, samples; the true reward and the table of results."""
+"""The table of a sweep's runs: python scripts/results.py runs/me/hh_beta
+
+Other scripts read runs with this file: configuration, metrics, samples, the true reward.
+"""
 
 import functools
 import glob
@@ -6,12 +9,17 @@ import json
 import math
 import os
 import re
+import shlex
+import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -296,3 +304,20 @@ def text_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
     left_out = ", ".join(column[0] for column in columns[n_fitting:])
     note = "\n± is a 95 % interval" + (f"; no room for {left_out}: see report.csv" if left_out else "")
     return "\n".join("  ".join(line).rstrip() for line in zip(*padded)) + note
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    begun = [path.parent for path in folder.glob("*/config.yaml")]
+    failed = sorted(path.parent.name for path in folder.glob("*/log.txt") if path.parent not in begun)
+    try:
+        table = text_table(table_rows(load_runs(begun)), shutil.get_terminal_size((120, 24)).columns) if begun else ""
+    except UserError as error:
+        table = str(error)
+    reasons = f"\nnot begun, for the reason see their log.txt: {', '.join(failed)}" if failed else ""
+    report = shlex.join(["python", "scripts/report.py", str(folder)])
+    print(f"\n=== {folder.name}\n{table}{reasons}\ncurves and samples: {report}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -66,7 +66,6 @@ class _LogFile(logging.Handler):
         self.lines.add(record.getMessage())
 
 
-
 LOGGER.addHandler(_Terminal())
 LOGGER.setLevel(logging.INFO)
 LOGGER.propagate = False

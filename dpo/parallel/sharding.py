@@ -25,6 +25,7 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from dpo.parallel.processes import T, gather, world_size
 from dpo.utils import UserError
 
+MESH_OF_MODEL = "process_mesh"  # attribute of a sharded model
 MESH = ("replicate", "shard", "tensor")
 # Styles of transformers' tensor-parallel plans that are tested against a single process. Others (experts) are refused.
 TESTED_STYLES = set(
@@ -92,8 +93,11 @@ def gather_over_data(model: torch.nn.Module, value: T) -> list[T]:
 
 
 def _data_dimensions(model: torch.nn.Module) -> list[tuple[int, int]]:
-    """Return (size, this process's position) in the mesh's dimensions `replicate` and `shard`."""
-    mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+    """Return (size, this process's position) in the mesh's dimensions `replicate` and `shard`.
+
+    The mesh is remembered by `shard_model`: while FSDP has gathered the parameters, they do not tell.
+    """
+    mesh: DeviceMesh | None = vars(model).get(MESH_OF_MODEL)
     if mesh is None:
         return []
     dimensions = enumerate(mesh.mesh_dim_names or ())
@@ -105,6 +109,7 @@ def shard_model(model: PreTrainedModel, sharding: Sharding) -> PreTrainedModel:
 
     Raises UserError for a model or block name that does not fit.
     """
+    vars(model)[MESH_OF_MODEL] = sharding.mesh
     mesh = sharding.mesh
     assert mesh is not None
     if sharding.tensor > 1:

@@ -159,10 +159,11 @@ def _loss(values: Any) -> tuple[Any, list[str]]:
         loss, problems = build(losses.find(values["name"]), arguments, "loss.")
     except UserError as error:
         return None, [str(error)]
+    others = [key for key in all_keys() if key.startswith("loss.")]
     for i, problem in enumerate(problems):
         if problem.endswith(": no such key"):
             key = problem.partition(":")[0]
-            problems[i] = f"{problem} of loss={values['name']}" + ("" if key in all_keys() else meant(key, all_keys()))
+            problems[i] = f"{problem} of loss={values['name']}" + ("" if key in others else meant(key, others))
     return loss, problems
 
 

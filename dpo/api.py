@@ -79,6 +79,8 @@ class Run:
 
         `max_new_tokens`: by default what max_length leaves. One seed gives one result for the same prompts.
         """
+        if isinstance(prompts, str):
+            raise UserError("prompts is one text; give a list of texts")
         bos = own_bos(self.tokenizer)
         ids = [bos + self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         if not ids or not all(ids):
@@ -95,6 +97,8 @@ class Run:
         the run's. A result has `chosen` and `rejected`, each {policy, reference, log_ratio, n_tokens} and with `loss`
         also `reward`; and `margin`: the reward (or log-ratio) of the chosen response minus that of the rejected one.
         """
+        if not pairs:
+            return []
         places = self._pairs(pairs)
         records = [record for record, _ in places]
         sides = [self._responses(opened, records) for opened in (self._policy, self._reference)]

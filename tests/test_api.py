@@ -76,6 +76,7 @@ SAME = [{"prompt": "a", "chosen": "b", "rejected": "b"}]
         (lambda load, run_dir: load(run_dir, devise="cpu"), "devise is no key"),
         (lambda load, run_dir: load(run_dir, layout="wide"), "layout=wide is not known"),
         (lambda load, run_dir: load(run_dir, device="cpu").sample([]), "holds no prompt"),
+        (lambda load, run_dir: load(run_dir, device="cpu").sample("a"), "give a list of texts"),
         (lambda load, run_dir: load(run_dir, device="cpu").score([{"prompt": "a"}]), "pairs.jsonl:1"),
         (lambda load, run_dir: load(run_dir, device="cpu").score(SAME), "pair"),
     ],

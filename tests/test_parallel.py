@@ -3,7 +3,9 @@
 import functools
 import itertools
 import os
+import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys

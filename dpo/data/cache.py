@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -97,6 +98,8 @@ def parallel(function: Callable[[Any], T], chunks: Iterable[Any], num_proc: int)
             generator=torch.Generator(),  # the default one would be advanced
         )
     results = iter(loader)
+    # At the end of this process, too, and before its daemons are killed: torch would make an error of that.
+    close = multiprocessing.util.Finalize(None, results._shutdown_workers, exitpriority=1)
     try:
         for succeeded, value in results:
             if not succeeded:
@@ -107,7 +110,7 @@ def parallel(function: Callable[[Any], T], chunks: Iterable[Any], num_proc: int)
             raise
         raise UserError("a data worker was killed, most likely for want of memory; set num_proc lower") from error
     finally:
-        results._shutdown_workers()
+        close()
 
 
 def _unchanged(value: Any) -> Any:

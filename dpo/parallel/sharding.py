@@ -2,7 +2,7 @@
 
 A mesh has three dimensions: model copies (`replicate`) x FSDP shards (`shard`) x tensor parallelism (`tensor`).
 Processes that differ in the first two compute different examples ("data ranks"). Those that differ in the last compute
-the same examples together. A model's parameters carry its mesh, so a function that needs data ranks takes the model.
+the same examples together. A sharded model remembers its mesh, so a function that needs data ranks takes the model.
 """
 
 import contextlib

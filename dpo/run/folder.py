@@ -60,12 +60,16 @@ def _wait_for(lease: SoftFileLease, path: Path) -> None:
     if holder := _holder(path):
         name = f"process {holder.get('pid')} on {holder.get('host')}"
         log(f"{path} is held by {name}: waiting up to {STALE:.0f} s for a sign of life")
-    last = path.stat().st_mtime
+
+    def touched() -> float | None:
+        with contextlib.suppress(FileNotFoundError):
+            return path.stat().st_mtime
+        return None  # released
+
+    last = touched()
 
     def beats() -> bool:
-        with contextlib.suppress(FileNotFoundError):
-            return path.stat().st_mtime != last
-        return False
+        return touched() not in (None, last)
 
     lease.acquire(timeout=STALE + HEARTBEAT, poll_interval=min(1.0, STALE / 10), cancel_check=beats)
 

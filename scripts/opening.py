@@ -58,7 +58,7 @@ def _configure(model: list[str], values: dict[str, Any], known: dict[str, Any], 
         loss = known["loss"]
         if "." in loss["name"]:
             raise UserError(
-                f"{loss['name']} is code outside losses.py, which no checkpoint may choose: add the overrides that choose "
+                f"{loss['name']} is code outside losses.py, which no checkpoint may choose: add what chooses "
                 "it, hydra.searchpath=[...] loss=<name>, and its keys"
             )
         settings |= {f"loss.{key}": value for key, value in loss.items() if key != "name" and value is not None}

@@ -3,6 +3,7 @@
 Other scripts read runs with this file: configuration, metrics, samples, the true reward.
 """
 
+import argparse
 import functools
 import glob
 import json
@@ -30,6 +31,7 @@ from dpo.run.config import Config
 from dpo.run.resume import flat
 from dpo.sampling import mean_and_error
 from dpo.utils import UserError, visible
+from utils import HelpFormatter, run_main
 
 EXAMPLES = "counters/examples"
 Z95 = 1.96
@@ -307,7 +309,9 @@ def text_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("folder", type=Path, help="the sweep's folder")
+    folder = parser.parse_args().folder
     begun = [path.parent for path in folder.glob("*/config.yaml")]
     failed = sorted(path.parent.name for path in folder.glob("*/log.txt") if path.parent not in begun)
     try:
@@ -320,4 +324,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

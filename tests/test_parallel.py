@@ -431,7 +431,7 @@ def test_a_folder_in_use_is_left_as_it_is(folder: Path) -> None:
         command = [sys.executable, str(ROOT / "train.py"), *overrides]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and f"is in use by process {os.getpid()}" in done.stderr, done.stderr
-    assert sorted(path.name for path in (folder / "taken").iterdir()) == [".step-8-1", "lock", "metrics.jsonl"]
+    assert sorted(path.name for path in (folder / "taken").iterdir()) == [".step-8-1", "metrics.jsonl"]
 
 
 def test_processes_that_cannot_be_arranged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ Inherited = Mark("scripts that open a checkpoint take it from the checkpoint's r
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
-AboveZero = Annotated[float, Field(gt=0)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=True)]  # infinity is allowed: no limit
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -71,10 +71,33 @@ def component_in(annotation: Any) -> type | None:
 
 def build(kind: type, values: Mapping[str, Any], prefix: str = "") -> tuple[Any, list[str]]:
     """Return an object of dataclass `kind` with these values, and what is wrong with them: one of both is empty."""
+    problems = [f"{prefix}{problem}" for problem in _no_numbers(kind, values)]
     try:
-        return TypeAdapter(kind).validate_python(dict(values)), []
+        built = TypeAdapter(kind).validate_python(dict(values))
+        return (None, problems) if problems else (built, [])
     except ValidationError as error:
-        return None, [_said(entry, prefix) for entry in error.errors()]
+        return None, problems + [_said(entry, prefix) for entry in error.errors()]
+
+
+def _no_numbers(kind: type, values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for each number that pydantic would make of a truth value, or cut to a whole one."""
+    for name, annotation in get_type_hints(kind).items():
+        group, value = component_in(annotation), values.get(name)
+        if group is not None and isinstance(value, Mapping):
+            yield from (f"{name}.{problem}" for problem in _no_numbers(group, value))
+            continue
+        types = set(_leaves(annotation))
+        for entry in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(entry, bool) and bool not in types and types & {int, float}:
+                yield f"{name}={json.dumps(value)}: input should be a number"
+            elif isinstance(entry, float) and int in types and float not in types:
+                yield f"{name}={json.dumps(value)}: input should be a whole number"
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """Yield the types that an annotation is made of."""
+    parts = get_args(annotation)
+    yield from (leaf for part in parts for leaf in _leaves(part)) if parts else [annotation]
 
 
 def _said(error: Any, prefix: str) -> str:

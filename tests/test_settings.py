@@ -1,6 +1,7 @@
 """Every yaml composes; every command of the original README passes validation; every bad value is named."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import get_args
 
@@ -138,6 +139,12 @@ def test_every_key_of_the_yaml_is_commented_and_typed() -> None:
         (["batch_size=0"], "batch_size=0 must be at least 1"),
         (["batch_size=four"], "batch_size=four"),
         (["batch_size=2.5"], "batch_size=2.5"),
+        (["batch_size=true"], "batch_size=true: input should be a number"),
+        (["n_epochs=2.0"], "n_epochs=2.0: input should be a whole number"),
+        (["lr=true"], "lr=true: input should be a number"),
+        (["dataset_weights=[true]"], "dataset_weights=[true]: input should be a number"),
+        (["loss=dpo", "loss.beta=true"], "loss.beta=true: input should be a number"),
+        (["max_grad_norm=nan"], "max_grad_norm=nan must be more than 0"),
         (["max_prompt_length=512"], "must be less than max_length"),
         (["trainer=MagicTrainer"], "choose from: BasicTrainer"),
         (["optimizer=Adamm"], "AdamW"),
@@ -243,3 +250,9 @@ def test_optimizers_are_those_of_torch() -> None:
     (field,) = (field for field in dataclasses.fields(Config) if field.name == "optimizer")
     closures = ("Optimizer", "LBFGS", "SparseAdam")  # abstract; needs a closure; for sparse gradients
     assert set(get_args(field.type)) == {name for name in dir(torch.optim) if name[0].isupper()} - {*closures}
+
+
+def test_limits_can_be_infinite() -> None:
+    keys = ("max_grad_norm", "max_runtime", "warn_chosen_drop", "warn_loss_spike")
+    config = load_config(["exp_name=x", *(f"{key}=inf" for key in keys)])
+    assert all(getattr(config, key) == math.inf for key in keys)

@@ -111,7 +111,7 @@ class RunConfig(Component):
     save_patience: Annotated[Count, MayChange]
     checkpoint_check: Annotated[Literal["fast", "full"], MayChange]
     max_runtime: Annotated[AboveZero | None, MayChange]
-    warn_loss_spike: Annotated[Annotated[float, Field(gt=1)] | None, MayChange]
+    warn_loss_spike: Annotated[Annotated[float, Field(gt=1, allow_inf_nan=True)] | None, MayChange]
     warn_chosen_drop: Annotated[AboveZero | None, MayChange]
 
     @property

@@ -73,7 +73,7 @@ def build(kind: type, values: Mapping[str, Any], prefix: str = "") -> tuple[Any,
     """Return an object of dataclass `kind` with these values, and what is wrong with them: one of both is empty."""
     problems = [f"{prefix}{problem}" for problem in _no_numbers(kind, values)]
     try:
-        built = TypeAdapter(kind).validate_python(dict(values))
+        built: Any = TypeAdapter(kind).validate_python(dict(values))
         return (None, problems) if problems else (built, [])
     except ValidationError as error:
         return None, problems + [_said(entry, prefix) for entry in error.errors()]

@@ -53,11 +53,6 @@ class Responses:
         assert self.reference_sum is not None, "the loss has needs_reference=False"
         return self.reference_sum
 
-    def raised_by(self, nats: Tensor) -> "Responses":
-        """Return the same responses in float64, each with a policy log-probability higher by `nats` [n]."""
-        reference = self.reference_sum.double() if self.reference_sum is not None else None
-        return replace(self, sum=self.sum.double() + nats, length=self.length.double(), reference_sum=reference)
-
 
 @dataclass(frozen=True)
 class Examples:
@@ -119,3 +114,20 @@ class Loss:
     def gives_rewards(self) -> bool:
         """Whether the loss defines implicit rewards."""
         return type(self).rewards is not Loss.rewards
+
+
+@torch.enable_grad()
+def reward_slopes(loss: Loss, responses: Responses) -> tuple[Tensor, Tensor] | None:
+    """Return by how much a loss's rewards change per nat of the policy's and of the reference's sum, two of shape [n].
+
+    None if the loss defines no rewards. Rewards that are linear in both are their slopes times them.
+    """
+    policy = responses.sum.detach().requires_grad_()
+    given = responses.reference_sum
+    reference = (torch.zeros_like(policy) if given is None else given.detach()).requires_grad_()
+    used = None if given is None else reference
+    rewards = loss.rewards(replace(responses, sum=policy, reference_sum=used))
+    if rewards is None:
+        return None
+    slopes = torch.autograd.grad(rewards.sum(), (policy, reference), allow_unused=True, materialize_grads=True)
+    return slopes[0], slopes[1]

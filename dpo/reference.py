@@ -196,11 +196,10 @@ def build_reference(
     if present:
         _check(model, how, reference, _tree(*_fitting(present[len(present) // 2 :][:1], cut)[0][0]))
     cut = replace(cut, passes=math.ceil(cut.passes * n_missing / max(n_missing + n_present, 1)) or 1)
-    missing, sizes = _fitting(missing, cut)
     log(f"reference log-probabilities: {n_missing} to compute, {n_present} found in {folder}")
     with progress(total=n_missing, desc="reference", unit="responses") as bar:
-        for tree, logps in _computed(model, how, missing, cut.deal(sizes) if sizes else []):
-            for response, entry in zip(tree.responses, logps, strict=True):
+        for _, tree, rows in tree_logps(model, how, missing, cut):
+            for response, (entry, _) in zip(tree.responses, rows, strict=True):
                 reference.add(entry_key(tree.prompt, response), entry)
             bar.update(len(tree.responses) * cut.ranks)
     reference.write()
@@ -242,16 +241,22 @@ def _fitting(wanted: Sequence[Wanted], cut: Cut) -> tuple[list[Wanted], list[tup
 
 
 @torch.no_grad()
-def _computed(
-    model: PreTrainedModel, how: Computation, wanted: Sequence[Wanted], dealt: list[list[list[int]]]
-) -> Iterator[tuple[Tree, list[np.ndarray]]]:
-    """This process's share of the trees, each with the log-probabilities of its responses."""
-    for shares in dealt:
+def tree_logps(
+    model: PreTrainedModel, how: Computation, wanted: Sequence[Wanted], cut: Cut
+) -> Iterator[tuple[Wanted, Tree, list[tuple[np.ndarray, np.ndarray]]]]:
+    """Yield this process's share of `wanted`, a tree that fits into a micro-batch at a time.
+
+    With each tree come, for each of its responses, the tokens' float32 log-probabilities in nats and which of them
+    count: two of shape [tokens].
+    """
+    fitting, sizes = _fitting(wanted, cut)
+    for shares in cut.deal(sizes) if sizes else []:
         mine = shares[parallel.data_rank(model)]
-        trees = [_tree(*wanted[i]) for i in mine or shares[0][:1]]
-        logps = iter(response_logps(model, Batch(trees, [], None), how).logps.cpu().numpy())
-        for tree in trees if mine else []:
-            yield tree, [next(logps)[: len(response)].copy() for response in tree.responses]
+        trees = [_tree(*fitting[i]) for i in mine or shares[0][:1]]
+        tokens = response_logps(model, Batch(trees, [], None), how)
+        rows = zip(tokens.logps.cpu().numpy(), tokens.mask.cpu().numpy())
+        for i, tree in zip(mine, trees):
+            yield fitting[i], tree, [(ls[: len(r)].copy(), m[: len(r)]) for r, (ls, m) in zip(tree.responses, rows)]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from dpo import parallel
 from dpo.data.batching import Batch, Cut, Example, deal, make_batch
 from dpo.data.records import PreferenceData
-from dpo.loss import Examples, Loss, Responses, sum_tokens
+from dpo.loss import Examples, Loss, Responses, reward_slopes, sum_tokens
 from dpo.model.logps import Computation, TokenLogps, response_logps
 from dpo.reference import Reference
 from dpo.utils import progress
@@ -121,20 +121,12 @@ class Scorer:
         rewards = [self.loss.rewards(side) for side in (chosen, rejected)]
         ours, theirs = [losses if reward is None else reward.detach() for reward in rewards]
         rounding = torch.zeros_like(ours)
-        if rewards[0] is not None and batch.rejected is not None:
+        slopes = [reward_slopes(self.loss, side) for side in (chosen, rejected)]
+        if slopes[0] is not None and slopes[1] is not None and batch.rejected is not None:
             slack = ROUNDING * tokens.logps.detach().abs() + (self.how.tolerance if self.untrained else TOKEN_ROUNDING)
             slack = sum_tokens(slack, tokens.mask)
-            rounding = self._sensitivity(chosen, slack[batch.chosen]) + self._sensitivity(
-                rejected, slack[batch.rejected]
-            )
+            rounding = (slopes[0][0] * slack[batch.chosen]).abs() + (slopes[1][0] * slack[batch.rejected]).abs()
         return Scored(losses, chosen, rejected, ours, theirs, rounding)
-
-    @torch.no_grad()
-    def _sensitivity(self, responses: Responses, slack: Tensor) -> Tensor:
-        """Return by how much rewards change if log-probabilities change by `slack` nats."""
-        low, high = (self.loss.rewards(responses.raised_by(change)) for change in (torch.zeros_like(slack), slack))
-        assert low is not None and high is not None
-        return (high - low).abs().float()
 
     @torch.no_grad()
     def with_statistics(self, policy: PreTrainedModel, parts: Sequence["Share"]) -> "Scorer":

@@ -26,18 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from dpo.data.batching import Batch, Cut, make_tree
 from dpo.data.files import Source, numbered_rows
 from dpo.data.records import PreferenceData, Record, short_names
 from dpo.data.sources import DataSet, DataSettings, find_source
 from dpo.data.tokenise import own_bos
-from dpo.loss import Loss, Responses
+from dpo.loss import Loss, Responses, reward_slopes
 from dpo.model.loading import load_tokenizer
-from dpo.model.logps import response_logps
 from dpo.model.patches import quiet_transformers
 from dpo.run.config import Config
-from dpo.run.saved import Saved
-from dpo.utils import UserError, log, make_dir, progress, redact, visible
+from dpo.run.saved import Saved, token_logps
+from dpo.utils import UserError, log, make_dir, redact, visible
 from inspect_data import DIM, RESET, in_colour, pieces
 from opening import find_reference, find_saved, take_overrides, warn_of_formats
 from preference_datasets import REGISTRY, load_data
@@ -129,45 +127,15 @@ def _kinds(facts: DataSet, source: Source) -> dict[bool, str]:
 # --- Scores ---
 
 
-@torch.no_grad()
-def token_logps(saved: Saved, items: Sequence[Item], who: str) -> list[list[np.ndarray]]:
-    """log p(token | all before it) of each item's responses, float32; NaN for tokens that do not count, such as a
-    user's between two answers. The model is in memory only meanwhile."""
+def logps_of(saved: Saved, items: Sequence[Item], who: str) -> list[list[np.ndarray]]:
+    """Return the `token_logps` of each item's responses. The model is in memory only for as long as that takes."""
     model, _, how = saved.open()
-    places, dealt = _dealt(items, how.layout, saved.config)
-    found: list[dict[int, np.ndarray]] = [{} for _ in items]
-    with progress(total=len(items), desc=who, unit="prompts") as bar:
-        for (part,) in dealt:
-            trees = [make_tree(items[places[i][0]].record, places[i][1]) for i in part]
-            tokens = response_logps(model, Batch(trees, [], None), how)
-            rows = iter(torch.where(tokens.mask, tokens.logps, torch.nan).cpu().numpy())
-            finite = iter((tokens.logps.isfinite() | ~tokens.mask).all(1).tolist())
-            for (number, group), tree in zip((places[i] for i in part), trees):
-                for k, response in zip(group, tree.responses):
-                    found[number][k] = next(rows)[: len(response)].copy()
-                    if not next(finite):
-                        where = f"{items[number].name}, record {items[number].number}"
-                        raise UserError(f"{who}: log-probabilities of {where} are not finite")
-                bar.update(group.start == 0)
+    wanted = [(item.data, item.number, [*range(len(item.record.responses))]) for item in items]
+    found = token_logps(saved.config, model, how, wanted, who)
     del model
     gc.collect()
     torch.cuda.empty_cache()
-    return [[logps[k] for k in sorted(logps)] for logps in found]
-
-
-def _dealt(items: Sequence[Item], layout: str, config: Config) -> tuple[list[tuple[int, range]], list[list[list[int]]]]:
-    """Trees that fit into micro-batches, each some responses of an item, and how `Cut.deal` deals them."""
-    n = sum(len(item.record.responses) for item in items)
-    passes = 1 if config.microbatch_tokens else -(-n // (2 * config.eval_batch_size))
-    cut = Cut(layout, 1, passes, config.microbatch_tokens)
-    places: list[tuple[int, range]] = []
-    sizes: list[tuple[int, list[int]]] = []
-    for number, record in enumerate(item.record for item in items):
-        prompt, lengths = len(record.prompt), [*map(len, record.responses)]
-        for group in cut.groups(prompt, lengths, [(i,) for i in range(len(lengths))], n):
-            places.append((number, group))
-            sizes.append((prompt, lengths[group.start : group.stop]))
-    return places, cut.deal(sizes)
+    return found
 
 
 def token_rewards(loss: Loss, policy: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -175,11 +143,10 @@ def token_rewards(loss: Loss, policy: np.ndarray, reference: np.ndarray) -> np.n
 
     Rewards are linear in them, so the parts add up to the reward. A loss without rewards gives the log-ratios.
     """
-    logps = torch.tensor(np.stack([policy, reference]), dtype=torch.float64, requires_grad=True)
-    response = Responses(logps[:1].sum(-1), torch.tensor([max(len(policy), 1)]), logps[1:].sum(-1))
-    reward = loss.rewards(response)
-    (slope,) = torch.autograd.grad((response.log_ratio if reward is None else reward).sum(), logps)
-    return (slope * logps.detach()).sum(0).numpy()
+    sums, length = (torch.tensor([logps.sum()]) for logps in (policy, reference)), torch.tensor([max(len(policy), 1)])
+    slopes = reward_slopes(loss, Responses(next(sums), length, next(sums)))
+    ours, theirs = (slope.item() for slope in slopes) if slopes is not None else (1.0, -1.0)
+    return ours * policy + theirs * reference
 
 
 def rows_of(items: Sequence[Item], policy: Saved, reference: Saved, loss: Loss, tokenizer: Any) -> Iterator[dict]:
@@ -203,7 +170,7 @@ def rows_of(items: Sequence[Item], policy: Saved, reference: Saved, loss: Loss, 
         }
 
     n_bos = len(own_bos(tokenizer))
-    for item, *logps in zip(items, token_logps(policy, items, "policy"), token_logps(reference, items, "reference")):
+    for item, *logps in zip(items, logps_of(policy, items, "policy"), logps_of(reference, items, "reference")):
         record = item.record
         responses = [scored(*response) for response in zip(record.responses, *logps)]
         row = {"dataset": item.name, "record": item.number, "prompt": text(record.prompt[n_bos:])}

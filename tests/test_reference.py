@@ -41,14 +41,14 @@ def model() -> PreTrainedModel:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of responses of every batch that is computed for the store."""
     counts: list[int] = []
-    own = reference._computed
+    tree_logps = reference.tree_logps
 
     def counting(*arguments: object) -> object:
-        for tree, logps in own(*arguments):  # type: ignore[arg-type]
-            counts.append(len(tree.responses))
-            yield tree, logps
+        for computed in tree_logps(*arguments):  # type: ignore[arg-type]
+            counts.append(len(computed[1].responses))
+            yield computed
 
-    monkeypatch.setattr(reference, "_computed", counting)
+    monkeypatch.setattr(reference, "tree_logps", counting)
     return counts
 
 

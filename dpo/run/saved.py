@@ -1,19 +1,23 @@
 """Open a trained policy, and the reference it was trained against, from what a run left behind."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo.data.batching import Cut
 from dpo.model.checks import check_fits, pick_computation, refusing
 from dpo.model.loading import load_policy, load_tokenizer, local_folder, pick_device
 from dpo.model.logps import Computation
+from dpo.reference import Wanted, tree_logps
 from dpo.run.checkpoint import STATE_FILE, read_state
 from dpo.run.config import Config
 from dpo.run.weights import weights_identity
-from dpo.utils import UserError
+from dpo.utils import UserError, progress
 
 CHANGED = "it is not what the policy was trained against: its weights have changed since"
 
@@ -48,6 +52,26 @@ class Saved:
         if self.identity not in (None, weights_identity(config.model.start)):
             raise UserError(f"reference {config.model.start}: {CHANGED}")
         return model, tokenizer, pick_computation(model, config)
+
+
+def token_logps(
+    config: Config, model: PreTrainedModel, how: Computation, wanted: Sequence[Wanted], desc: str
+) -> list[list[np.ndarray]]:
+    """Return log p(token | all before it) of the responses of each entry of `wanted`, float32, in nats; NaN for tokens
+    that do not count, such as a user's between two answers. Raise UserError if one that counts is not finite."""
+    n = sum(len(responses) for *_, responses in wanted)
+    passes = 1 if config.microbatch_tokens else max(-(-n // (2 * config.eval_batch_size)), 1)
+    cut = Cut(how.layout, 1, passes, config.microbatch_tokens)
+    found: dict[tuple[int, int, int], np.ndarray] = {}
+    with progress(total=n, desc=desc, unit="responses") as bar:
+        for (data, record, responses), _, rows in tree_logps(model, how, wanted, cut):
+            for response, (logps, counts) in zip(responses, rows, strict=True):
+                if not np.isfinite(logps[counts]).all():
+                    name = data.names[int(data.source[record])]
+                    raise UserError(f"{desc}: log-probabilities of {name}, record {record} are not finite")
+                found[id(data), record, response] = np.where(counts, logps, np.float32(np.nan))
+            bar.update(len(responses))
+    return [[found[id(data), record, i] for i in responses] for data, record, responses in wanted]
 
 
 def formats_of(archive: Path | None) -> list[str]:

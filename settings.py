@@ -1,13 +1,12 @@
 """The configuration: composed of the components' config classes, and validated once, here."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.util
 import json
 import re
-import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,25 +169,29 @@ def _loss(values: Any) -> tuple[Any, list[str]]:
 def _resolved(composed: DictConfig) -> tuple[dict[str, Any], list[str]]:
     """Return the values of all known keys, nested, and a message for each that is missing or not known."""
     known = set(keys(Config))
+    groups = {key.partition(".")[0] for key in known if "." in key} | {"loss"}
     values: dict[str, Any] = {}
     problems: list[str] = []
-    for name in map(str, composed):
-        group = {key.partition(".")[2] for key in known if key.startswith(f"{name}.")}
-        try:
-            if name != "loss" and not group and name not in known:
-                problems.append(f"{name}: no such key{meant(name, all_keys())}")
-            elif (group or name == "loss") and OmegaConf.is_dict(composed.get(name)):
-                values[name] = {}
-                for key in map(str, composed[name]):
-                    if group and key not in group:
-                        problems.append(f"{name}.{key}: no such key{meant(f'{name}.{key}', all_keys())}")
-                    else:
-                        _read(composed, f"{name}.{key}", values[name], problems)
-            else:
-                _read(composed, name, values, problems)
-        except OmegaConfBaseException as error:
-            problems.append(f"{name}: {str(error).splitlines()[0]}")
+    for name in _names(composed, groups):
+        group, dot, _ = name.partition(".")
+        if name in known or name in groups or group == "loss":
+            _read(composed, name, values.setdefault(group, {}) if dot else values, problems)
+        else:
+            problems.append(f"{name}: no such key{meant(name, all_keys())}")
     return values, problems
+
+
+def _names(composed: DictConfig, groups: set[str]) -> Iterator[str]:
+    """Yield the name of every key, dotted inside groups."""
+    for name in map(str, composed):
+        group = None
+        if name in groups:
+            with contextlib.suppress(OmegaConfBaseException):  # reported when the value is read
+                group = composed.get(name)
+        if group and OmegaConf.is_dict(group):
+            yield from (f"{name}.{key}" for key in group)
+        else:
+            yield name
 
 
 def _read(composed: DictConfig, name: str, into: dict[str, Any], problems: list[str]) -> None:
@@ -212,24 +215,7 @@ def data_settings(config: Config) -> "DataSettings":
     """What of the configuration the data depends on."""
     from dpo.data.sources import DataSettings
 
-    return DataSettings(
-        names=tuple(config.datasets),
-        sources=config.dataset_sources,
-        sft=not config.loss.needs_rejected,
-        pair_columns=config.loss.columns,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        chat_format=config.chat_format,
-        chat_date=config.chat_date,
-        columns=config.columns,
-        sft_turns=config.sft_turns,
-        max_pairs_per_prompt=config.max_pairs_per_prompt,
-        max_row_mb=config.max_row_mb,
-        holdout_fraction=config.holdout_fraction,
-        drop_bad_rows=config.drop_bad_rows,
-        cache_dir=str(config.cache),
-        num_proc=config.num_proc,
-    )
+    return DataSettings.of(config, str(config.cache), not config.loss.needs_rejected, config.loss.columns)
 
 
 def check_keys(overrides: list[str]) -> None:
@@ -284,8 +270,3 @@ def _values(override: Override) -> list[str]:
     """The value, or those that are swept."""
     value = override.value()
     return [str(v) for v in value.list] if isinstance(value, ChoiceSweep) else [str(value)]
-
-
-def command_line() -> str:
-    """The command that started this process, as one would type it."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

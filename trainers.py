@@ -334,8 +334,8 @@ def train(config: Config, overrides: list[str] | None = None, stop: stopping.Sto
     """Train from a configuration, in this process, or in new ones if the trainer works in a group of them.
 
     `overrides` are those of the command line, if it came from there, for the run's folder. `stop` shows the caller
-    whether a signal asked to stop. Raise UserError for what a
-    user can put right, and Stopped (a SystemExit) if the run was asked to end early.
+    whether a signal asked to stop. Raise UserError for what a user can put right, and Stopped (a SystemExit) if the
+    run was asked to end early.
     """
     if config.model.archive:
         weights.find_archive(config.model.archive)  # a wrong path should not wait for the data

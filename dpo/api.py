@@ -8,20 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.config import build
-from dpo.data.batching import Batch, make_tree
-from dpo.data.records import Record, load
+from dpo.data.records import load
 from dpo.data.sources import DataSettings
 from dpo.data.tokenise import own_bos
 from dpo.loss import Loss, Responses
-from dpo.model.logps import Computation, response_logps
+from dpo.model.logps import Computation
 from dpo.model.patches import quiet_transformers
+from dpo.reference import Wanted
 from dpo.run.checkpoint import START, read_state
 from dpo.run.config import Config
-from dpo.run.saved import Saved
+from dpo.run.saved import Saved, token_logps
 from dpo.run.weights import find_archive
 from dpo.sampling import Sampling, sample
 from dpo.utils import UserError
@@ -47,9 +48,8 @@ class Run:
 
     @functools.cached_property
     def _reference(self) -> Opened:
-        trained = self.state["config"]["model"]
-        model = replace(self.config.model, name_or_path=str(trained["archive"] or trained["name_or_path"]))
-        model = replace(model, tokenizer_name_or_path=str(self.path))
+        start = {key: self.state["config"]["model"][key] for key in ("name_or_path", "archive")}
+        model = replace(self.config.model, **start, tokenizer_name_or_path=str(self.path))
         return Saved(replace(self.config, model=model), {}, self.state.get(START)).open()
 
     @property
@@ -99,19 +99,17 @@ class Run:
         """
         if not pairs:
             return []
-        places = self._pairs(pairs)
-        records = [record for record, _ in places]
-        sides = [self._responses(opened, records) for opened in (self._policy, self._reference)]
+        wanted = self._pairs(pairs)
+        sides = [self._responses(*opened, wanted) for opened in (self._policy, self._reference)]
         results: list[dict[str, Any]] = []
-        for (record, number), policy, reference in zip(places, *sides, strict=True):
-            chosen, rejected = record.pairs[number]
-            scores = [_score(policy[i], reference[i], loss) for i in (chosen, rejected)]
-            kind = "reward" if "reward" in scores[0] else "log_ratio"
-            results.append({"chosen": scores[0], "rejected": scores[1], "margin": scores[0][kind] - scores[1][kind]})
+        for policy, reference in zip(*sides, strict=True):
+            chosen, rejected = (_score(*scores, loss) for scores in zip(policy, reference, strict=True))
+            kind = "reward" if "reward" in chosen else "log_ratio"
+            results.append({"chosen": chosen, "rejected": rejected, "margin": chosen[kind] - rejected[kind]})
         return results
 
-    def _pairs(self, pairs: Sequence[Mapping[str, Any]]) -> list[tuple[Record, int]]:
-        """Return each pair as a record of token ids and the number of its pair.
+    def _pairs(self, pairs: Sequence[Mapping[str, Any]]) -> list[Wanted]:
+        """Return each pair as the data, its record, and its chosen and rejected response.
 
         Rows go through a file, so that they are read as those of any data set are.
         """
@@ -123,37 +121,29 @@ class Run:
             file.write_text(
                 "".join(f"{json.dumps(json.loads(r) | {NUMBER: n})}\n" for r, n in numbers.items()), "utf-8"
             )
-            settings = DataSettings(
+            settings = replace(
+                DataSettings.of(config, cache_dir=folder, sft=False, pair_columns=(NUMBER,)),
                 names=(str(file),),
-                max_length=config.max_length,
-                max_prompt_length=config.max_prompt_length,
-                chat_format=config.chat_format,
-                chat_date=config.chat_date,
-                columns=config.columns,
-                pair_columns=(NUMBER,),
                 holdout_fraction=0.0,
-                cache_dir=folder,
                 num_proc=1,
             )
-            data = load(settings, self.tokenizer, "train")
-            records = [data[i] for i in range(len(data))]
-        places = {int(n): (record, k) for record in records for k, n in enumerate(record.columns[NUMBER])}
+            data = load(settings, self.tokenizer, "train")  # stays readable when its files are gone
+        places = {
+            int(number): (i, [*pair])
+            for i, record in enumerate(data[i] for i in range(len(data)))
+            for number, pair in zip(record.columns[NUMBER], record.pairs, strict=True)
+        }
         for number, row in enumerate(rows):
             if numbers[row] not in places:
                 raise UserError(f"pairs[{number}] has no two responses of its own: give prompt, chosen and rejected")
-        return [places[numbers[row]] for row in rows]
+        return [(data, *places[numbers[row]]) for row in rows]
 
-    @torch.no_grad()
-    def _responses(self, opened: Opened, records: Sequence[Record]) -> list[list[tuple[float, int]]]:
-        """Return (log-probability, number of tokens) of each record's responses."""
-        model, _, how = opened
-        results = []
-        for record in records:
-            tree = make_tree(record, range(len(record.responses)))
-            tokens = response_logps(model, Batch([tree], [], None), how)
-            sums = torch.where(tokens.mask, tokens.logps, 0.0).double().sum(-1).tolist()
-            results.append(list(zip(sums, tokens.mask.sum(-1).tolist(), strict=True)))
-        return results
+    def _responses(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: Computation, wanted: Sequence[Wanted]
+    ) -> list[list[tuple[float, int]]]:
+        """Return (log-probability, number of tokens) of the wanted responses."""
+        found = token_logps(self.config, model, how, wanted, "scoring")
+        return [[(float(np.nansum(ls, dtype=np.float64)), int(np.sum(~np.isnan(ls)))) for ls in some] for some in found]
 
 
 def _score(policy: tuple[float, int], reference: tuple[float, int], loss: Loss | None) -> dict[str, Any]:

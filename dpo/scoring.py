@@ -160,6 +160,7 @@ class Share:
 
 def shares(data: PreferenceData, examples: Sequence[Example], cut: Cut) -> list[Share]:
     """This process's micro-batches of a global batch, as many in every process."""
+    assert cut.rank is not None, "a cut for one process needs its rank"
     mine = [dealt[cut.rank] for dealt in deal(data, examples, cut)]
     return [Share(make_batch(data, some or examples[:1]), bool(some), some) for some in mine]
 

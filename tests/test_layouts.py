@@ -198,11 +198,11 @@ def test_everything_on_gives_the_gradient_of_everything_off(
     other.load_state_dict({k: v + 0.01 * v.abs().mean() * torch.randn_like(v) for k, v in policy.state_dict().items()})
     plain = Computation(torch.float32)
     slow = Scorer(DPO(0.1), plain, LiveReference(other, plain))
-    loss, wanted, passes = gradient(policy, data, slow, Cut("padded", 1, 1, None))
+    loss, wanted, passes = gradient(policy, data, slow, Cut("padded", 1, 1, None, 0))
     assert passes == 1
     examples = [(int(record), int(pair)) for record, pair in epoch_order(data, 0, 0)]
     for layout in ("tree", "packed"):
-        how, cut = Computation(torch.float32, layout), Cut(layout, 1, 1, 60)
+        how, cut = Computation(torch.float32, layout), Cut(layout, 1, 1, 60, 0)
         stored = build_reference(other, how, cut, tmp_path / layout, wanted_by(data, examples))
         again, found, passes = gradient(policy, data, Scorer(DPO(0.1), how, stored), cut)
         assert passes > 3

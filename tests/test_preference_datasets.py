@@ -879,6 +879,7 @@ def test_a_parser_is_known_by_its_code_and_that_of_its_helpers(tmp_path: Path, m
         return records.parser_identity(importlib.import_module(name).parse)
 
     plain = identity("parser_a", "return x")
+    assert identity("parser_d", '"""Say more."""\n    return x') == plain
     assert identity("parser_b", "return x  # a comment") == plain != identity("parser_c", "return x + 1")
     assert len(records.parser_identity(REGISTRY["se"].parse)[0]) == 4  # se, human, html_to_text, _HtmlText
 

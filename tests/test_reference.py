@@ -279,7 +279,7 @@ def test_a_model_whose_numbers_depend_on_the_micro_batch_is_refused(
     """Rows here have 35 to 62 tokens. Only the shortest and the longest example are looked at, and the limit of the
     models that are known to do this is left out."""
     monkeypatch.setattr(trainers, "check_fits", lambda *_: None)
-    monkeypatch.setattr(trainers.Trainer, "cut", lambda trainer, n, size=None: Cut(layout, 1, n, None))
+    monkeypatch.setattr(trainers.Trainer, "cut", lambda trainer, n, size=None: Cut(layout, 1, n, None, 0))
     monkeypatch.setattr(trainers, "pick_computation", lambda *_: Computation(torch.float32, layout))
     monkeypatch.setattr("dpo.scoring.ROUNDING", 0)
     given = overrides(

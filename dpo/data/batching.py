@@ -193,8 +193,8 @@ class Cut:
     ranks: int
     passes: int
     tokens: int | None
-    rank: int = 0
-    """This process's number among the `ranks`."""
+    rank: int | None = None
+    """This process's number among the `ranks`; None if the cut is not one process's."""
 
     def groups(self, prompt: int, responses: Sequence[int], items: Sequence[Sequence[int]], n: int) -> Iterator[range]:
         """Cut one prompt's `items`, each a set of its responses, into runs whose trees fit a micro-batch.

@@ -92,7 +92,7 @@ def in_test_split(hashes: np.ndarray, fraction: float | None) -> np.ndarray:
 
 
 def parser_identity(parse: Callable[..., ParsedRow]) -> list[Any]:
-    """Return a parser's syntax tree, in which comments and layout play no part, and its columns.
+    """Return a parser's syntax tree without docstrings (nor comments and layout), and its columns.
 
     Functions and classes of its own module that it calls are part of it, except in this package, which has `FORMAT`.
     """
@@ -105,6 +105,9 @@ def parser_identity(parse: Callable[..., ParsedRow]) -> list[Any]:
         except (OSError, TypeError, SyntaxError):  # it was defined where no source is kept
             trees.append(code.__qualname__)
             continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
         trees.append(ast.dump(tree))
         module = sys.modules.get(code.__module__ or "")
         if module is not None and not code.__module__.startswith("dpo."):

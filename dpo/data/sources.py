@@ -4,9 +4,10 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from dpo.data.config import DataConfig
 from dpo.data.files import PLAIN, SUFFIXES, Layout, Source, hub_source, local_source
 from dpo.data.rows import ParsedRow, generic
 from dpo.utils import UserError
@@ -34,6 +35,13 @@ class DataSettings:
     drop_bad_rows: bool = False
     cache_dir: str = ".cache"
     num_proc: int = 0  # 0: all cores
+
+    @classmethod
+    def of(cls, config: DataConfig, cache_dir: str, sft: bool, pair_columns: tuple[str, ...]) -> "DataSettings":
+        """Return the settings that a configuration holds, and those that depend on the loss."""
+        same = {key.name: getattr(config, key.name) for key in fields(cls) if hasattr(config, key.name)}
+        places = {"names": tuple(config.datasets), "sources": config.dataset_sources, "cache_dir": cache_dir}
+        return cls(**same | places, sft=sft, pair_columns=pair_columns)
 
 
 @dataclass(frozen=True)

@@ -20,26 +20,27 @@ from dpo.config import build, keys
 from dpo.hints import meant, parsed
 from dpo.run.config import Config
 from dpo.utils import ROOT, UserError, get_local_dir, get_local_run_dir
+from utils import CONFIG_DIR, loss_values
 
 if TYPE_CHECKING:
     from dpo.data.sources import DataSettings
 
 LONGEST_NAME = 120
-CONFIG_DIR = ROOT / "config"
+LOSS_NAMES = ("name", "kind")  # what a loss is called, and its class
 
 
 @functools.cache
 def loss_keys() -> dict[str, list[str]]:
     """Return name -> keys of every file in config/loss."""
     files = sorted((CONFIG_DIR / "loss").glob("*.yaml"))
-    return {file.stem: [str(key) for key in OmegaConf.load(file) if key != "name"] for file in files}
+    return {file.stem: [key for key in loss_values(file.stem) if key not in LOSS_NAMES] for file in files}
 
 
 def all_keys() -> list[str]:
     """Return every key's dotted name, and the groups' names."""
     own = keys(Config)
     groups = list(dict.fromkeys(key.partition(".")[0] for key in own if "." in key))
-    return own + groups + sorted({f"loss.{key}" for found in loss_keys().values() for key in ("name", *found)})
+    return own + groups + sorted({f"loss.{key}" for found in loss_keys().values() for key in (*LOSS_NAMES, *found)})
 
 
 def register_resolvers() -> None:
@@ -116,7 +117,7 @@ def build_config(composed: DictConfig) -> Config:
     chosen = values.pop("loss", {})
     config, found = build(Config, values | {"loss": None})
     problems += [line for line in found if line not in problems]
-    if not problems or set(chosen) != {"name"}:  # otherwise an answer need not wait for torch
+    if not problems or chosen != loss_values(str(chosen.get("name"))):  # otherwise an answer need not wait for torch
         loss, found = _loss(chosen)
         problems += [line for line in found if line not in problems]
     if problems:
@@ -153,16 +154,13 @@ def _loss(values: Any) -> tuple[Any, list[str]]:
         return None, [f"loss={values} is no group of keys; choose one of config/loss: {', '.join(loss_keys())}"]
     import losses
 
-    arguments = {key: value for key, value in values.items() if key != "name"}
-    try:
-        loss, problems = build(losses.find(values["name"]), arguments, "loss.")
-    except UserError as error:
-        return None, [str(error)]
+    name = values["name"]
+    loss, problems = losses.make(values)
     others = [key for key in all_keys() if key.startswith("loss.")]
     for i, problem in enumerate(problems):
         if problem.endswith(": no such key"):
             key = problem.partition(":")[0]
-            problems[i] = f"{problem} of loss={values['name']}" + ("" if key in others else meant(key, others))
+            problems[i] = f"{problem} of loss={name}" + ("" if key in others else meant(key, others))
     return loss, problems
 
 
@@ -262,7 +260,8 @@ def _check_loss_keys(given: dict[str, list[str]]) -> None:
         having = [loss for loss, names in known.items() if key.removeprefix("loss.") in names]
         if key.startswith("loss.") and having and all(loss in known and loss not in having for loss in chosen):
             run = f"loss={','.join(chosen)}" + ("" if "loss" in given else ", the default")
-            theirs = " or ".join(f"loss={loss}" for loss in having)
+            having.sort(key=lambda loss: loss != "dpo")
+            theirs = " or ".join(f"loss={loss}" for loss in having[:3]) + (" and others" if len(having) > 3 else "")
             raise UserError(f"{key} is for {theirs}, and this run has {run}: add loss={having[0]}")
 
 

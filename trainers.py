@@ -85,7 +85,8 @@ class Trainer:
         if not parallel.all_finite(self.policy):
             raise UserError(f"{config.model.start}: {health.broken_parameters(self.policy)}; it cannot be trained")
         health.warn_of_lost_steps(self.policy, config.lr, config.optimizer)
-        self.scorer = Scorer(config.loss, pick_computation(self.policy, config), None)
+        how = pick_computation(self.policy, config)
+        self.scorer = Scorer(config.loss, how, None, state=config.loss.initial_state())
         check_noise(self.policy, self.scorer.how)
         self.evaluator = Evaluator(config, eval_data, tokenizer, logger, self.load_reference)
         archive = Path(config.model.archive) if config.model.archive else None
@@ -190,6 +191,8 @@ class Trainer:
         cost, parts = Cost(), shares(self.train_data, examples, self.cut(len(examples)))
         scorer = dataclasses.replace(self.scorer, untrained=not self.updater.updates)
         scorer = scorer.with_statistics(self.policy, parts)
+        scorer = dataclasses.replace(scorer, state=scorer.loss.next_state(scorer.state, scorer.statistics))
+        statistics_seconds = time.perf_counter() - start
         for share in parts:
             cost += cost_of(share.batch, self.scorer.how.layout) if share.counts else Cost()
             losses, metrics = scorer(self.policy, share.batch, "train")
@@ -200,6 +203,7 @@ class Trainer:
         lr, grad_norm = self.updater.prepare(self.total_steps)
         if math.isfinite(means["loss/train"]) and self.updater.may_step(grad_norm):
             self.updater.step(grad_norm)
+            self.scorer = dataclasses.replace(self.scorer, state=scorer.state)
         else:
             self.on_nonfinite(examples, health.broken_examples(self.train_data, mine, total["loss/train"]), grad_norm)
             means = {name: value for name, value in means.items() if math.isfinite(value)}
@@ -208,6 +212,7 @@ class Trainer:
         self.eval_metrics = {}  # they were of other weights
         seconds = time.perf_counter() - start
         spent = {"examples_per_second": len(examples) / seconds, "reference_seconds": self.reference_seconds}
+        spent |= {"statistics_seconds": statistics_seconds} if scorer.loss.needs_statistics else {}
         spent |= throughput(self.policy, cost, seconds)
         counters = {"counters/examples": self.examples, "counters/updates": self.updater.updates}
         counters |= {"counters/skipped": self.updater.skipped} if self.updater.skipped else {}
@@ -283,6 +288,7 @@ class Trainer:
         metric, best = state["best"]
         self.saver.best = best if metric == self.config.keep_best else None
         self.eval_metrics = state["metrics"]
+        self.scorer = dataclasses.replace(self.scorer, state=state.get("loss_state") or self.scorer.state)
         tensors.load_optimizer(folder, self.policy, self.updater.optimizer)
         tensors.load_random_state(folder)
         if state["scaler"] and self.updater.scaler.is_enabled():
@@ -305,6 +311,7 @@ class Trainer:
             "eval_examples": len(self.evaluator.examples),
             "command": self.command,
             "scaler": updater.scaler.state_dict(),
+            "loss_state": dict(self.scorer.state),
             "config": self.config.to_dict(),
             "history": self.logger.history(),
             "wandb_id": self.logger.wandb_id,

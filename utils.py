@@ -11,7 +11,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from dpo.utils import UserError, another_ended, log, wants_memory
+from omegaconf import OmegaConf
+
+from dpo.utils import ROOT, UserError, another_ended, log, wants_memory
+
+CONFIG_DIR = ROOT / "config"
 
 LESS_MEMORY = (
     "Any of these needs less: a larger gradient_accumulation_steps, a smaller eval_batch_size or max_length, "
@@ -25,6 +29,18 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         shown = action.default not in (None, False, argparse.SUPPRESS, []) and action.option_strings
         return f"{action.help} (default: %(default)s)" if shown else action.help
+
+
+def loss_values(name: str) -> dict[str, Any]:
+    """Return the keys of config/loss/<name>.yaml and of the files that its defaults list names, {} if there is no such
+    file. Missing values are ???."""
+    file = CONFIG_DIR / "loss" / f"{name}.yaml"
+    own = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    assert isinstance(own, dict)
+    values: dict[str, Any] = {}
+    for base in own.pop("defaults", []):
+        values |= loss_values(base) if base != "_self_" else {}
+    return values | {str(key): value for key, value in own.items()}
 
 
 def _use_utf8() -> None:

@@ -31,7 +31,7 @@ def check_training_data(policy: PreTrainedModel, scorer: Scorer, parts: Iterable
     worst, n_checked, until = health.NO_DIFFERENCE, 0, time.monotonic() + SECONDS
     for data, n, micro_batches in parts:
         for part in micro_batches:
-            _, metrics = scorer(policy, part.batch, "train")
+            metrics = scorer.differences(policy, part.batch, "train")
             parallel.reshard(policy)  # no backward pass follows
             if part.counts:
                 worst = max(worst, health.difference(data, part.examples, metrics, "train"))

@@ -1,8 +1,8 @@
 """The seam between losses and the rest: what a loss sees of a batch, and what it says about itself."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,17 @@ class Responses:
         return self.mean - self.reference_mean
 
     @property
+    def positions(self) -> Tensor:
+        """The place of each token among those that count, from 1: [n, t]."""
+        assert self.mask is not None, "the loss has needs_tokens=False"
+        return self.mask.cumsum(-1)
+
+    def counted(self, tokens: Tensor | None) -> Tensor:
+        """Return `tokens` [n, t] with 0 for those that do not count."""
+        assert self.mask is not None and tokens is not None, "the loss has needs_tokens=False"
+        return torch.where(self.mask, tokens, 0.0)
+
+    @property
     def _reference(self) -> Tensor:
         assert self.reference_sum is not None, "the loss has needs_reference=False"
         return self.reference_sum
@@ -62,13 +73,7 @@ class Examples:
     rejected: Responses | None = None  # None unless the loss has `needs_rejected`
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # the data columns that the loss names, each [n]
     statistics: Mapping[str, Tensor] = field(default_factory=dict)  # `Loss.observe` of all N global examples, each [N]
-
-    def logratio_difference(self, mean: bool = False) -> Tensor:
-        """log policy(y_w)/policy(y_l) - log reference(y_w)/reference(y_l), of sums or of means over tokens: [n]."""
-        chosen, rejected = self.chosen, self.losers
-        if mean:
-            return (chosen.mean - rejected.mean) - (chosen.reference_mean - rejected.reference_mean)
-        return (chosen.sum - rejected.sum) - (chosen._reference - rejected._reference)
+    state: Mapping[str, float] = field(default_factory=dict)  # see `Loss.next_state`
 
     @property
     def losers(self) -> Responses:
@@ -81,19 +86,34 @@ class Loss:
     """Base of all losses. A subclass is a frozen dataclass; its fields are the keys of its YAML file in config/loss.
 
     `class MyLoss(Loss, name="mine")` is found by that name in losses.py; without a name, as module.MyLoss in any
-    module that can be imported.
+    module that can be imported. What a loss needs are facts of the class, or of the object: `__post_init__` may `_set`
+    them.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
-    name: ClassVar[str]
-    needs_rejected: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = True
-    needs_tokens: ClassVar[bool] = False
-    needs_statistics: ClassVar[bool] = False
-    columns: ClassVar[tuple[str, ...]] = ()  # numeric columns of the data, one value per example
+    kind: ClassVar[str]
+    needs_rejected = True
+    needs_reference = True
+    needs_tokens = False
+    needs_statistics = False
+    columns: tuple[str, ...] = ()  # numeric columns of the data, one value per example
 
     def __init_subclass__(cls, name: str | None = None) -> None:
-        cls.name = name or f"{cls.__module__}.{cls.__qualname__}"
+        cls.kind = name or f"{cls.__module__}.{cls.__qualname__}"
+
+    @property
+    def name(self) -> str:
+        """What the run's files call the loss."""
+        return self.kind
+
+    def __str__(self) -> str:
+        """The name, and the keys that do not have their neutral values."""
+        own = ((key.name, getattr(self, key.name), key.default) for key in fields(self) if key.name != "name")  # type: ignore[arg-type]
+        return f"{self.name}({', '.join(f'{key}={value}' for key, value, neutral in own if value != neutral)})"
+
+    def _set(self, **facts: Any) -> None:
+        for fact, value in facts.items():
+            object.__setattr__(self, fact, value)
 
     def __call__(self, examples: Examples) -> Tensor:
         """Return the loss of each example, shape [n]."""
@@ -109,6 +129,24 @@ class Loss:
         They are computed without gradients before the loss, and gathered in no particular order.
         """
         raise NotImplementedError
+
+    def initial_state(self) -> dict[str, float]:
+        """Return the numbers that the loss carries from update to update; {} if it has none."""
+        return {}
+
+    def next_state(self, state: Mapping[str, float], statistics: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the state with which a global batch of these `statistics` is trained on. Checkpoints hold it."""
+        return dict(state)
+
+    def gradient_weight(self, examples: Examples) -> Tensor | None:
+        """Return how much each example still pushes, shape [n]: -d loss / d reward of the chosen response, such as
+        sigmoid(-margin) of DPO. None if the loss does not say."""
+        return None
+
+    @property
+    def weighs_gradients(self) -> bool:
+        """Whether the loss defines `gradient_weight`."""
+        return type(self).gradient_weight is not Loss.gradient_weight
 
     @property
     def gives_rewards(self) -> bool:

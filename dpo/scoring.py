@@ -32,6 +32,8 @@ class Scored:
     chosen_reward: Tensor
     rejected_reward: Tensor
     rounding: Tensor  # of the reward margin: a smaller margin counts as a tie
+    slack: Tensor  # rounding of the chosen response's log-probability, in nats
+    gradient_weight: Tensor  # see Loss.gradient_weight
 
     @property
     def margin(self) -> Tensor:
@@ -41,7 +43,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number per example. `needs`: what the loss must have for it: rejected, reference, rewards."""
+    """A number per example. `needs`: what the loss must have for it: rejected, reference, rewards, gradient_weight."""
 
     value: Callable[[Scored], Tensor]
     needs: frozenset[str] = frozenset()
@@ -60,6 +62,8 @@ METRICS = {
     "rewards_{}/accuracies": _metric(lambda s: (s.margin > s.rounding).float(), "rewards", "rejected"),
     "rewards_{}/margins": _metric(lambda s: s.margin, "rewards", "rejected"),
     "logps_{}/rejected": _metric(lambda s: s.rejected.sum, "rejected"),
+    "gradient_weight_{}": _metric(lambda s: s.gradient_weight, "gradient_weight"),
+    "chosen_fell_{}": _metric(lambda s: (s.chosen.log_ratio < -s.slack).float(), "reference", "rejected"),
     "logratios_per_token_{}/chosen": _metric(lambda s: s.chosen.mean_log_ratio, "reference"),
     "logratios_per_token_{}/rejected": _metric(lambda s: s.rejected.mean_log_ratio, "reference", "rejected"),
 }
@@ -68,6 +72,7 @@ METRICS = {
 def measured(loss: Loss, split: str) -> dict[str, Metric]:
     """Return the metrics that a batch of `loss` has, under their names in `split` ("train" or "eval")."""
     facts = {"rejected": loss.needs_rejected, "reference": loss.needs_reference, "rewards": loss.gives_rewards}
+    facts |= {"gradient_weight": loss.weighs_gradients}
     return {name.format(split): m for name, m in METRICS.items() if all(facts[need] for need in m.needs)}
 
 
@@ -76,7 +81,7 @@ class Scorer:
     """Computes the loss and the metrics of a batch under a policy.
 
     `untrained`: the policy still equals the reference, so they differ by rounding only, and no pair is told apart.
-    `statistics`: see Examples.
+    `statistics` and `state`: see Examples.
     """
 
     loss: Loss
@@ -84,6 +89,7 @@ class Scorer:
     reference: Reference | None
     untrained: bool = False
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, policy: PreTrainedModel, batch: Batch, split: str) -> tuple[Tensor, Metrics]:
         """Return the loss of each example, shape [n], with gradients, and the metrics of each example."""
@@ -93,6 +99,21 @@ class Scorer:
         scored = self._scored(batch, tokens, examples, losses)
         values = {name: metric.value(scored) for name, metric in measured(self.loss, split).items()}
         return losses, {name: value.detach().cpu().tolist() for name, value in values.items()}
+
+    def differences(self, policy: PreTrainedModel, batch: Batch, split: str) -> Metrics:
+        """Return the metrics by which policy and reference are compared. They need no loss.
+
+        Not under `no_grad`: tensor parallelism would take other kernels than the training step's.
+        """
+        examples = self.examples(batch, response_logps(policy, batch, self.how))
+        found: Metrics = {}
+        for name, side in (("chosen", examples.chosen), ("rejected", examples.rejected)):
+            if side is not None:
+                rewards = self.loss.rewards(side)
+                found[f"logratios_per_token_{split}/{name}"] = side.mean_log_ratio.detach().cpu().tolist()
+                rewards = side.log_ratio if rewards is None else rewards
+                found[f"rewards_{split}/{name}"] = rewards.detach().cpu().tolist()
+        return found
 
     def examples(self, batch: Batch, tokens: TokenLogps) -> Examples:
         """Return what the loss sees of a batch whose response tokens have these log-probabilities."""
@@ -112,7 +133,7 @@ class Scorer:
 
         rejected = side(batch.rejected) if batch.rejected is not None else None
         columns = {name: torch.tensor(values, device=device) for name, values in batch.columns.items()}
-        return Examples(side(batch.chosen), rejected, columns, self.statistics)
+        return Examples(side(batch.chosen), rejected, columns, self.statistics, self.state)
 
     def _scored(self, batch: Batch, tokens: TokenLogps, examples: Examples, losses: Tensor) -> Scored:
         """Return what metrics are computed from. Without rejected responses or rewards, these hold stand-ins that no
@@ -121,12 +142,14 @@ class Scorer:
         rewards = [self.loss.rewards(side) for side in (chosen, rejected)]
         ours, theirs = [losses if reward is None else reward.detach() for reward in rewards]
         rounding = torch.zeros_like(ours)
+        slack = ROUNDING * tokens.logps.detach().abs() + (self.how.tolerance if self.untrained else TOKEN_ROUNDING)
+        slack = sum_tokens(slack, tokens.mask)
         slopes = [reward_slopes(self.loss, side) for side in (chosen, rejected)]
         if slopes[0] is not None and slopes[1] is not None and batch.rejected is not None:
-            slack = ROUNDING * tokens.logps.detach().abs() + (self.how.tolerance if self.untrained else TOKEN_ROUNDING)
-            slack = sum_tokens(slack, tokens.mask)
             rounding = (slopes[0][0] * slack[batch.chosen]).abs() + (slopes[1][0] * slack[batch.rejected]).abs()
-        return Scored(losses, chosen, rejected, ours, theirs, rounding)
+        weight = self.loss.gradient_weight(examples)
+        weight = losses if weight is None else weight
+        return Scored(losses, chosen, rejected, ours, theirs, rounding, slack[batch.chosen], weight)
 
     @torch.no_grad()
     def with_statistics(self, policy: PreTrainedModel, parts: Sequence["Share"]) -> "Scorer":

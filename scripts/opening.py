@@ -15,7 +15,7 @@ from dpo.run.resume import flat
 from dpo.run.saved import CHANGED, Saved
 from dpo.run.weights import find_archive, weights_identity
 from dpo.utils import UserError, log
-from settings import check_keys, load_config, quoted
+from settings import LOSS_NAMES, check_keys, load_config, quoted
 
 
 def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -56,12 +56,12 @@ def _configure(model: list[str], values: dict[str, Any], known: dict[str, Any], 
     chosen = []
     if "loss" not in given and "loss" in known:
         loss = known["loss"]
-        if "." in loss["name"]:
+        if code := next((loss[key] for key in LOSS_NAMES if "." in loss.get(key, "")), None):
             raise UserError(
-                f"{loss['name']} is code outside losses.py, which no checkpoint may choose: add what chooses "
+                f"{code} is code outside losses.py, which no checkpoint may choose: add what chooses "
                 "it, hydra.searchpath=[...] loss=<name>, and its keys"
             )
-        settings |= {f"loss.{key}": value for key, value in loss.items() if key != "name" and value is not None}
+        settings |= {f"loss.{key}": value for key, value in loss.items() if key not in LOSS_NAMES and value is not None}
         chosen = [f"loss={loss['name']}"]
     settings = {key: value for key, value in (settings | values).items() if key not in given}
     return replace(load_config(["exp_name=saved", *model, *chosen, *overrides], settings), trainer="BasicTrainer")

@@ -1,6 +1,7 @@
 """The examples in CONTRIBUTING.md work."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -33,10 +34,10 @@ def test_the_loss() -> None:
     names: dict[str, Any] = {**vars(losses), "__name__": "contributing"}
     exec(example("A loss", "python"), names)
     keys = yaml.safe_load(example("A loss", "yaml"))
-    loss = names["Hinge"](beta=0.1)
+    loss = names["Exponential"](beta=0.1)
     assert keys.keys() == {"name", *(field.name for field in dataclasses.fields(loss))} and keys["name"] == loss.name
     examples = sides()
-    assert loss(examples).tolist() == pytest.approx([0.7, 0.7])  # the log-ratios differ by 1 + 2
+    assert loss(examples).tolist() == pytest.approx([math.exp(-0.3)] * 2)  # the log-ratios differ by 1 + 2
     assert loss.rewards(examples.chosen).tolist() == pytest.approx([0.1, 0.1])
 
 
@@ -54,7 +55,7 @@ def test_the_metric() -> None:
     (metric,) = names["METRICS"].values()
     examples = sides()
     zero = torch.zeros(2)
-    scored = dpo.scoring.Scored(zero, examples.chosen, examples.losers, zero, zero, zero)
+    scored = dpo.scoring.Scored(zero, examples.chosen, examples.losers, *[zero] * 5)
     assert metric.value(scored).tolist() == [2.0, -30.0]
 
 

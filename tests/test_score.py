@@ -111,7 +111,7 @@ def test_rewards_are_those_of_a_slow_computation(
             ["loss=ipo", "loss.beta=0.5", "loss.average_log_prob=true"],
             0.5,
             True,
-            "IPO(beta=0.5, average_log_prob=True)",
+            "ipo(beta=0.5, average_log_prob=True)",
         ),
         (["loss=sft"], 1.0, False, "log policy / reference (loss=sft has none)"),
         (["loss=unlikelihood"], 1.0, False, "log policy / reference (loss=unlikelihood has none)"),

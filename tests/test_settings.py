@@ -13,6 +13,7 @@ from dpo.config import keys
 from dpo.run.config import Config
 from dpo.utils import UserError
 from settings import CONFIG_DIR, build_config, load_config
+from utils import loss_values
 
 MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
 LOSSES = sorted(path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml"))
@@ -58,10 +59,11 @@ def test_every_model_config_composes(model: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_config_composes(loss: str) -> None:
-    betas = ["loss.beta=0.3"] if loss in ("dpo", "ipo") else []
-    built = load_config([f"loss={loss}", "exp_name=x", *betas]).loss
-    assert built.needs_rejected == (loss != "sft")
-    assert not betas or built.beta == 0.3
+    required = [key for key, value in loss_values(loss).items() if value == "???"]
+    given = [f"loss.{key}=" + ("{nll: 1}" if key == "terms" else "0.3") for key in required]
+    built = load_config([f"loss={loss}", "exp_name=x", *given]).loss
+    assert built.needs_rejected == (loss != "sft") and built.name == loss
+    assert "beta" not in required or built.beta == 0.3
 
 
 def test_the_issue_of_missing_models_is_covered() -> None:

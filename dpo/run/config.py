@@ -139,13 +139,16 @@ class Config(TrainingConfig, DataConfig, ParallelConfig, RunConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the keys as nested dictionaries, for files."""
         values = asdict(self)
-        return values | {"loss": {"name": self.loss.name, **values["loss"]}}
+        kind = {"kind": self.loss.kind} if self.loss.kind != self.loss.name else {}
+        return values | {"loss": {"name": self.loss.name, **kind, **values["loss"]}}
 
     def problems(self) -> Iterator[str]:
         """Yield what keys contradict, and what this machine lacks, one message each. Imports torch."""
         yield from super().problems()
         if self.keep_best is not None and not self.n_eval_examples:
             yield f"keep_best={self.keep_best} needs evaluations: set n_eval_examples"
+        if self.reference.mode == "live" and self.loss.needs_rejected and not self.loss.needs_reference:
+            yield f"reference.mode=live, but loss={self.loss.name} needs no reference: leave reference.mode out"
         yield from self.device_problems()
         yield from self.optimizer_problems()
 

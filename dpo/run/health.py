@@ -122,8 +122,9 @@ def difference(
     """Return the largest difference among `examples`. `metrics` are theirs, in the same order."""
     found = NO_DIFFERENCE
     for side in ("chosen", "rejected"):
-        values = (metrics[f"{name}_{split}/{side}"] for name in ("logratios_per_token", "rewards"))
-        for example, per_token, reward in zip(examples, *values, strict=True):
+        ratios = metrics.get(f"logratios_per_token_{split}/{side}", [])
+        rewards = metrics.get(f"rewards_{split}/{side}", ratios)
+        for example, per_token, reward in zip(examples, ratios, rewards):
             size = abs(per_token) if math.isfinite(per_token) else math.inf
             if size > found.per_token:
                 found = Difference(size, reward, name_of(data, example))

@@ -3,6 +3,7 @@
 import mmap
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +169,10 @@ def _changes(
     those without the mark MayChange that are not in `may_change`."""
     free = set(keys(type(config), MayChange)) | (may_change or set())
     before, now = flat(state["config"]), flat(config.to_dict())
-    # A key that did not exist in the checkpoint's version has not changed if it is off.
-    changed = sorted(key for key, value in now.items() if before.get(key) != value and (key in before or value))
+    # A key that did not exist in the checkpoint's version has not changed if it is off, or has a loss's neutral value.
+    neutral = {f"loss.{key.name}": key.default for key in fields(config.loss)} | {"loss.kind": config.loss.kind}
+    new = {key for key, value in now.items() if key not in before and (not value or value == neutral.get(key))}
+    changed = sorted(key for key, value in now.items() if before.get(key) != value and key not in new)
     lines = {key: f"{key}={now.get(key)} (was {before.get(key)})" for key in changed}
     return lines, [key for key in lines if key not in free and key.partition(".")[0] not in free]
 

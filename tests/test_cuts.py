@@ -1,0 +1,79 @@
+"""Every loss computes the same, however the global batch is cut: into micro-batches, layouts and processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import read_jsonl, train_here
+from test_losses import LOSS_FILES
+from test_parallel import launch
+from test_trl import FOLDER, overrides_of, updates_in
+
+from utils import loss_values
+
+CUTS = {
+    "1": ["gradient_accumulation_steps=1"],
+    "2": ["gradient_accumulation_steps=2", "layout=padded"],
+    "8": ["gradient_accumulation_steps=8"],
+}
+STEEP = {"discopop": 3e-5}  # 1 / tau = 20 times the rounding of a log-ratio, which is 1e-6
+VALUES = {"beta": 0.3, "alpha": 0.5, "terms": "{simpo: 1.0, slic: 0.5, nll: 0.5}"}
+PARTS = {
+    "every part": "loss=dpo loss.beta=0.3 loss.ld_alpha=0.5 loss.dpop_weight=1 loss.nll_weight=0.1 loss.nll=batch_mean "
+    "loss.divergence=js loss.margin=column loss.weighting=column",
+}
+
+
+def cases() -> dict[str, list[str]]:
+    """Return name -> overrides of every file of config/loss, and of the parts that none of them sets."""
+    found = {}
+    for name in LOSS_FILES:
+        missing = [key for key, value in loss_values(name).items() if value == "???"]
+        found[name] = [f"loss={name}", *(f"loss.{key}={VALUES[key]}" for key in missing)]
+    return found | {name: given.split() for name, given in PARTS.items()}
+
+
+def command(folder: Path, rows: Path, given: list[str], cut: list[str]) -> list[str]:
+    more = [f"datasets=[{rows}]", "n_epochs=2", "lr=1e-5", *given, *cut]
+    return [*overrides_of(folder), *more]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TRL's eight rows with two columns of numbers."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    numbered = [
+        row | {"margin": 0.1 * i, "weight": 0.5 + i % 3} for i, row in enumerate(read_jsonl(FOLDER / "rows.jsonl"))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in numbered))
+    return path
+
+
+def must_be_equal(folders: list[Path], name: str) -> None:
+    first, *others = [updates_in(folder) for folder in folders]
+    names = [n for n in first[0] if n.startswith(("loss/", "logps", "rewards", "grad", "logratios", "chosen_fell"))]
+    assert len(first) == 2 and len(names) >= 3
+    slack = STEEP.get(name, 1e-5)
+    for folder, updates in zip(folders[1:], others):
+        for ours, theirs in zip(updates, first, strict=True):
+            assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=slack, abs=slack), (
+                folder
+            )
+
+
+@pytest.mark.parametrize("name", cases())
+def test_micro_batches_and_layouts_do_not_matter(name: str, rows: Path, tmp_path: Path) -> None:
+    for cut, given in CUTS.items():
+        train_here(command(tmp_path / cut, rows, cases()[name], given))
+    must_be_equal([tmp_path / cut for cut in CUTS], name)
+
+
+@pytest.mark.full
+def test_processes_do_not_matter(rows: Path, tmp_path: Path) -> None:
+    cut = ["trainer=FSDPTrainer", "nproc=2", "gradient_accumulation_steps=2"]
+    group = [command(tmp_path / name.replace(" ", "_") / "2", rows, given, cut) for name, given in cases().items()]
+    launch(group, 2)
+    for name, given in cases().items():
+        folder = tmp_path / name.replace(" ", "_")
+        train_here(command(folder / "1", rows, given, CUTS["1"]))
+        must_be_equal([folder / "1", folder / "2"], name)

@@ -37,7 +37,7 @@ class SFT(Loss, name="sft"):
     """
 
     dft: bool = False
-    needs_rejected = False
+    rows = "targets"
     needs_reference = False
 
     def __post_init__(self) -> None:
@@ -493,6 +493,72 @@ class AOTUnpaired(AOT, name="aot_unpaired"):
 
 
 @dataclass(frozen=True)
+class KTO(Loss, name="kto"):
+    """Kahneman-Tversky Optimization, Ethayarajh et al. 2024 (arXiv:2402.01306), equations 7 and 8, less a constant.
+
+    lambda (1 - sigmoid(r - beta z0)) of a completion that is wanted, lambda (1 - sigmoid(beta z0 - r)) of one that is
+    not; r = beta log pi/ref, lambda is `desirable_weight` or `undesirable_weight`. z0, an estimate of the KL from the
+    reference, is the mean log-ratio, at least 0, of each prompt of the global batch with the response of another prompt
+    of it; it counts as a constant.
+    """
+
+    beta: Beta
+    desirable_weight: Weight = 1.0
+    undesirable_weight: Weight = 1.0
+    rows = "labelled"
+    columns = ("label",)
+    needs_statistics = True
+    observes_mismatched = True
+
+    def __call__(self, examples: Examples) -> Tensor:
+        weight, value = self._value(examples)
+        return weight * (1 - value)
+
+    def _value(self, examples: Examples) -> tuple[Tensor, Tensor]:
+        """Return weight and value of each example."""
+        wanted = examples.columns["label"] > 0
+        found = examples.statistics.get("log_ratio")  # none if all prompts are the same
+        z0 = found.mean().clamp(min=0) if found is not None else 0.0
+        h = self.beta * (examples.chosen.log_ratio - z0)
+        weight = torch.where(wanted, self.desirable_weight, self.undesirable_weight)
+        return weight, F.sigmoid(torch.where(wanted, h, -h))
+
+    def observe(self, examples: Examples) -> dict[str, Tensor]:
+        return {"log_ratio": examples.chosen.log_ratio}
+
+    def rewards(self, responses: Responses) -> Tensor:
+        return self.beta * responses.log_ratio
+
+    def gradient_weight(self, examples: Examples) -> Tensor:
+        """|d loss / d r|: lambda sigmoid (1 - sigmoid)."""
+        weight, value = self._value(examples)
+        return (weight * value * (1 - value)).detach()
+
+
+@dataclass(frozen=True)
+class Listwise(Loss, name="listwise"):
+    """Plackett-Luce likelihood of a ranking, Rafailov et al. 2023 (arXiv:2305.18290), appendix A.3.
+
+    -sum_k log(exp(r_k) / sum_{j >= k} exp(r_j)) over all but the last of the ranked responses, r = beta log pi/ref.
+    For two responses it is DPO.
+    """
+
+    beta: Beta
+    rows = "ranked"
+
+    def __call__(self, examples: Examples) -> Tensor:
+        assert examples.ranked is not None
+        losses = [
+            (rewards.flip(0).logcumsumexp(0).flip(0) - rewards)[:-1].sum()
+            for rewards in self.rewards(examples.ranked).split(examples.sizes)
+        ]
+        return torch.stack(losses)
+
+    def rewards(self, responses: Responses) -> Tensor:
+        return self.beta * responses.log_ratio
+
+
+@dataclass(frozen=True)
 class Mix(Loss, name="mix"):
     """A weighted sum of losses of pairs, such as MPO (Wang et al. 2024, arXiv:2411.10442): `terms` gives the weight of
     each, by name. `beta` is for all that have one, `settings` gives a term other keys: {simpo: {gamma: 0.5}}.
@@ -532,7 +598,7 @@ class Mix(Loss, name="mix"):
             given = (self.settings or {}).get(name, {})
             loss, found = make({"name": name, **given}, {} if self.beta is None else {"beta": self.beta})
             problems += [f"loss.terms, {name}: {problem}" for problem in found]
-            if loss is not None and not loss.needs_rejected:
+            if loss is not None and loss.rows != "pairs":
                 problems.append(f"loss.terms, {name}: it is no loss of pairs; of the chosen response: nll")
             parts |= {name: loss} if loss is not None else {}
         return parts, problems

@@ -213,7 +213,7 @@ def data_settings(config: Config) -> "DataSettings":
     """What of the configuration the data depends on."""
     from dpo.data.sources import DataSettings
 
-    return DataSettings.of(config, str(config.cache), not config.loss.needs_rejected, config.loss.columns)
+    return DataSettings.of(config, str(config.cache), config.loss.rows, config.loss.columns)
 
 
 def check_keys(overrides: list[str]) -> None:

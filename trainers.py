@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import parallel
 from dpo.agreement import check_training_data, evaluation_part, parts_to_check
-from dpo.data.batching import Cut, Example, Plan
+from dpo.data.batching import Cut, Example, Mismatched, Plan
 from dpo.data.checks import check_format, check_overlap, trained_on
 from dpo.data.records import PreferenceData, format_funnel
 from dpo.data.sources import HUB_ID, find_source
@@ -31,12 +31,12 @@ from dpo.model.loading import load_policy, load_tokenizer, local_folder, pick_de
 from dpo.model.patches import quiet_transformers
 from dpo.optimizer import Updater
 from dpo.parallel.arrange import sharding_of
-from dpo.reference import LiveReference, Reference, StoredReference, build_reference, wanted_by
+from dpo.reference import LiveReference, Reference, StoredReference, Wanted, build_reference, wanted_by
 from dpo.run import checkpoint, health, resume, stopping, tensors, weights
 from dpo.run.config import Config
 from dpo.run.folder import begin, leave, locked, open_run
 from dpo.run.metrics import RunLogger
-from dpo.run.saved import formats_of
+from dpo.run.saved import formats_of, load_reference
 from dpo.run.saving import Saver
 from dpo.run.throughput import Cost, cost_of, throughput
 from dpo.run.trackers import open_logger
@@ -55,13 +55,14 @@ def plan_of(config: Config) -> Plan:
 
 
 class Trainer:
-    """Trains a policy. `load(archive, trains=True, compiled=True)` gives a new model with the weights of `archive`, or
-    with the base model's if it is None; it decides how the model lies on devices and processes."""
+    """Trains a policy. `load(archive)` gives a new model with the weights of `archive`, or with the base model's if it
+    is None, and `load_reference(compiled)` a new reference; they decide how models lie on devices and processes."""
 
     def __init__(
         self,
         config: Config,
-        load: Callable[..., PreTrainedModel],
+        load: Callable[[str | None], PreTrainedModel],
+        load_reference: Callable[[bool], PreTrainedModel],
         tokenizer: PreTrainedTokenizerBase,
         train_data: PreferenceData,
         eval_data: PreferenceData | None,
@@ -70,6 +71,7 @@ class Trainer:
         stop: stopping.StopRequest | None = None,
     ):
         self.config, self.load, self.logger, self.command = config, load, logger, command
+        self.read_reference = load_reference
         self.stop = stop or stopping.StopRequest()
         self.train_data = train_data
         self.plan = plan_of(config)
@@ -80,6 +82,7 @@ class Trainer:
         self.watch = health.Watch(config.warn_loss_spike, config.warn_chosen_drop)
         self.deadline = stopping.Deadline(config.max_runtime)
         self.start = weights.Start(config.model.start)
+        self.other = weights.Start(config.reference.archive) if config.reference.archive else None
         self.use(self.start.read(lambda: load(config.model.archive)))
         check_fits(self.policy, tokenizer, config)
         if not parallel.all_finite(self.policy):
@@ -105,23 +108,25 @@ class Trainer:
         scaled = self.config.compute_dtype == torch.float16 and policy.dtype == torch.float32
         self.updater = Updater(policy, self.config, scaled)
 
-    def load_reference(self) -> PreTrainedModel:
-        """Return a second model with the weights that training started from."""
-        return self.start.read(lambda: self.load(self.config.model.archive, False, False))
+    def load_reference(self, compiled: bool = False) -> PreTrainedModel:
+        """Return a second model: reference.archive, or the weights that training started from."""
+        return (self.other or self.start).read(lambda: self.read_reference(compiled))
 
     def prepare_reference(self) -> None:
         """Compute reference log-probabilities and samples while the policy is still untrained, and check them."""
         config, start, eval_data = self.config, time.perf_counter(), self.evaluator.data
         reference: Reference
+        other = self.load_reference(compiled=True) if self.other or config.reference.mode == "live" else None
+        how = pick_computation(other, config) if other is not None and self.other else self.scorer.how
         if config.reference.mode == "live":
-            reference = LiveReference(self.start.read(lambda: self.load(config.model.archive, False)), self.scorer.how)
+            assert other is not None
+            reference = LiveReference(other, how)
         else:
-            planned = (example for batch in self.plan.batches(self.train_data) for example in batch)
-            wanted = wanted_by(self.train_data, planned)
-            wanted += wanted_by(eval_data, self.evaluator.examples) if eval_data is not None else []
+            wanted = self.wanted_of_reference()
             n_responses = sum(len(responses) for *_, responses in wanted)
             cut = self.cut(n_responses, n_responses if config.microbatch_tokens else 2 * config.eval_batch_size)
-            reference = build_reference(self.policy, self.scorer.how, cut, config.cache / "reference", wanted)
+            source = self.policy if other is None else other.requires_grad_(False).eval()
+            reference = build_reference(source, how, cut, config.cache / "reference", wanted)
         self.scorer = dataclasses.replace(self.scorer, reference=reference)
         unseen = eval_data if not config.do_first_eval else None  # otherwise the first evaluation checks them
         parts = parts_to_check(
@@ -132,10 +137,26 @@ class Trainer:
             evaluation_part(unseen, self.evaluator.examples, self.eval_cut),
             resumed=config.checkpoint is not None,
         )
-        check_training_data(self.policy, self.scorer, parts, self.total_examples)
+        if self.other is None:
+            check_training_data(self.policy, self.scorer, parts, self.total_examples)
+        else:
+            log(f"reference.archive={self.other.name} is not where training starts: rewards do not start at 0, and")
+            log("whether policy and reference agree is not checked")
         if self.evaluator.sampler is not None:
-            self.evaluator.sampler.remember(self.policy)
+            self.evaluator.sampler.remember(self.policy if other is None else other)
         self.reference_seconds = time.perf_counter() - start
+
+    def wanted_of_reference(self) -> list[Wanted]:
+        """Return all responses whose reference log-probabilities the run needs."""
+        data, eval_data = self.train_data, self.evaluator.data
+        batches = list(self.plan.batches(data))
+        wanted = wanted_by(data, (example for batch in batches for example in batch))
+        wanted += wanted_by(eval_data, self.evaluator.examples) if eval_data is not None else []
+        if self.config.loss.observes_mismatched:
+            views = [Mismatched(data, batch) for batch in batches]
+            views += [Mismatched(eval_data, self.evaluator.examples)] if eval_data is not None else []
+            wanted += [needed for view in views for needed in wanted_by(view, view.examples)]
+        return wanted
 
     def cut(self, n: int, pass_size: int | None = None) -> Cut:
         """Return how `n` examples are cut into passes, of about `pass_size` examples or as in training."""
@@ -143,6 +164,11 @@ class Trainer:
         size = max(pass_size or config.batch_size // config.gradient_accumulation_steps, ranks)
         rank = parallel.data_rank(self.policy)
         return Cut(self.scorer.how.layout, ranks, -(-n // size), config.microbatch_tokens, rank)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the policy still equals the reference."""
+        return not self.updater.updates and self.other is None
 
     @property
     def eval_cut(self) -> Cut:
@@ -188,9 +214,10 @@ class Trainer:
         self.policy.train()
         total: Metrics = {}
         mine: list[Example] = []
-        cost, parts = Cost(), shares(self.train_data, examples, self.cut(len(examples)))
-        scorer = dataclasses.replace(self.scorer, untrained=not self.updater.updates)
-        scorer = scorer.with_statistics(self.policy, parts)
+        cut = self.cut(len(examples))
+        cost, parts = Cost(), shares(self.train_data, examples, cut)
+        scorer = dataclasses.replace(self.scorer, untrained=self.untrained)
+        scorer = scorer.with_statistics(self.policy, self.train_data, examples, cut)
         scorer = dataclasses.replace(scorer, state=scorer.loss.next_state(scorer.state, scorer.statistics))
         statistics_seconds = time.perf_counter() - start
         for share in parts:
@@ -237,7 +264,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Measure the policy on the evaluation examples, and log it."""
-        scorer = dataclasses.replace(self.scorer, untrained=not self.updater.updates)
+        scorer = dataclasses.replace(self.scorer, untrained=self.untrained)
         self.eval_metrics = self.evaluator(self.policy, scorer, self.eval_cut, self.examples)
         self.watch.evaluation(self.eval_metrics, self.examples)
 
@@ -310,6 +337,7 @@ class Trainer:
             "metrics": self.eval_metrics,
             "eval_examples": len(self.evaluator.examples),
             "command": self.command,
+            "loss": str(self.config.loss),
             "scaler": updater.scaler.state_dict(),
             "loss_state": dict(self.scorer.state),
             "config": self.config.to_dict(),
@@ -324,7 +352,8 @@ class Trainer:
         """Return what a resumed run must share with its checkpoint besides settings: data, and the reference."""
         reference = self.scorer.reference
         name = reference.folder.name if isinstance(reference, StoredReference) else None
-        return {"training data": self.train_data.identity, "reference": name, checkpoint.START: self.start.identity}
+        starts = {checkpoint.START: self.start.identity, checkpoint.REFERENCE: self.other and self.other.identity}
+        return {"training data": self.train_data.identity, "reference": name, **starts}
 
 
 def _sources(data: PreferenceData | None) -> list[dict[str, Any]]:
@@ -344,8 +373,9 @@ def train(config: Config, overrides: list[str] | None = None, stop: stopping.Sto
     whether a signal asked to stop. Raise UserError for what a user can put right, and Stopped (a SystemExit) if the
     run was asked to end early.
     """
-    if config.model.archive:
-        weights.find_archive(config.model.archive)  # a wrong path should not wait for the data
+    for archive in filter(None, (config.model.archive, config.reference.archive)):
+        if Path(archive).expanduser().exists() or archive == config.model.archive:
+            weights.find_archive(archive)  # a wrong path should not wait for the data
     if parallel.is_main():
         check_sources(config)
         found, run_dir = resume.find_resume(config)
@@ -421,11 +451,14 @@ def train_in_process(config: Config, overrides: list[str] | None, stop: stopping
 
 
 def with_archive(config: Config) -> Config:
-    """Return the configuration with the checkpoint that LATEST names now, in all processes."""
-    archive = None
-    if config.model.archive and parallel.is_main():
-        archive = str(weights.find_archive(config.model.archive, config.checkpoint_check))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, archive=parallel.from_main(archive)))
+    """Return the configuration with the checkpoints that LATEST names now, in all processes."""
+    for part in ("model", "reference"):
+        archive = getattr(config, part).archive
+        if archive and parallel.is_main() and (part == "model" or Path(archive).expanduser().exists()):
+            archive = str(weights.find_archive(archive, config.checkpoint_check))
+        found = dataclasses.replace(getattr(config, part), archive=parallel.from_main(archive))
+        config = dataclasses.replace(config, **{part: found})
+    return config
 
 
 def build_and_fit(
@@ -451,7 +484,8 @@ def build_and_fit(
     trainer = None
     try:
         load = functools.partial(load_policy, config, device, sharding)
-        trainer = Trainer(config, load, tokenizer, train_data, eval_data, logger, command, stop)
+        read = functools.partial(load_reference, config, device, sharding)
+        trainer = Trainer(config, load, read, tokenizer, train_data, eval_data, logger, command, stop)
         if config.checkpoint:
             trainer.resume(config.checkpoint)
         n_parameters = sum(p.numel() for p in trainer.policy.parameters())

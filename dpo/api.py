@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.config import build
 from dpo.data.records import load
-from dpo.data.sources import DataSettings
+from dpo.data.sources import PAIRS, DataSettings
 from dpo.data.tokenise import own_bos
 from dpo.loss import Loss, Responses
 from dpo.model.logps import Computation
 from dpo.model.patches import quiet_transformers
 from dpo.reference import Wanted
-from dpo.run.checkpoint import START, read_state
+from dpo.run.checkpoint import REFERENCE, START, read_state
 from dpo.run.config import Config
 from dpo.run.saved import Saved, token_logps
 from dpo.run.weights import find_archive
@@ -48,9 +48,12 @@ class Run:
 
     @functools.cached_property
     def _reference(self) -> Opened:
-        start = {key: self.state["config"]["model"][key] for key in ("name_or_path", "archive")}
+        trained = self.state["config"]
+        start = {key: trained["model"][key] for key in ("name_or_path", "archive")}
+        if other := trained.get("reference", {}).get("archive"):
+            start = start | {"archive": other} if other.endswith(".pt") else {"name_or_path": other, "archive": None}
         model = replace(self.config.model, **start, tokenizer_name_or_path=str(self.path))
-        return Saved(replace(self.config, model=model), {}, self.state.get(START)).open()
+        return Saved(replace(self.config, model=model), {}, self.state.get(REFERENCE if other else START)).open()
 
     @property
     def policy(self) -> PreTrainedModel:
@@ -122,7 +125,7 @@ class Run:
                 "".join(f"{json.dumps(json.loads(r) | {NUMBER: n})}\n" for r, n in numbers.items()), "utf-8"
             )
             settings = replace(
-                DataSettings.of(config, cache_dir=folder, sft=False, pair_columns=(NUMBER,)),
+                DataSettings.of(config, cache_dir=folder, rows=PAIRS, pair_columns=(NUMBER,)),
                 names=(str(file),),
                 holdout_fraction=0.0,
                 num_proc=1,

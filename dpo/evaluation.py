@@ -56,7 +56,7 @@ class Evaluator:
         metrics = mean_metrics(each)
         if broken := [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]:
             raise UserError(f"evaluation after {seen} examples gave {', '.join(broken)}: {health.DIVERGED}")
-        if scorer.reference is not None and not seen:
+        if scorer.reference is not None and not seen and scorer.untrained:
             worst = health.difference(self.data, mine, each, "eval")
             must_agree(scorer, worst, f"all {len(self.examples)} evaluation examples")
         if self.sampler is not None:

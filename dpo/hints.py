@@ -37,7 +37,7 @@ ELSEWHERE = {
     "model_name_or_path model_name name_or_path model_id": "model=blank_model model.name_or_path=<value>",
     "tokenizer_name tokenizer_name_or_path": "model.tokenizer_name_or_path=<value>",
     "trust_remote_code": "model.trust_remote_code=<value>",
-    "ref_model ref_model_name_or_path": "model.archive=<checkpoint>, where training starts, which is the reference",
+    "ref_model ref_model_name_or_path": "reference.archive=<checkpoint>; null: model.archive, where training starts",
     "dataset dataset_name train_file data data_path": "datasets=[<name or path>]",
     "dataset_num_proc preprocessing_num_workers": "num_proc=<value>",
     "beta": "loss.beta=<value>",

@@ -69,11 +69,13 @@ class Responses:
 class Examples:
     """What a loss sees of n examples."""
 
-    chosen: Responses  # in SFT: the targets
+    chosen: Responses  # of rows of targets and of labelled rows: the response
     rejected: Responses | None = None  # None unless the loss has `needs_rejected`
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # the data columns that the loss names, each [n]
     statistics: Mapping[str, Tensor] = field(default_factory=dict)  # `Loss.observe` of all N global examples, each [N]
     state: Mapping[str, float] = field(default_factory=dict)  # see `Loss.next_state`
+    ranked: Responses | None = None  # of rankings: all responses, best first, of one example after the other
+    sizes: list[int] = field(default_factory=list)  # of rankings: the number of responses of each example
 
     @property
     def losers(self) -> Responses:
@@ -92,14 +94,22 @@ class Loss:
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
     kind: ClassVar[str]
-    needs_rejected = True
+    rows = "pairs"  # what it learns from: pairs, targets (demonstrations), labelled (completions), ranked (responses)
     needs_reference = True
     needs_tokens = False
     needs_statistics = False
+    observes_mismatched = False  # `observe` sees each prompt of the global batch with another prompt's response
     columns: tuple[str, ...] = ()  # numeric columns of the data, one value per example
 
     def __init_subclass__(cls, name: str | None = None) -> None:
+        if "needs_rejected" in vars(cls):
+            raise TypeError(f"{cls.__qualname__}: set `rows` instead of `needs_rejected`, such as rows = 'targets'")
         cls.kind = name or f"{cls.__module__}.{cls.__qualname__}"
+
+    @property
+    def needs_rejected(self) -> bool:
+        """Whether an example has a rejected response."""
+        return self.rows in ("pairs", "ranked")
 
     @property
     def name(self) -> str:

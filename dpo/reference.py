@@ -23,8 +23,7 @@ from safetensors.numpy import load, save
 from transformers import PreTrainedModel
 
 from dpo import parallel
-from dpo.data.batching import Batch, Cut, Example, Tree, make_tree
-from dpo.data.records import PreferenceData
+from dpo.data.batching import Batch, Cut, Example, Records, Tree, make_tree, responses_of
 from dpo.model.logps import Computation, TokenLogps, response_logps
 from dpo.utils import UserError, log, make_dir, progress
 
@@ -162,19 +161,19 @@ def model_key(model: PreTrainedModel, how: Computation) -> str:
     return hashlib.sha256(described.encode()).hexdigest()[:24]
 
 
-Wanted = tuple[PreferenceData, int, list[int]]
+Wanted = tuple[Records, int, list[int]]
 """Data, a record of it, and responses of that record."""
 
 
-def wanted_by(data: PreferenceData, examples: Iterable[Example]) -> list[Wanted]:
+def wanted_by(data: Records, examples: Iterable[Example]) -> list[Wanted]:
     """The responses that `examples` need, by record."""
     needed: dict[int, set[int]] = {}
     for record, pair in examples:
         needed.setdefault(record, set()).add(pair)
     wanted: list[Wanted] = []
     for record, pairs in needed.items():
-        sides = data[record].pairs
-        wanted.append((data, record, sorted({response for pair in pairs for response in sides[pair]})))
+        content = data[record]
+        wanted.append((data, record, sorted({r for pair in pairs for r in responses_of(data, content, pair)})))
     return wanted
 
 
@@ -208,7 +207,7 @@ def build_reference(
     return reference
 
 
-def _tree(data: PreferenceData, record: int, responses: list[int]) -> Tree:
+def _tree(data: Records, record: int, responses: list[int]) -> Tree:
     return make_tree(data[record], responses)
 
 

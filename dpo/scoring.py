@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo import parallel
-from dpo.data.batching import Batch, Cut, Example, deal, make_batch
+from dpo.data.batching import Batch, Cut, Example, Mismatched, Records, deal, make_batch
 from dpo.data.records import PreferenceData
+from dpo.data.sources import LABELLED
 from dpo.loss import Examples, Loss, Responses, reward_slopes, sum_tokens
 from dpo.model.logps import Computation, TokenLogps, response_logps
 from dpo.reference import Reference
@@ -18,8 +19,8 @@ from dpo.utils import progress
 # By how much a float32 log-probability may change with the order of summation (micro-batches, layouts, number of
 # processes, compiled kernels): relative, and in nats. SmolLM2-135M's change by up to 1.3e-6 nats a token (60 pairs).
 ROUNDING, TOKEN_ROUNDING = 1e-6, 2e-6
-Metrics = dict[str, list[float]]
-"""Metric name -> one value for each example."""
+Metrics = dict[str, list[float | None]]
+"""Metric name -> one value for each example; None if the example has no such side."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Scored:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number per example. `needs`: what the loss must have for it: rejected, reference, rewards, gradient_weight."""
+    """A number per example. `needs`: what the loss must have for it: rejected, pairs, reference, rewards,
+    gradient_weight. Of labelled rows, those that are wanted count as chosen, the others as rejected."""
 
     value: Callable[[Scored], Tensor]
     needs: frozenset[str] = frozenset()
@@ -59,11 +61,11 @@ METRICS = {
     "loss/{}": _metric(lambda s: s.loss),
     "rewards_{}/chosen": _metric(lambda s: s.chosen_reward, "rewards"),
     "rewards_{}/rejected": _metric(lambda s: s.rejected_reward, "rewards", "rejected"),
-    "rewards_{}/accuracies": _metric(lambda s: (s.margin > s.rounding).float(), "rewards", "rejected"),
-    "rewards_{}/margins": _metric(lambda s: s.margin, "rewards", "rejected"),
+    "rewards_{}/accuracies": _metric(lambda s: (s.margin > s.rounding).float(), "rewards", "pairs"),
+    "rewards_{}/margins": _metric(lambda s: s.margin, "rewards", "pairs"),
     "logps_{}/rejected": _metric(lambda s: s.rejected.sum, "rejected"),
     "gradient_weight_{}": _metric(lambda s: s.gradient_weight, "gradient_weight"),
-    "chosen_fell_{}": _metric(lambda s: (s.chosen.log_ratio < -s.slack).float(), "reference", "rejected"),
+    "chosen_fell_{}": _metric(lambda s: (s.chosen.log_ratio < -s.slack).float(), "reference", "pairs"),
     "logratios_per_token_{}/chosen": _metric(lambda s: s.chosen.mean_log_ratio, "reference"),
     "logratios_per_token_{}/rejected": _metric(lambda s: s.rejected.mean_log_ratio, "reference", "rejected"),
 }
@@ -71,7 +73,8 @@ METRICS = {
 
 def measured(loss: Loss, split: str) -> dict[str, Metric]:
     """Return the metrics that a batch of `loss` has, under their names in `split` ("train" or "eval")."""
-    facts = {"rejected": loss.needs_rejected, "reference": loss.needs_reference, "rewards": loss.gives_rewards}
+    facts = {"pairs": loss.needs_rejected, "rejected": loss.needs_rejected or loss.rows == LABELLED}
+    facts |= {"reference": loss.needs_reference, "rewards": loss.gives_rewards}
     facts |= {"gradient_weight": loss.weighs_gradients}
     return {name.format(split): m for name, m in METRICS.items() if all(facts[need] for need in m.needs)}
 
@@ -98,7 +101,14 @@ class Scorer:
         losses = self.loss(examples)
         scored = self._scored(batch, tokens, examples, losses)
         values = {name: metric.value(scored) for name, metric in measured(self.loss, split).items()}
-        return losses, {name: value.detach().cpu().tolist() for name, value in values.items()}
+        metrics: Metrics = {name: value.detach().cpu().tolist() for name, value in values.items()}
+        if self.loss.rows == LABELLED:
+            for name in metrics:
+                side = name.rpartition("/")[2]
+                unlike = {"chosen": 0.0, "rejected": 1.0}.get(side)  # the label of examples without this side
+                labels = batch.columns["label"]
+                metrics[name] = [v if label != unlike else None for v, label in zip(metrics[name], labels, strict=True)]
+        return losses, metrics
 
     def differences(self, policy: PreTrainedModel, batch: Batch, split: str) -> Metrics:
         """Return the metrics by which policy and reference are compared. They need no loss.
@@ -133,7 +143,10 @@ class Scorer:
 
         rejected = side(batch.rejected) if batch.rejected is not None else None
         columns = {name: torch.tensor(values, device=device) for name, values in batch.columns.items()}
-        return Examples(side(batch.chosen), rejected, columns, self.statistics, self.state)
+        every = batch.ranked or []
+        ranked = side([response for responses in every for response in responses]) if batch.ranked else None
+        sizes = [len(responses) for responses in every]
+        return Examples(side(batch.chosen), rejected, columns, self.statistics, self.state, ranked, sizes)
 
     def _scored(self, batch: Batch, tokens: TokenLogps, examples: Examples, losses: Tensor) -> Scored:
         """Return what metrics are computed from. Without rejected responses or rewards, these hold stand-ins that no
@@ -152,24 +165,26 @@ class Scorer:
         return Scored(losses, chosen, rejected, ours, theirs, rounding, slack[batch.chosen], weight)
 
     @torch.no_grad()
-    def with_statistics(self, policy: PreTrainedModel, parts: Sequence["Share"]) -> "Scorer":
-        """Return this scorer with `Loss.observe` of all examples of a global batch, whose micro-batches here are
-        `parts`. A collective if the loss needs statistics; else the scorer stays as it is."""
+    def with_statistics(
+        self, policy: PreTrainedModel, data: PreferenceData, examples: Sequence[Example], cut: Cut
+    ) -> "Scorer":
+        """Return this scorer with `Loss.observe` of all examples of a global batch. A collective if the loss needs
+        statistics; else the scorer stays as it is."""
         if not self.loss.needs_statistics:
             return self
-        mine: dict[str, list[float]] = {}
+        if self.loss.observes_mismatched:
+            mismatched = Mismatched(data, examples)
+            parts = shares(mismatched, mismatched.examples, cut) if mismatched.examples else []
+        else:
+            parts = shares(data, examples, cut)
+        mine: Metrics = {}
         for part in parts:
             seen = self.loss.observe(self.examples(part.batch, response_logps(policy, part.batch, self.how)))
             parallel.reshard(policy)  # no backward pass follows
             extend_metrics(mine, {name: value.tolist() for name, value in seen.items()}, part.counts)
         every = parallel.gather_over_data(policy, mine)
-        device = policy.device
-        return replace(
-            self,
-            statistics={
-                name: torch.tensor([v for values in every for v in values[name]], device=device) for name in mine
-            },
-        )
+        names = {name: [value for values in every for value in values[name]] for name in mine}
+        return replace(self, statistics={name: torch.tensor(v, device=policy.device) for name, v in names.items()})
 
 
 @dataclass(frozen=True)
@@ -181,7 +196,7 @@ class Share:
     examples: Sequence[Example] = ()
 
 
-def shares(data: PreferenceData, examples: Sequence[Example], cut: Cut) -> list[Share]:
+def shares(data: Records, examples: Sequence[Example], cut: Cut) -> list[Share]:
     """This process's micro-batches of a global batch, as many in every process."""
     assert cut.rank is not None, "a cut for one process needs its rank"
     mine = [dealt[cut.rank] for dealt in deal(data, examples, cut)]
@@ -199,9 +214,10 @@ def mean_metrics(metrics: Metrics) -> dict[str, float]:
 
     Tensor-parallel ranks hold the same examples, equally often, which leaves the mean as it is.
     """
-    every = parallel.gather([(sum(values), len(values)) for values in metrics.values()])
+    given = [[value for value in values if value is not None] for values in metrics.values()]
+    every = parallel.gather([(sum(values), len(values)) for values in given])
     totals = ([sum(column) for column in zip(*shares)] for shares in zip(*every))
-    return {name: total / n for name, (total, n) in zip(metrics, totals, strict=True)}
+    return {name: total / n for name, (total, n) in zip(metrics, totals, strict=True) if n}
 
 
 @torch.no_grad()
@@ -212,7 +228,7 @@ def evaluate_loss(
     total: Metrics = {}
     mine: list[Example] = []
     parts = shares(data, examples, cut)
-    scorer = scorer.with_statistics(policy, parts)
+    scorer = scorer.with_statistics(policy, data, examples, cut)
     for share in progress(parts, desc="evaluating", leave=False):
         _, metrics = scorer(policy, share.batch, "eval")
         extend_metrics(total, metrics, share.counts)

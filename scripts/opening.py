@@ -9,7 +9,7 @@ from typing import Any
 from dpo.config import Inherited, keys
 from dpo.data.checks import format_warning
 from dpo.model.loading import load_tokenizer
-from dpo.run.checkpoint import START, STATE_FILE, read_state
+from dpo.run.checkpoint import REFERENCE, START, STATE_FILE, read_state
 from dpo.run.config import Config
 from dpo.run.resume import flat
 from dpo.run.saved import CHANGED, Saved
@@ -73,7 +73,9 @@ def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Sa
     Raises UserError where there is none, or its vocabulary is another.
     """
     own, trained = policy.config.model, policy.trained.get("model", {})
-    name = given or trained.get("archive") or trained.get("name_or_path")
+    other = policy.trained.get("reference", {}).get("archive")
+    identity = policy.state.get(REFERENCE if other else START)
+    name = given or other or trained.get("archive") or trained.get("name_or_path")
     if name is None:
         raise UserError("it is not known what the policy was trained against: give --reference <run, folder or hub id>")
     overrides = [override for override in overrides if not override.startswith("loss")]  # which are the policy's
@@ -85,13 +87,13 @@ def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Sa
             vocabularies = [load_tokenizer(replace(policy.config, model=model)).get_vocab() for model in (own, found)]
             if vocabularies[0] != vocabularies[1]:
                 raise UserError("it has another vocabulary than the policy")
-        elif policy.state.get(START) is not None and weights_identity(name) not in (None, policy.state[START]):
+        elif identity is not None and weights_identity(name) not in (None, identity):
             raise UserError(CHANGED)
     except UserError as error:
         raise UserError(f"reference {name}: {error}\nGive one with --reference <run, folder or hub id>") from error
     tokenizer = own.tokenizer_name_or_path or own.name_or_path
     shared = replace(found, policy_dtype=own.policy_dtype, tokenizer_name_or_path=tokenizer)
-    return Saved(replace(policy.config, model=shared), {}, identity=None if given else policy.state.get(START))
+    return Saved(replace(policy.config, model=shared), {}, identity=None if given else identity)
 
 
 def warn_of_formats(policy: Saved, formats: Iterable[str], rows: str) -> None:

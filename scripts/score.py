@@ -28,7 +28,7 @@ import torch
 
 from dpo.data.files import Source, numbered_rows
 from dpo.data.records import PreferenceData, Record, short_names
-from dpo.data.sources import DataSet, DataSettings, find_source
+from dpo.data.sources import LABELLED, PAIRS, TARGETS, DataSet, DataSettings, find_source
 from dpo.data.tokenise import own_bos
 from dpo.loss import Loss, Responses, reward_slopes
 from dpo.model.loading import load_tokenizer
@@ -72,16 +72,17 @@ def load_items(policy: Saved, tokenizer: Any, split: str, own: bool, limit: int 
     for name in policy.config.datasets:
         source = _source_of(policy, name, split) if own else {}
         settings = _settings_of(policy.config, name, source.get("path"))
-        [place], sft, here, shown = settings.names, settings.sft, split, f"{split} split"
+        [place], single, here, shown = settings.names, settings.rows == TARGETS, split, f"{split} split"
         if split == "test" and find_source(place, settings, split, REGISTRY)[1].held_out:
             if not own:
                 here, shown, settings = "train", "all rows", replace(settings, holdout_fraction=0.0)
             elif settings.holdout_fraction == 0:
                 raise UserError(f"the run held nothing of {name} out: it trained on all rows; say --split train")
-        kinds = ({sft: name} if name in REGISTRY else _kinds(*find_source(place, settings, here, REGISTRY))) | kinds
+        kinds = ({single: name} if name in REGISTRY else _kinds(*find_source(place, settings, here, REGISTRY))) | kinds
         if len(kinds) == 2:
             raise UserError(f"{kinds[True]} is a single response, but {kinds[False]} has pairs: score them apart")
-        data = load_data(replace(settings, sft=True in kinds), tokenizer, here)
+        singles = LABELLED if policy.config.loss.rows == LABELLED else TARGETS
+        data = load_data(replace(settings, rows=singles if True in kinds else PAIRS), tokenizer, here)
         if source and data.sources[0]["digest"] != source["digest"]:
             raise UserError(
                 f"{source['path']} has changed since the run read it; give what is to be scored with --data"
@@ -103,7 +104,8 @@ def _source_of(policy: Saved, name: str, split: str) -> dict[str, Any]:
 def _settings_of(config: Config, name: str, path: str | None) -> DataSettings:
     """How the data set `name` is read: from `path`, which the run noted, if that is a local one."""
     known = name in REGISTRY
-    settings = replace(data_settings(config), names=(name,), sft=known and REGISTRY[name].sft_only)
+    rows = TARGETS if known and REGISTRY[name].sft_only else PAIRS
+    settings = replace(data_settings(config), names=(name,), rows=rows, pair_columns=())
     if path is None or not Path(path).is_absolute():
         return settings
     if not known:

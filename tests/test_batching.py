@@ -66,7 +66,7 @@ def test_pairs_of_a_prompt_stay_together() -> None:
 
 
 def test_weights_are_passes_over_a_data_set() -> None:
-    data = make_data(sft=True)
+    data = make_data(rows="targets")
     taken = np.bincount([record for record, _ in epoch_order(data, 0, 0, [2.0, 0.4])], minlength=10)
     assert taken[::2].tolist() == [2] * 5 and sorted(taken[1::2]) == [0, 0, 0, 1, 1]
     again = np.bincount([record for record, _ in epoch_order(data, 0, 1, [2.0, 0.4])], minlength=10)

@@ -34,14 +34,28 @@ def cases() -> dict[str, list[str]]:
 
 
 def command(folder: Path, rows: Path, given: list[str], cut: list[str]) -> list[str]:
-    more = [f"datasets=[{rows}]", "n_epochs=2", "lr=1e-5", *given, *cut]
+    more = [f"datasets=[{rows.with_stem(KINDS.get(given[0], 'pairs'))}]", "n_epochs=2", "lr=1e-5", *given, *cut]
     return [*overrides_of(folder), *more]
+
+
+KINDS = {"loss=kto": "labelled", "loss=listwise": "ranked"}
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """TRL's eight rows with two columns of numbers."""
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    """TRL's eight rows with two columns of numbers; beside them labelled completions, and rankings of three."""
+    path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    pairs = read_jsonl(FOLDER / "rows.jsonl")
+    labelled = [
+        {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": bool(i % 3)}
+        for i, row in enumerate(pairs)
+    ]
+    ranked = [
+        {"prompt": row["prompt"], "responses": [row["rejected"], row["chosen"], " Maybe."], "scores": [0.1, 0.9, 0.5]}
+        for row in pairs
+    ]
+    for kind, some in (("labelled", labelled), ("ranked", ranked)):
+        path.with_stem(kind).write_text("".join(json.dumps(row) + "\n" for row in some))
     numbered = [
         row | {"margin": 0.1 * i, "weight": 0.5 + i % 3} for i, row in enumerate(read_jsonl(FOLDER / "rows.jsonl"))
     ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo.loss import Examples, Loss, Responses, sum_tokens
-from losses import AOT, BCO, DPO, IPO, SFT, AOTUnpaired, Mix, Pairs, Unlikelihood, make, names
+from losses import AOT, BCO, DPO, IPO, KTO, SFT, AOTUnpaired, Listwise, Mix, Pairs, Unlikelihood, make, names
 from settings import CONFIG_DIR, load_config
 from utils import loss_values
 
@@ -193,7 +193,7 @@ def test_loss_and_gradient_are_those_of_the_paper(
 
 def test_every_file_has_a_formula() -> None:
     """Those with statistics of the batch have tests of their own, below."""
-    apart = {"bco", "aot", "aot_unpaired", "mpo"}
+    apart = {"bco", "aot", "aot_unpaired", "mpo", "kto", "listwise"}
     assert {name for name, *_ in FORMULAS} | apart == set(LOSS_FILES)
     assert set(names()) <= set(LOSS_FILES)
 
@@ -299,6 +299,43 @@ def test_the_shift_of_bco_is_the_mean_of_all_batches() -> None:
     for rewards in batches:
         state = loss.next_state(state, {"reward": rewards})
     assert state == {"delta": 3.0, "n": 3.0}
+
+
+@pytest.mark.parametrize("shift", [-3.0, 3.0])  # of the mismatched log-ratios: z0 is 0, and is not
+def test_kto_is_equations_7_and_8_of_its_paper(shift: float) -> None:
+    examples, policy, pairs = draw()
+    label = torch.tensor([1.0, 0, 1, 1, 0, 1, 0])
+    mismatched = torch.randn(5, dtype=torch.float64) + shift
+    loss = KTO(0.3, 1.5, 0.5)
+    seen = Examples(examples.chosen, None, {"label": label}, {"log_ratio": mismatched})
+    z0 = max(0.0, mismatched.mean().item())
+    expected = torch.stack(
+        [
+            1.5 * (1 - sigma(0.3 * (p.u_w - z0))) if good else 0.5 * (1 - sigma(0.3 * (z0 - p.u_w)))
+            for p, good in zip(pairs, label)
+        ]
+    )
+    torch.testing.assert_close(loss(seen), expected, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(gradients(loss(seen), policy), gradients(expected, policy)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_listwise_is_the_likelihood_of_a_ranking() -> None:
+    examples, policy, pairs = draw()
+    sizes = [3, 2, 2]
+    seen = Examples(examples.chosen, examples.rejected, ranked=examples.chosen, sizes=sizes)
+    rewards = [0.3 * p.u_w for p in pairs]
+    expected = []
+    for size in sizes:
+        ranking, rewards = rewards[:size], rewards[size:]
+        likelihood = torch.ones((), dtype=torch.float64)
+        for k in range(size):
+            likelihood = likelihood * torch.exp(ranking[k]) / sum(torch.exp(r) for r in ranking[k:])
+        expected.append(-torch.log(likelihood))
+    found = Listwise(0.3)(seen)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(gradients(found, policy), gradients(torch.stack(expected), policy)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 # --- What else a loss says ---

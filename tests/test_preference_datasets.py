@@ -156,7 +156,7 @@ def test_shp_merges_a_posts_rows_and_keeps_clear_ratios(settings: DataSettings, 
     assert data.funnel["shp"]["rows dropped: score ratio below 2"] == 1
     check_funnel(data)
     assert len(load_data(built_in(settings, "shp", FIXTURES / "shp"), tokenizer, "test")) == 1
-    sft = load_data(built_in(settings, "shp", FIXTURES / "shp", sft=True), tokenizer, "train")
+    sft = load_data(built_in(settings, "shp", FIXTURES / "shp", rows="targets"), tokenizer, "train")
     assert [r[1][0].split()[0] for r in texts(sft, tokenizer)] == ["Use", "Yes,"]
 
 
@@ -173,7 +173,7 @@ def test_ultrafeedback_drops_ties_and_empty_answers(settings: DataSettings, toke
     funnel = data.funnel["ultrafeedback"]
     assert funnel["pairs dropped: equal scores"] == 1 and funnel["rows dropped: empty response"] == 1
     check_funnel(data)
-    sft = load_data(built_in(settings, "ultrafeedback", FIXTURES / "ultrafeedback", sft=True), tokenizer, "train")
+    sft = load_data(built_in(settings, "ultrafeedback", FIXTURES / "ultrafeedback", rows="targets"), tokenizer, "train")
     assert len(sft) == 3  # a tie still has an answer to learn from
 
 
@@ -199,7 +199,7 @@ def test_imdb_is_for_sft_only(settings: DataSettings, tokenizer: Any) -> None:
     imdb = built_in(settings, "imdb", FIXTURES / "imdb")
     with pytest.raises(UserError, match=r"'imdb' has no preferences.*loss=sft"):
         load_data(imdb, tokenizer, "train")
-    data = load_data(replace(imdb, sft=True), tokenizer, "train")
+    data = load_data(replace(imdb, rows="targets"), tokenizer, "train")
     whole = [prompt + responses[0] for prompt, responses, _ in texts(data, tokenizer)]
     assert whole == ["A warm, funny film. I would see it again." + EOS, "Dull from start to end." + EOS]
 
@@ -261,7 +261,9 @@ def test_real_rows(settings: DataSettings, tokenizer: Any, name: str, path: str,
         with gzip.open(source, "rt") as file:
             rows = [json.loads(line) for line in itertools.islice(file, 200)]
         source = write_rows(settings_path(settings, "reviews.jsonl"), rows)
-    short = built_in(settings, name, source, sft=sft, max_length=512, max_prompt_length=256, num_proc=2)
+    short = built_in(
+        settings, name, source, rows="targets" if sft else "pairs", max_length=512, max_prompt_length=256, num_proc=2
+    )
     prompts = set()
     for split in ("train", "test"):
         data = load_data(short, tokenizer, split)
@@ -333,7 +335,9 @@ def test_forms_and_files(settings: DataSettings, tokenizer: Any, tmp_path: Path,
     else:
         write_rows(path, [row])
     sft = "completion" in form
-    ((prompt, responses, pairs),) = texts(load_file(settings, path, tokenizer, sft=sft), tokenizer)
+    ((prompt, responses, pairs),) = texts(
+        load_file(settings, path, tokenizer, rows="targets" if sft else "pairs"), tokenizer
+    )
     assert responses[0] == preferred + EOS
     assert pairs == ([] if sft else PAIR)
     assert prompt.endswith("Q") or prompt.endswith("\n\nAssistant:")
@@ -378,7 +382,7 @@ def test_holdout_is_by_prompt_and_the_same_for_every_loss(
     seen = {}
     for split in ("train", "test"):
         for sft in (False, True):
-            data = load_file(settings, path, tokenizer, split, holdout_fraction=0.2, sft=sft)
+            data = load_file(settings, path, tokenizer, split, holdout_fraction=0.2, rows="targets" if sft else "pairs")
             check_funnel(data)
             seen[split, sft] = {prompt for prompt, _, _ in texts(data, tokenizer)}
     assert seen["train", True] == seen["train", False] and seen["test", True] == seen["test", False]
@@ -405,7 +409,7 @@ def test_a_folder_without_test_files_holds_out_disjoint_prompts(
 def test_a_score_of_zero_beats_a_later_negative_one(settings: DataSettings, tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"prompt": "q", "responses": [f" {score}", " bad"], "scores": [score, -9]} for score in (0, -1)]
     path = write_rows(tmp_path / "scores.jsonl", rows)
-    data = load_file(settings, path, tokenizer, sft=True, holdout_fraction=0.0)
+    data = load_file(settings, path, tokenizer, rows="targets", holdout_fraction=0.0)
     assert texts(data, tokenizer)[0][1] == [" 0" + EOS]
 
 
@@ -421,13 +425,13 @@ def test_rows_of_one_prompt_are_one_record(settings: DataSettings, tokenizer: An
     funnel = data.funnel[data.names[0]]
     assert funnel["pairs dropped: identical responses"] == 1 and funnel["prompts dropped: no pair"] == 1
     check_funnel(data)
-    sft = load_file(settings, tmp_path / "x.jsonl", tokenizer, sft=True)
+    sft = load_file(settings, tmp_path / "x.jsonl", tokenizer, rows="targets")
     assert texts(sft, tokenizer) == [("Q", ["A" + EOS], []), ("R", ["A" + EOS], [])]  # the last chosen
 
 
 def test_demonstrations_of_one_prompt_stay_apart(settings: DataSettings, tokenizer: Any, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.jsonl", [{"prompt": "Q", "completion": c} for c in ("A", "B")])
-    sft = load_file(settings, path, tokenizer, sft=True)
+    sft = load_file(settings, path, tokenizer, rows="targets")
     assert texts(sft, tokenizer) == [("Q", ["A" + EOS], []), ("Q", ["B" + EOS], [])]
     with pytest.raises(UserError, match=r"no example left:\n(.*\n)+.*loss=sft"):
         load_file(settings, path, tokenizer)
@@ -461,7 +465,7 @@ def test_hub_ids_go_through_the_datasets_library(settings: DataSettings, tokeniz
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert len(load_data(replace(settings, names=("some-org/some.set",)), tokenizer, "train")) == 3
     assert len(load_data(replace(settings, names=("tldr",)), tokenizer, "test")) == 1
-    assert len(load_data(replace(settings, names=("tldr",), sft=True), tokenizer, "train")) == 3
+    assert len(load_data(replace(settings, names=("tldr",), rows="targets"), tokenizer, "train")) == 3
     comparisons = {"data_dir": "comparisons", "revision": "refs/convert/parquet"}
     assert calls == [
         ("some-org/some.set", "train", {}),
@@ -500,7 +504,7 @@ def test_pairs_keep_their_columns_through_merging_and_truncation(
     assert not data.notes[str(path)]
     one = load_file(settings, path, tokenizer, **short | {"pair_columns": ("weight",)})
     assert list(one[0].columns) == ["weight"] and "column 'margin' is not used" in one.notes[str(path)]
-    sft = load_file(settings, path, tokenizer, **short, sft=True)
+    sft = load_file(settings, path, tokenizer, **short, rows="targets")
     assert [record.columns["weight"] for record in sft] == [[16.0], [4.0]]
     assert make_batch(sft, [(1, 0), (0, 0)]).columns["weight"] == [4.0, 16.0]
     most = load_file(settings, path, tokenizer, **short, max_pairs_per_prompt=2)
@@ -816,10 +820,10 @@ def test_chat_template_that_refuses(settings: DataSettings, tmp_path: Path) -> N
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     path = write_rows(tmp_path / "x.jsonl", [{"prompt": TURNS, "completion": "A"}])
     with pytest.raises(UserError, match=r"x.jsonl:1: refused by the chat template: roles must alternate"):
-        load_file(settings, path, tokenizer, sft=True)
+        load_file(settings, path, tokenizer, rows="targets")
     tokenizer.chat_template = "{{ messages | length }}"
     with pytest.raises(UserError, match=r"x.jsonl:1: unfit chat template"):
-        load_file(settings, path, tokenizer, sft=True)
+        load_file(settings, path, tokenizer, rows="targets")
 
 
 # The cache
@@ -856,7 +860,7 @@ def test_cache_holds_what_it_depends_on(settings: DataSettings, tmp_path: Path, 
     padded(["a", "long text"], padding=True, truncation=True, max_length=4)
     assert work(padded) == []  # state of an earlier call is no part of the tokenizer
     assert work(max_length=100, max_prompt_length=50) == tokens
-    assert work(sft=True) == tokens
+    assert work(rows="targets") == tokens
     assert work(holdout_fraction=0.5) == tokens
     other = make_tokenizer()
     other.add_tokens(["Q"])

@@ -875,7 +875,7 @@ def test_times_inside_messages(tmp_path: Path) -> None:
     turns = [u("Q", when=datetime.datetime(2024, 1, 1)), a("A")]
     (tmp_path / "data").mkdir()
     pq.write_table(pa.Table.from_pylist([{"messages": turns}]), tmp_path / "data/x.parquet")
-    assert len(load(tmp_path / "data", tokenizer_of("chatml"), "x.parquet", sft=True)) == 1
+    assert len(load(tmp_path / "data", tokenizer_of("chatml"), "x.parquet", rows="targets")) == 1
 
 
 def test_many_markers_are_read_in_no_time() -> None:

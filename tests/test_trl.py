@@ -69,6 +69,32 @@ def test_updates_are_those_of_trl(name: str, tmp_path: Path) -> None:
                 assert update[ours] == pytest.approx(theirs, rel=TOLERANCE, abs=slack), (ours, step)
 
 
+def test_kto_is_that_of_trl(tmp_path: Path) -> None:
+    """On 16 completions. In which order they are decides which are mismatched; z0 is 0 in all updates, here too."""
+    pairs = read_jsonl(FOLDER / "rows.jsonl")
+    rows = [
+        {"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"}
+        for side in ("chosen", "rejected")
+        for p in pairs
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = trajectories()["kto_paired16"]
+    given = [
+        f"datasets=[{tmp_path / 'rows.jsonl'}]",
+        "batch_size=16",
+        f"lr={expected['lr']}",
+        "loss=kto",
+        "loss.beta=0.1",
+    ]
+    train_here([*overrides_of(tmp_path), *given])
+    for update, step in zip(updates_in(tmp_path), expected["steps"], strict=True):
+        assert step["kl"] == 0
+        for kind in ALL:
+            for ours in NAMES[kind]:
+                theirs = step[ours.replace("_train", "").replace("loss/train", "loss")]
+                assert update[ours] == pytest.approx(theirs, rel=TOLERANCE, abs=TOLERANCE), (ours, step)
+
+
 def test_where_trl_and_the_paper_differ_the_default_is_the_papers(tmp_path: Path) -> None:
     """On the weights before the first update, which are the same."""
     papers = {

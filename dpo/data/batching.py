@@ -5,20 +5,29 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from dpo.data.records import PreferenceData, Record
+from dpo.data.sources import RANKED, TARGETS
 from dpo.utils import UserError
 
 Example = tuple[int, int]
-"""(record, pair of that record). In SFT the second is 0, the record's one target."""
+"""(record, pair of that record). The second is 0 if a record is one example: a target, a completion, a ranking."""
 
 T = TypeVar("T")
 BLOCK = 128
 EVAL_SEED = 0
 """Evaluation examples do not depend on a run's seed, so that runs can be compared."""
+
+
+class Records(Protocol):
+    """Data of which batches are made."""
+
+    rows: str  # what a loss learns from: see dpo/data/sources.py
+
+    def __getitem__(self, i: int) -> Record: ...
 
 
 @dataclass(frozen=True)
@@ -48,13 +57,14 @@ class Batch:
     """Trees, and which of their responses form the examples.
 
     `chosen` and `rejected` hold, for each example, an index into the responses of all trees in turn. `rejected` is None
-    in SFT.
+    if examples are single responses.
     """
 
     trees: list[Tree]
     chosen: list[int]
     rejected: list[int] | None
     columns: dict[str, list[float]] = field(default_factory=dict)  # of the loss's columns: a value for each example
+    ranked: list[list[int]] | None = None  # of rankings: the responses of each example, best first
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -77,7 +87,14 @@ def make_tree(record: Record, responses: Sequence[int]) -> Tree:
     return Tree(record.prompt, [record.responses[i] for i in responses], masks)
 
 
-def make_batch(data: PreferenceData, examples: Sequence[Example]) -> Batch:
+def responses_of(data: Records, record: Record, pair: int) -> Sequence[int]:
+    """Return the responses that an example needs, as indices of the record's."""
+    if data.rows == RANKED:
+        return range(len(record.responses))
+    return record.pairs[pair] if record.pairs else (0,)
+
+
+def make_batch(data: Records, examples: Sequence[Example]) -> Batch:
     """Group `examples` by prompt: each prompt stands once, with each response that it needs once."""
     by_record: dict[int, list[int]] = {}
     for position, (record, _) in enumerate(examples):
@@ -86,20 +103,50 @@ def make_batch(data: PreferenceData, examples: Sequence[Example]) -> Batch:
     sides = np.empty((len(examples), 2), dtype=np.int64)
     columns: dict[str, list[float]] = {}
     n_responses, paired = 0, True
+    ranked: list[list[int]] | None = [[]] * len(examples) if data.rows == RANKED else None
     for index, positions in by_record.items():
         content = data[index]
         paired = bool(content.pairs)
         wanted = [content.pairs[examples[p][1]] if paired else (0, 0) for p in positions]
-        used = sorted({response for pair in wanted for response in pair})
+        used = sorted({r for p in positions for r in responses_of(data, content, examples[p][1])})
         number = {response: n_responses + k for k, response in enumerate(used)}
         for name, values in content.columns.items():
             column = columns.setdefault(name, [0.0] * len(examples))
             for p in positions:
                 column[p] = values[examples[p][1]]
         sides[positions] = [[number[chosen], number[rejected]] for chosen, rejected in wanted]
+        if ranked is not None:
+            for p in positions:
+                ranked[p] = [number[response] for response in used]
         trees.append(make_tree(content, used))
         n_responses += len(used)
-    return Batch(trees, sides[:, 0].tolist(), sides[:, 1].tolist() if paired else None, columns)
+    return Batch(trees, sides[:, 0].tolist(), sides[:, 1].tolist() if paired else None, columns, ranked)
+
+
+class Mismatched:
+    """Data of single responses: each example's prompt with the response of an example before it, of another prompt.
+
+    Record i belongs to example i; the first look back to the last. Examples that find no other prompt are left out.
+    """
+
+    rows = TARGETS
+
+    def __init__(self, data: PreferenceData, examples: Sequence[Example]):
+        self.data = data
+        records = [record for record, _ in examples]
+        before = {i: next((records[i - k] for k in range(1, len(records)) if self._differ(i, i - k, records)), None)
+                  for i in range(len(records))}  # fmt: skip
+        self.partners = [(records[i], other) for i, other in before.items() if other is not None]
+        self.examples: list[Example] = [(i, 0) for i in range(len(self.partners))]
+
+    def _differ(self, i: int, j: int, records: list[int]) -> bool:
+        return bool(self.data.keys[records[i]] != self.data.keys[records[j]])
+
+    def __getitem__(self, i: int) -> Record:
+        prompt, other = (self.data[record] for record in self.partners[i])
+        room = self.data.max_length - len(prompt.prompt)
+        masks = [mask[:room] for mask in other.masks[:1]] if other.masks is not None else None
+        return Record(prompt.prompt, [other.responses[0][:room]], [], masks)
 
 
 def epoch_order(data: PreferenceData, seed: int, epoch: int, weights: Sequence[float] | None = None) -> np.ndarray:
@@ -243,14 +290,14 @@ class Cut:
         return [[*ranks, *([[]] * (self.ranks - len(ranks)))] for ranks in chunks(indices, self.ranks)]
 
 
-def deal(data: PreferenceData, examples: Sequence[Example], cut: Cut) -> list[list[list[Example]]]:
+def deal(data: Records, examples: Sequence[Example], cut: Cut) -> list[list[list[Example]]]:
     """Cut a global batch into micro-batches, [pass][rank] -> examples. A prompt's pairs stay together if they fit."""
     groups: list[Sequence[Example]] = []
     sizes: list[tuple[int, list[int]]] = []
     for index, run in itertools.groupby(examples, key=lambda example: example[0]):
         record, members = data[index], list(run)
         prompt, responses = len(record.prompt), [*map(len, record.responses)]
-        sides = [record.pairs[pair] if record.pairs else (0,) for _, pair in members]
+        sides = [responses_of(data, record, pair) for _, pair in members]
         for group in cut.groups(prompt, responses, sides, len(examples)):
             used = {response for i in group for response in sides[i]}
             groups.append(members[group.start : group.stop])

@@ -27,22 +27,23 @@ from dpo.data.rows import (
     to_messages,
     unused_column,
 )
-from dpo.data.sources import DataSet, DataSettings
+from dpo.data.sources import LABELLED, NEEDS, TARGETS, DataSet, DataSettings
 from dpo.utils import UserError, visible
 
-PAIRS = pa.list_(pa.list_(pa.int32(), 2))
+PAIR_LIST = pa.list_(pa.list_(pa.int32(), 2))
 ROWS = pa.schema(
     {
         "prompt": pa.string(),
         "responses": pa.list_(pa.list_(pa.string())),  # in parts: the assistant's and, in turn, those between
-        "pairs": PAIRS,
+        "pairs": PAIR_LIST,
         "target": pa.int32(),
         "score": pa.float64(),
         "ties": pa.int64(),
         "over": pa.int64(),  # pairs beyond max_pairs_per_prompt
         "keep_end": pa.bool_(),
         "demonstration": pa.bool_(),
-        "undesired": pa.bool_(),
+        "label": pa.bool_(),  # of a demonstration; null: the row does not say
+        "scores": pa.list_(pa.float64()),  # of the responses; null: they have none
         "columns": pa.list_(pa.float64()),  # values of `pair_columns`, for each of the row's pairs
         "hash": pa.uint64(),  # equal for rows of one prompt
         "key": pa.uint64(),  # of the prompt, whatever its rendering
@@ -109,7 +110,7 @@ class ParseRows:
 
     def __init__(self, data_set: DataSet, chat: ChatFormat, eos: str, settings: DataSettings):
         self.data_set, self.chat, self.eos, self.settings = data_set, chat, eos, settings
-        self.all_turns = settings.sft and settings.sft_turns == "all"
+        self.all_turns = settings.rows == TARGETS and settings.sft_turns == "all"
 
     def __call__(self, chunk: Chunk) -> tuple[pa.RecordBatch, Tally]:
         rows: list[dict[str, Any]] = []
@@ -157,14 +158,17 @@ class ParseRows:
         exact = exact if isinstance(exact, str) else json.dumps([exact, parsed.tools], default=str)
         wanted = self.settings.pair_columns
         more: dict[str, Any] = {"hash": hash64(exact), "key": _prompt_key(parsed), "over": 0}
-        more["columns"] = [number(row, name) for name in wanted]
+        if self.settings.rows == LABELLED and parsed.label is None:
+            raise UserError(f"the row is no completion with a label. {NEEDS[LABELLED]}")
+        labels = {"label": float(parsed.label)} if parsed.label is not None else {}
+        more["columns"] = [labels[name] if name in labels else number(row, name) for name in wanted]
         if parsed.scores is not None:
             most = self.settings.max_pairs_per_prompt
             parsed.pairs, parsed.ties, more["over"] = ranked_pairs(parsed.scores, most, more["key"])
         if self.all_turns:
             parsed = all_answers(parsed)
         notes = [note for note in parsed.notes if note not in [unused_column(name) for name in wanted]]
-        notes += [UNDESIRED] if parsed.undesired else []
+        notes += [UNDESIRED] if parsed.label is False and self.settings.rows != LABELLED else []
         if isinstance(parsed.prompt, str):
             texts = [str(side) for side in parsed.responses]
             dialogue = parsed.prompt.startswith(HUMAN)

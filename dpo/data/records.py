@@ -26,11 +26,12 @@ from dpo.data.files import CHUNK_ROWS, Source, log_once
 from dpo.data.parse import ROWS, UNDESIRED, ParseRows, Tally
 from dpo.data.rendering import ChatFormat
 from dpo.data.rows import Pairs, ParsedRow
-from dpo.data.sources import DataSettings, Registry, find_source
+from dpo.data.sources import LABELLED, NEEDS, PAIRS, RANKED, TARGETS, DataSettings, Registry, find_source
 from dpo.data.tokenise import (
     COUNTS,
     MERGED,
     PAIR_COUNTS,
+    RANK_COUNTS,
     RECORDS,
     UNSPELLED,
     TokeniseRecords,
@@ -40,14 +41,17 @@ from dpo.data.tokenise import (
 from dpo.utils import UserError, log, progress, visible
 
 # Raise it whenever the code makes other rows or records of the same input. It is part of the caches' keys.
-FORMAT = 2
+FORMAT = 3
 MOST_FILES = 12  # named in the log; data_funnel.json names all
 SILENT = "rows that state no preference are not used"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One prompt, its distinct responses, and pairs (preferred, dispreferred) of their indices; SFT: one response.
+    """One prompt, its distinct responses, and pairs (preferred, dispreferred) of their indices.
+
+    If the loss learns from targets or labelled completions: one response, no pairs. If it learns from rankings: the
+    responses, best first, and one pair, the best and the worst.
 
     `masks` tells which tokens of each response are the assistant's and count in the loss; None: all do.
     """
@@ -150,7 +154,7 @@ class Loader:
         choices = [s.drop_bad_rows, s.max_pairs_per_prompt, parser.all_turns, s.pair_columns]
         raw = digest(parsed_by, self.source.identity, choices)
         held_out = (self.split, s.holdout_fraction) if self.source.held_out else None
-        tokens = digest(raw, tokenizer_identity(self.tokenizer), s.max_length, s.max_prompt_length, s.sft, held_out)
+        tokens = digest(raw, tokenizer_identity(self.tokenizer), s.max_length, s.max_prompt_length, s.rows, held_out)
 
         def tokenise(folder: Path) -> None:
             rows = cached(self.cache_dir, f"rows-{raw}", lambda folder: self._write_rows(folder, parser))
@@ -168,10 +172,10 @@ class Loader:
         hint = ""
         if self.split == "test" and self.source.held_out and funnel.get("prompts", 0) < 2:
             hint = "\nToo few prompts to hold one out for evaluation: add rows, or set n_eval_examples=0."
-        elif not self.settings.sft and UNDESIRED in notes:
-            hint = "\nThe rows are completions with labels, which state no preferences."
-        elif not self.settings.sft and not funnel["pairs"]:
-            hint = "\nThe rows state no preferences: use loss=sft."
+        elif UNDESIRED in notes:
+            hint = "\nThe rows are completions with labels, which state no preferences: loss=kto learns from them."
+        elif self.settings.rows in (PAIRS, RANKED) and not funnel["pairs"]:
+            hint = f"\nThe rows state no preferences. {NEEDS[self.settings.rows]}. Demonstrations are for loss=sft."
         table = _table({self.name: funnel})
         return UserError(f"data set {self.name!r} ({self.split}) has no example left:\n{table}{hint}")
 
@@ -194,9 +198,10 @@ class Loader:
         chunks = (groups[start : start + CHUNK_ROWS] for start in range(0, len(groups), CHUNK_ROWS))
         batches = parallel(work, chunks, self.settings.num_proc)
         counts: Counter[str] = sum(write_arrow(folder / "records.arrow", RECORDS, batches, bar), Counter())
-        wanted = (MERGED, *COUNTS) if self.settings.sft else PAIR_COUNTS + COUNTS
+        kinds = {TARGETS: (MERGED, *COUNTS), LABELLED: COUNTS, RANKED: (*RANK_COUNTS, *COUNTS)}
+        wanted = kinds.get(self.settings.rows, PAIR_COUNTS + COUNTS)
         funnel |= {key: counts[key] for key in wanted if counts[key] or key != UNSPELLED}
-        silent = 0 if self.settings.sft else int(table.table["demonstration"].to_numpy().sum())
+        silent = 0 if self.settings.rows in (TARGETS, LABELLED) else int(table.table["demonstration"].to_numpy().sum())
         if 0 < silent < len(table):
             told["notes"] |= {SILENT: silent}
             told["first"].setdefault(SILENT, "a row of the form prompt, completion or messages")
@@ -209,12 +214,12 @@ class Loader:
         funnel = {"rows": len(table) + sum(dropped.values())}
         funnel |= {f"rows dropped: {reason}": count for reason, count in dropped.items()}
         order, starts, ends = group_rows(table)
-        undesired = table.table["undesired"].to_numpy()
-        if self.settings.sft and undesired.any():
+        undesired = pc.equal(table.table["label"], False).fill_null(False).to_numpy()
+        if self.settings.rows == TARGETS and undesired.any():
             if not self.settings.drop_bad_rows:
                 raise UserError(
                     f"{told['first'][UNDESIRED]}: {UNDESIRED}, and loss=sft would learn it. Remove such rows (there "
-                    f"are {told['notes'][UNDESIRED]}), or set drop_bad_rows=true to leave them out"
+                    f"are {told['notes'][UNDESIRED]}), set drop_bad_rows=true to leave them out, or take loss=kto"
                 )
             wanted = ~undesired[order[starts]]  # each demonstration is a group of its own
             funnel[f"rows dropped: {UNDESIRED}"] = int(undesired.sum())
@@ -232,8 +237,9 @@ class Loader:
 class PreferenceData:
     """One split of a mixture of data sets. `data[i]` reads a `Record` from disk."""
 
-    def __init__(self, names: tuple[str, ...], sets: Sequence[LoadedSet], pair_columns: tuple[str, ...] = ()):
-        self.names, self.pair_columns = names, pair_columns
+    def __init__(self, settings: DataSettings, sets: Sequence[LoadedSet]):
+        names = self.names = settings.names
+        self.rows, self.pair_columns, self.max_length = settings.rows, settings.pair_columns, settings.max_length
         self.funnel = {name: loaded.funnel for name, loaded in zip(names, sets, strict=True)}
         self.notes = {name: loaded.notes for name, loaded in zip(names, sets, strict=True)}
         self.identity = [loaded.folder.name for loaded in sets]  # of each data set: a hash of all it depends on
@@ -281,7 +287,7 @@ def load(settings: DataSettings, tokenizer: Any, split: str, registry: Registry 
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, which ends every response; choose a tokenizer that has one")
     sets = [Loader(name, settings, tokenizer, split, registry or {}).load() for name in settings.names]
-    return PreferenceData(settings.names, sets, settings.pair_columns)
+    return PreferenceData(settings, sets)
 
 
 def short_names(names: Sequence[str]) -> list[str]:

@@ -23,15 +23,17 @@ Pairs = list[tuple[int, int]]
 
 FORMS = """  chosen, rejected                  two dialogues: text as in HH, or lists of messages
   prompt, chosen, rejected
-  prompt, responses, scores         every pair of unequal scores
+  prompt, responses, scores         every pair of unequal scores; loss=listwise: the whole ranking
+  prompt, responses, ranking        the same; `ranking` holds each response's place, 1 for the best
   prompt, completions               UltraFeedback's: a list of {response, overall_score}
   prompt, completion                demonstrations, for loss=sft; with `label` only those that are true
+  prompt, completion, label         for loss=kto: label (true or false) says whether the completion is wanted
   messages                          demonstrations, for loss=sft
 prompt, chosen, rejected, completion and each response may be text or lists of messages: {role, content}, {from, value}.
 `system` (text) and `tools` (a list) belong to the prompt. Other names of columns: columns.prompt=<name>."""
 
 COLUMNS = (
-    *("prompt", "chosen", "rejected", "responses", "scores", "completions", "completion", "messages"),
+    *("prompt", "chosen", "rejected", "responses", "scores", "ranking", "completions", "completion", "messages"),
     *("system", "tools", "label", "score_chosen", "score_rejected"),
 )
 ALIASES = {
@@ -85,7 +87,7 @@ class ParsedRow:
     ties: int = 0  # pairs of equal score
     keep_end: bool = False  # truncation keeps the prompt's end, which asks for the response, not its start
     demonstration: bool = False  # states no preference, and is not merged with other rows of its prompt
-    undesired: bool = False  # a demonstration of what not to say (label false)
+    label: bool | None = None  # of a demonstration: whether it is wanted; None if the row does not say
     tools: list[Any] | None = None  # for the chat template
     notes: list[str] = field(default_factory=list)  # warnings, counted over rows
 
@@ -370,7 +372,7 @@ def generic(row: Row, columns: Mapping[str, str | None] | None = None) -> Parsed
         if label not in (0, 1):
             name = fields.name("label")
             raise BadRow("wrong value", f"{name!r} is {label}, not true or false (is the completion good?)")
-        parsed.undesired = not label
+        parsed.label = bool(label)
     if parsed.pairs and fields.has("score_chosen") and fields.has("score_rejected"):
         parsed.notes += score_notes(*(fields.get(name, int, float) for name in ("score_chosen", "score_rejected")))
     parsed.notes += [unused_column(name) for name in fields.unused()]
@@ -393,9 +395,9 @@ def _by_form(fields: Fields) -> ParsedRow:
     for column, form in FORM_OF.items():
         if column in fields.columns and fields.has(column):  # a column that the configuration names comes first
             return form(fields)
-    if fields.row.get("responses") is not None and fields.row.get("scores") is not None:
+    if fields.row.get("responses") is not None and (fields.row.get("scores") or fields.row.get("ranking")) is not None:
         return scored(fields)
-    for column in (*FORM_OF, "scores"):
+    for column in (*FORM_OF, "scores", "ranking"):
         if fields.has(column):
             return FORM_OF.get(column, scored)(fields)
     raise BadRow("columns fit no known form", f"{', '.join(map(repr, fields.row)) or 'none'}; accepted are\n{FORMS}")
@@ -430,9 +432,12 @@ def compared(fields: Fields) -> ParsedRow:
 
 
 def scored(fields: Fields) -> ParsedRow:
-    """Parse a prompt, its responses and their scores."""
-    prompt, responses, scores = fields.prompt(), fields.get("responses", list), fields.get("scores", list)
-    return _rated(prompt, responses, scores, "responses", "scores")
+    """Parse a prompt, its responses, and their scores or places."""
+    prompt, responses = fields.prompt(), fields.get("responses", list)
+    if fields.has("scores") or not fields.has("ranking"):
+        return _rated(prompt, responses, fields.get("scores", list), "responses", "scores")
+    parsed = _rated(prompt, responses, fields.get("ranking", list), "responses", "ranking")
+    return replace(parsed, **rank([-place for place in parsed.scores or []]))
 
 
 def rated_completions(fields: Fields) -> ParsedRow:

@@ -15,13 +15,24 @@ from dpo.utils import UserError
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name; a relative path may look the same
 
 
+# What a loss learns from: pairs, one target a prompt, completions with a label, or a ranking of responses.
+PAIRS, TARGETS, LABELLED, RANKED = "pairs", "targets", "labelled", "ranked"
+NEEDS = {
+    PAIRS: "This loss needs preferences: columns chosen and rejected, or responses and scores",
+    TARGETS: "This loss needs demonstrations: columns prompt and completion, or messages; preferences do, too",
+    LABELLED: "This loss needs columns prompt, completion and label (true or false). loss=dpo and others learn from "
+    "pairs, loss=sft from completions without a label",
+    RANKED: "This loss needs columns prompt, responses, and scores or ranking; or chosen and rejected",
+}
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """What the data depends on, besides the tokenizer. Lengths are in tokens."""
 
     names: tuple[str, ...]  # registered sets, files, folders or hub ids
     sources: Mapping[str, str | None] = field(default_factory=dict)  # registered name -> local copy in the hub's layout
-    sft: bool = False  # one target a prompt instead of pairs
+    rows: str = PAIRS  # what the loss learns from: a key of NEEDS
     max_length: int = 512  # prompt + response with EOS
     max_prompt_length: int = 256  # with BOS
     chat_format: str = "auto"  # "auto" | "template" | "hh"
@@ -37,11 +48,11 @@ class DataSettings:
     num_proc: int = 0  # 0: all cores
 
     @classmethod
-    def of(cls, config: DataConfig, cache_dir: str, sft: bool, pair_columns: tuple[str, ...]) -> "DataSettings":
+    def of(cls, config: DataConfig, cache_dir: str, rows: str, pair_columns: tuple[str, ...]) -> "DataSettings":
         """Return the settings that a configuration holds, and those that depend on the loss."""
         same = {key.name: getattr(config, key.name) for key in fields(cls) if hasattr(config, key.name)}
         places = {"names": tuple(config.datasets), "sources": config.dataset_sources, "cache_dir": cache_dir}
-        return cls(**same | places, sft=sft, pair_columns=pair_columns)
+        return cls(**same | places, rows=rows, pair_columns=pair_columns)
 
 
 @dataclass(frozen=True)
@@ -68,12 +79,12 @@ def find_source(name: str, settings: DataSettings, split: str, registry: Registr
     limit = round(settings.max_row_mb * 2**20)
     if name in registry:
         data_set = registry[name]
-        if data_set.sft_only and not settings.sft:
+        if data_set.sft_only and settings.rows != TARGETS:
             raise UserError(f"data set {name!r} has no preferences, so it is for loss=sft only; choose another")
         if local := settings.sources.get(name) or data_set.local:
             return data_set, local_source(Path(local).expanduser(), data_set.layout, split, limit, strict=False)
         hub, layout = data_set.hub, data_set.layout
-        if settings.sft and data_set.sft_hub:
+        if settings.rows == TARGETS and data_set.sft_hub:
             hub, layout = data_set.sft_hub, PLAIN
         advice = f"If the hub is out of reach, give a local copy in its layout: dataset_sources.{name}=<folder>"
         return data_set, hub_source(str(hub), layout, split, advice)

@@ -14,9 +14,9 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from dpo.data.cache import ArrowRows, digest
-from dpo.data.parse import PAIRS, hash64
+from dpo.data.parse import PAIR_LIST, hash64
 from dpo.data.rows import Pairs
-from dpo.data.sources import DataSettings
+from dpo.data.sources import LABELLED, PAIRS, RANKED, TARGETS, DataSettings
 from dpo.utils import UserError
 
 IDS = pa.list_(pa.int32())
@@ -24,7 +24,7 @@ RECORDS = pa.schema(
     {
         "prompt": IDS,
         "responses": pa.list_(IDS),
-        "pairs": PAIRS,
+        "pairs": PAIR_LIST,
         "masks": pa.list_(pa.list_(pa.bool_())),
         "columns": pa.list_(pa.list_(pa.float64())),  # [pairs, pair_columns]; SFT: [1, pair_columns]
         "key": pa.uint64(),
@@ -40,6 +40,13 @@ PAIR_COUNTS = (
     "pairs dropped: identical responses",
     "pairs dropped: identical after truncation",
     "prompts dropped: no pair",
+)
+RANK_COUNTS = (
+    "pairs",
+    "rankings dropped: another of the same prompt",
+    "responses dropped: equal scores",
+    "responses dropped: identical",
+    "prompts dropped: no ranking",
 )
 MERGED = "rows not used: one target a prompt"
 UNSPELLED = "prompts whose tokens do not spell their text"
@@ -191,7 +198,12 @@ class TokeniseRecords:
     def merge(self, rows: list[dict[str, Any]], counts: Counter[str]) -> Merged | None:
         """Merge the rows of one prompt; None if they state no preference."""
         merged = Merged(rows[0]["prompt"], [], [], [], rows[0]["keep_end"], rows[0]["key"])
-        if self.settings.sft:
+        if self.settings.rows == LABELLED:
+            merged.responses, merged.columns = [tuple(rows[0]["responses"][0])], [rows[0]["columns"]]
+            return merged
+        if self.settings.rows == RANKED:
+            return self._ranking(merged, rows, counts)
+        if self.settings.rows == TARGETS:
             rated = [row for row in rows if row["score"] is not None]
             best = max(rated, key=lambda row: row["score"]) if rated else rows[-1]
             counts[MERGED] += len(rows) - 1
@@ -220,6 +232,23 @@ class TokeniseRecords:
             return None
         return merged
 
+    def _ranking(self, merged: Merged, rows: list[dict[str, Any]], counts: Counter[str]) -> Merged | None:
+        """Put the first ranking among `rows` into `merged`: its responses, best first. A pair is a ranking of two."""
+        rankings = [row for row in rows if row["scores"] or row["pairs"]]
+        counts["rankings dropped: another of the same prompt"] += max(len(rankings) - 1, 0)
+        for row in rankings[:1]:
+            counts["pairs"] += 1  # a funnel without pairs says that rows state no preference
+            scores = row["scores"] or [-i for i in itertools.chain.from_iterable(row["pairs"])]
+            order = sorted(range(len(scores)), key=lambda i: -scores[i])
+            strict = [i for k, i in enumerate(order) if not k or scores[i] < scores[order[k - 1]]]
+            distinct = dict.fromkeys(tuple(row["responses"][i]) for i in strict)
+            counts["responses dropped: equal scores"] += len(order) - len(strict)
+            counts["responses dropped: identical"] += len(strict) - len(distinct)
+            merged.responses, merged.columns = list(distinct), [row["columns"]]
+            merged.pairs = [(0, len(distinct) - 1)] if len(distinct) > 1 else []
+        counts["prompts dropped: no ranking"] += not merged.pairs
+        return merged if merged.pairs else None
+
     def record(
         self, tree: Merged, prompt: list[int], parts: list[list[list[int]]], counts: Counter[str]
     ) -> dict[str, Any] | None:
@@ -236,8 +265,16 @@ class TokeniseRecords:
         masks = [[i % 2 == 0 for i, part in enumerate(response) for _ in part] + [True] for response in parts]
         masks = [mask[: len(end)] for mask, end in zip(masks, ends, strict=True)]
         keys, columns, first, pairs = tree.pair_keys(), tree.columns, [0], tree.pairs
-        if not s.sft:
-            first, pairs, kept = compact([(*end, None, *mask) for end, mask in zip(ends, masks)], tree.pairs)
+        sides = [(*end, None, *mask) for end, mask in zip(ends, masks)]
+        if s.rows == RANKED:
+            first = [i for i, side in enumerate(sides) if side not in sides[:i]]
+            counts["responses dropped: identical"] += len(sides) - len(first)
+            pairs = [(0, len(first) - 1)]
+            if len(first) < 2:
+                counts["prompts dropped: no ranking"] += 1
+                return None
+        elif s.rows == PAIRS:
+            first, pairs, kept = compact(sides, tree.pairs)
             keys, columns = [keys[i] for i in kept], [columns[i] for i in kept]
             counts["pairs dropped: identical after truncation"] += len(tree.pairs) - len(kept)
             if not pairs:
@@ -247,7 +284,7 @@ class TokeniseRecords:
         counts["responses"] += len(ends)
         counts["responses truncated (EOS lost)"] += sum(len(a) < len(b) for a, b in zip(ends, responses, strict=True))
         counts["records"] += 1
-        counts["examples"] += len(pairs) or 1
+        counts["examples"] += len(pairs) or 1  # of a ranking: one
         masks = [masks[i] for i in first]
         return {
             **{"prompt": cut, "responses": [ends[i] for i in first], "pairs": pairs, "columns": columns},

@@ -47,7 +47,8 @@ class ModelConfig(Component):
 class ReferenceConfig(Component):
     """How the log-probabilities of the reference are obtained."""
 
-    mode: Literal["stored", "live"]
+    mode: Annotated[Literal["stored", "live"], MayChange]
+    archive: str | None
 
 
 @dataclass(kw_only=True)
@@ -55,7 +56,7 @@ class ComputeConfig(Component):
     """How log-probabilities are computed."""
 
     model: ModelConfig
-    reference: Annotated[ReferenceConfig, MayChange]
+    reference: ReferenceConfig
     cache_dir: Annotated[str | None, MayChange]
     device: Annotated[str, MayChange]
     mixed_precision: Annotated[Literal["float32", "bfloat16", "float16"] | None, Inherited]

@@ -32,6 +32,7 @@ T = TypeVar("T")
 STATE_FILE = "trainer_state.json"
 MANIFEST = "manifest.json"
 BATCH_FILE = "batch.json"
+REFERENCE = "reference content"  # in STATE_FILE: the weights_identity of reference.archive
 START = "start content"  # in STATE_FILE: the weights_identity of what training started from
 LATEST, BEST = "LATEST", "BEST"
 READ_BY_NAME = (".safetensors", ".json", ".py", ".bin", ".model", ".jinja", ".txt")
@@ -76,8 +77,12 @@ class _Model(_Strict):
     archive: str | None
 
 
+Name = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*$")]  # an identifier, or a dotted path of them
+
+
 class _Loss(_Strict):
-    name: Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*$")]  # an identifier, or a dotted path of them
+    name: Name
+    kind: Name | None = None
 
 
 class _Config(_Strict):
@@ -108,6 +113,9 @@ class _State(_Strict):
     command: str
     config: _Config
     start: Annotated[str | None, Field(alias=START)] = None
+    reference_start: Annotated[str | None, Field(alias=REFERENCE)] = None
+    loss: str | None = None
+    loss_state: dict[str, float] | None = None
     eval_examples: Count | None = None
     formats: list[str] | None = None
     sources: dict[str, list[dict[str, str | list[str]]]] | None = None
@@ -482,7 +490,6 @@ def _card(state: dict[str, Any]) -> str:
     metrics = "\n".join(f"| {name} | {value:.5g} |" for name, value in state["metrics"].items())
     config = state["config"]
     model, name = config["model"], config["loss"]["name"]
-    loss = ", ".join(f"{key} {value}" for key, value in config["loss"].items() if key != "name" and value is not None)
     start = f"`{model['name_or_path']}`" + (f", from the weights of `{model['archive']}`" if model["archive"] else "")
     return f"""---
 library_name: transformers
@@ -492,7 +499,7 @@ tags: [{name}]
 
 - base model: {start}
 - data: {", ".join(f"`{data}`" for data in config["datasets"])}, seed {config["seed"]}
-- loss: {name}{f" ({loss})" if loss else ""}
+- loss: `{state.get("loss") or name}`
 - trained for {state["examples"]} examples in {state["updates"]} updates
 - command: `{state["command"]}`
 

@@ -147,6 +147,8 @@ class Config(TrainingConfig, DataConfig, ParallelConfig, RunConfig):
         yield from super().problems()
         if self.keep_best is not None and not self.n_eval_examples:
             yield f"keep_best={self.keep_best} needs evaluations: set n_eval_examples"
+        if self.reference.archive and not self.loss.needs_reference:
+            yield f"reference.archive={self.reference.archive}, but loss={self.loss.name} needs no reference"
         if self.reference.mode == "live" and self.loss.needs_rejected and not self.loss.needs_reference:
             yield f"reference.mode=live, but loss={self.loss.name} needs no reference: leave reference.mode out"
         yield from self.device_problems()

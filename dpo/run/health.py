@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo import parallel
-from dpo.data.batching import Batch, Example, Tree, make_batch, n_tokens
+from dpo.data.batching import Batch, Example, Tree, make_batch, n_tokens, responses_of
 from dpo.data.records import PreferenceData
 from dpo.model.logps import TokenLogps
 from dpo.reference import Reference
@@ -73,9 +73,9 @@ class Watch:
         self.fell = falls
 
 
-def broken_examples(data: PreferenceData, examples: Sequence[Example], losses: Sequence[float]) -> str:
+def broken_examples(data: PreferenceData, examples: Sequence[Example], losses: Sequence[float | None]) -> str:
     """Name the examples of all processes whose loss is not finite, for a message. A collective."""
-    mine = [name_of(data, e) for e, loss in zip(examples, losses, strict=True) if not math.isfinite(loss)]
+    mine = [name_of(data, e) for e, loss in zip(examples, losses, strict=True) if not math.isfinite(loss or 0)]
     found = sorted({name for names in parallel.gather(mine) for name in names})
     return f"the loss of {_first(found)} is not finite" if found else "every example's loss is finite"
 
@@ -117,7 +117,7 @@ NO_DIFFERENCE = Difference(0.0)
 
 
 def difference(
-    data: PreferenceData, examples: Sequence[Example], metrics: dict[str, list[float]], split: str
+    data: PreferenceData, examples: Sequence[Example], metrics: Mapping[str, Sequence[float | None]], split: str
 ) -> Difference:
     """Return the largest difference among `examples`. `metrics` are theirs, in the same order."""
     found = NO_DIFFERENCE
@@ -125,6 +125,8 @@ def difference(
         ratios = metrics.get(f"logratios_per_token_{split}/{side}", [])
         rewards = metrics.get(f"rewards_{split}/{side}", ratios)
         for example, per_token, reward in zip(examples, ratios, rewards):
+            if per_token is None or reward is None:  # the example has no such side
+                continue
             size = abs(per_token) if math.isfinite(per_token) else math.inf
             if size > found.per_token:
                 found = Difference(size, reward, name_of(data, example))
@@ -158,7 +160,7 @@ def extremes(
     for index, some in itertools.groupby(sorted({e for batch in batches for e in batch}), key=lambda e: e[0]):
         record = data[index]
         for example in some:
-            sides = [len(record.responses[side]) for side in record.pairs[example[1]]]
+            sides = [len(record.responses[side]) for side in responses_of(data, record, example[1])]
             row = n_tokens(len(record.prompt), sides if layout != "padded" else [max(sides)])
             lengths[example] = (len(record.prompt) + max(sides), row)
     shortest = min(lengths, key=lambda example: (lengths[example], example))
@@ -199,7 +201,7 @@ def batch_text(
         found = reference.response_logps(batch) if reference is not None else None
         row: dict[str, Any] = {"name": name_of(data, example), "prompt": tree.prompt, "responses": tree.responses}
         row |= {"masks": tree.masks} if tree.masks else {}
-        row |= {"chosen": batch.chosen, "rejected": batch.rejected, "columns": batch.columns}
+        row |= {name: getattr(batch, name) for name in ("chosen", "rejected", "columns", "ranked")}
         rows.append(row | {"reference": [found.logps.tolist(), found.mask.tolist()] if found is not None else None})
     return json.dumps({"loss": loss, "examples": rows})
 
@@ -226,7 +228,7 @@ def read_batch(folder: Path) -> tuple[dict[str, Any], list[Recorded]]:
         examples = []
         for row in content["examples"]:
             trees = [Tree(row["prompt"], row["responses"], row.get("masks"))]
-            batch = Batch(trees, row["chosen"], row["rejected"], row.get("columns", {}))
+            batch = Batch(trees, row["chosen"], row["rejected"], row.get("columns", {}), row.get("ranked"))
             logps = TokenLogps(*map(torch.tensor, row["reference"])) if row["reference"] else None
             examples.append(Recorded(row["name"], batch, logps))
         return content["loss"], examples

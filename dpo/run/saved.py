@@ -2,14 +2,17 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo import parallel
 from dpo.data.batching import Cut
+from dpo.data.records import PreferenceData
 from dpo.model.checks import check_fits, pick_computation, refusing
 from dpo.model.loading import load_policy, load_tokenizer, local_folder, pick_device
 from dpo.model.logps import Computation
@@ -67,11 +70,40 @@ def token_logps(
         for (data, record, responses), _, rows in tree_logps(model, how, wanted, cut):
             for response, (logps, counts) in zip(responses, rows, strict=True):
                 if not np.isfinite(logps[counts]).all():
-                    name = data.names[int(data.source[record])]
+                    name = data.names[int(data.source[record])] if isinstance(data, PreferenceData) else "data"
                     raise UserError(f"{desc}: log-probabilities of {name}, record {record} are not finite")
                 found[id(data), record, response] = np.where(counts, logps, np.float32(np.nan))
             bar.update(len(responses))
     return [[found[id(data), record, i] for i in responses] for data, record, responses in wanted]
+
+
+def load_reference(
+    config: Config, device: torch.device, sharding: parallel.Sharding | None, compiled: bool
+) -> PreTrainedModel:
+    """Return the model of reference.archive, or else of the weights that training starts from.
+
+    Raise UserError if it cannot be read, or if its tokenizer is another than the policy's.
+    """
+    if config.reference.archive is None:
+        return load_policy(config, device, sharding, config.model.archive, trains=False, compiled=compiled)
+    name = config.reference.archive
+    if name.endswith(".pt"):  # of the original code, of the policy's architecture
+        return load_policy(config, device, sharding, name, trains=False, compiled=compiled)
+    ours = load_tokenizer(config)
+    own = replace(config.model, name_or_path=name, archive=None, tokenizer_name_or_path=None)
+    config = replace(config, model=own)
+    try:
+        same = load_tokenizer(config).get_vocab() == ours.get_vocab()
+    except UserError:  # it has no tokenizer of its own; its embeddings are checked below
+        same = True
+    if not same:
+        raise UserError(f"reference.archive={name} has another vocabulary than the policy; give one that shares it")
+    try:
+        model = load_policy(config, device, sharding, trains=False, compiled=compiled)
+        check_fits(model, ours, config)
+    except UserError as error:
+        raise UserError(str(error).replace("model.name_or_path", "reference.archive")) from error
+    return model
 
 
 def formats_of(archive: Path | None) -> list[str]:

@@ -169,8 +169,9 @@ class Pairs(Loss, name="pairs"):
              `length`, which adds margin_alpha (n_w - n_l) to h: if the reward less margin_alpha n is what the policy
              maximizes, r(y) + margin_alpha n is what explains the preference (R-DPO, arXiv:2403.19159).
 
-    `label_smoothing` and `robust` are the assumed rate of flipped labels, and its unbiased correction. `weight` is the
-    row's (`weighting=column`; it also weighs the nll term) or 1. nll(y_w) is -log pi(y_w) per token (`mean`, IRPO,
+    `label_smoothing` and `robust` are the assumed rate of flipped labels, and its unbiased correction. `weight` is 1;
+    the row's (`weighting=column`; it also weighs the nll term); or w(y_w) w(y_l), w(y) = exp of the mean over tokens of
+    log p - log sum_v p(v)^2, as a constant (`wpo`, arXiv:2406.11827). nll(y_w) is -log pi(y_w) per token (`mean`, IRPO,
     arXiv:2404.19733), summed (`sum`, CPO, arXiv:2401.08417), or `batch_mean`: all tokens of the global batch weigh the
     same, which is what several trainers compute.
     """
@@ -192,7 +193,7 @@ class Pairs(Loss, name="pairs"):
     margin_alpha: float | None = None
     delta: Annotated[float, Field(gt=0)] = 1.0
     tau: Annotated[float, Field(gt=0)] = 0.05
-    weighting: Literal["none", "column"] = "none"
+    weighting: Literal["none", "column", "wpo"] = "none"
     pair_weight: Weight = 1.0
     nll_weight: Weight = 0.0
     nll: Literal["mean", "sum", "batch_mean"] = "mean"
@@ -203,8 +204,9 @@ class Pairs(Loss, name="pairs"):
             raise ValueError("; ".join(problems))
         columns = (("margin",) if self.margin == "column" else ()) + (("weight",) if self.weighting == "column" else ())
         counts_tokens = bool(self.nll_weight) and self.nll == "batch_mean"
-        self._set(needs_reference=self.use_reference, needs_tokens=self.ld_alpha is not None, columns=columns)
-        self._set(needs_statistics=counts_tokens)
+        wpo = self.weighting == "wpo"
+        self._set(needs_reference=self.use_reference, needs_tokens=self.ld_alpha is not None or wpo, columns=columns)
+        self._set(needs_statistics=counts_tokens, needs_squares=wpo)
 
     @property
     def per_token(self) -> bool:
@@ -289,6 +291,8 @@ class Pairs(Loss, name="pairs"):
         loss = torch.zeros_like(chosen.sum)
         if self.pair_weight:
             loss = self.pair_weight * LINKS[self.link].value(self, *self._compared(examples))
+        if self.weighting == "wpo":
+            loss = loss * (_on_policy(chosen) + _on_policy(examples.losers)).exp()
         if self.nll_weight:
             loss = loss + self.nll_weight * self._nll(chosen, examples.statistics)
         return loss * columns["weight"] if self.weighting == "column" else loss
@@ -352,6 +356,12 @@ class Pairs(Loss, name="pairs"):
             value = LINKS[self.link].value(self, moved, b, h + (moved - moved.detach()))
             (slope,) = torch.autograd.grad(value.sum(), moved)
         return -self.pair_weight * slope
+
+
+def _on_policy(responses: Responses) -> Tensor:
+    """Return the mean over tokens of log p - log sum_v p(v)^2 under the policy, without gradients: [n]."""
+    relative = responses.counted(responses.tokens).detach() - responses.counted(responses.squares)
+    return relative.sum(-1) / responses.length
 
 
 @dataclass(frozen=True)
@@ -559,6 +569,37 @@ class Listwise(Loss, name="listwise"):
 
 
 @dataclass(frozen=True)
+class TDPO(Loss, name="tdpo"):
+    """Token-level DPO, Zeng et al. 2024 (arXiv:2404.11999): TDPO2, or TDPO1 with `version=1`.
+
+    -log sigmoid(beta d - delta). K(y) is the sum over the response's tokens of KL(ref || pi) of the next token.
+    TDPO1: delta = beta (K(y_l) - K(y_w)). TDPO2: delta = alpha beta (K(y_l) - K(y_w)), K(y_w) being a constant.
+    """
+
+    beta: Beta
+    version: Literal[1, 2] = 2
+    alpha: Weight = 0.5
+    needs_tokens = True
+    needs_kl = True
+
+    def __call__(self, examples: Examples) -> Tensor:
+        return -F.logsigmoid(self._margin(examples))
+
+    def _margin(self, examples: Examples) -> Tensor:
+        chosen, rejected = examples.chosen, examples.losers
+        ours, theirs = (side.counted(side.kl).sum(-1) for side in (chosen, rejected))
+        delta = theirs - ours if self.version == 1 else self.alpha * (theirs - ours.detach())
+        return self.beta * (chosen.log_ratio - rejected.log_ratio - delta)
+
+    def rewards(self, responses: Responses) -> Tensor:
+        """beta log pi(y)/ref(y): without K, which other programs would have to compute anew."""
+        return self.beta * responses.log_ratio
+
+    def gradient_weight(self, examples: Examples) -> Tensor:
+        return F.sigmoid(-self._margin(examples).detach())
+
+
+@dataclass(frozen=True)
 class Mix(Loss, name="mix"):
     """A weighted sum of losses of pairs, such as MPO (Wang et al. 2024, arXiv:2411.10442): `terms` gives the weight of
     each, by name. `beta` is for all that have one, `settings` gives a term other keys: {simpo: {gamma: 0.5}}.
@@ -581,7 +622,7 @@ class Mix(Loss, name="mix"):
             raise ValueError("; ".join(problems))
         losses = self.parts.values()
         self._set(columns=tuple(dict.fromkeys(c for loss in losses for c in loss.columns)))
-        for need in ("needs_reference", "needs_tokens", "needs_statistics"):
+        for need in ("needs_reference", "needs_tokens", "needs_squares", "needs_kl", "needs_statistics"):
             self._set(**{need: any(getattr(loss, need) for loss in losses)})
 
     @property

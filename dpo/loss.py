@@ -18,7 +18,9 @@ class Responses:
     """One side (chosen or rejected) of n examples. Log-probabilities are in nats; each tensor has shape [n].
 
     The reference is None if the loss needs none. `tokens`, `reference_tokens` and `mask` (true for the tokens that
-    count) have shape [n, t]; they are None unless the loss has `needs_tokens`.
+    count) have shape [n, t]; they are None unless the loss has `needs_tokens`. So are `squares`, log sum_v p(v)^2 of
+    the policy's next token, unless it has `needs_squares`; and `kl`, KL(reference || policy) of the next token, unless
+    it has `needs_kl`.
     """
 
     sum: Tensor
@@ -27,6 +29,8 @@ class Responses:
     tokens: Tensor | None = None
     reference_tokens: Tensor | None = None
     mask: Tensor | None = None
+    squares: Tensor | None = None
+    kl: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -97,6 +101,8 @@ class Loss:
     rows = "pairs"  # what it learns from: pairs, targets (demonstrations), labelled (completions), ranked (responses)
     needs_reference = True
     needs_tokens = False
+    needs_squares = False  # with needs_tokens
+    needs_kl = False  # with needs_tokens; computed by a live reference
     needs_statistics = False
     observes_mismatched = False  # `observe` sees each prompt of the global batch with another prompt's response
     columns: tuple[str, ...] = ()  # numeric columns of the data, one value per example

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo import parallel
 from dpo.data.batching import Batch, Cut, Example, Records, Tree, make_tree, responses_of
-from dpo.model.logps import Computation, TokenLogps, response_logps
+from dpo.model.logps import Computation, TokenLogps, next_token_logps, response_logps
 from dpo.utils import UserError, log, make_dir, progress
 
 SECONDS_PER_SHARD = 60.0
@@ -44,6 +45,13 @@ class LiveReference:
         would take other kernels than the policy's."""
         found = response_logps(self.model, batch, self.how)
         assert not found.logps.requires_grad
+        parallel.reshard(self.model)
+        return found
+
+    def next_token_logps(self, batch: Batch, how: Computation) -> Tensor:
+        """Return the reference's log p of every token of the vocabulary, [n, vocabulary]. `how`: the policy's."""
+        with torch.no_grad():
+            found, _ = next_token_logps(self.model, batch, how)
         parallel.reshard(self.model)
         return found
 

@@ -13,7 +13,7 @@ from dpo.data.records import PreferenceData
 from dpo.data.sources import LABELLED
 from dpo.loss import Examples, Loss, Responses, reward_slopes, sum_tokens
 from dpo.model.logps import Computation, TokenLogps, response_logps
-from dpo.reference import Reference
+from dpo.reference import LiveReference, Reference
 from dpo.utils import progress
 
 # By how much a float32 log-probability may change with the order of summation (micro-batches, layouts, number of
@@ -96,7 +96,9 @@ class Scorer:
 
     def __call__(self, policy: PreTrainedModel, batch: Batch, split: str) -> tuple[Tensor, Metrics]:
         """Return the loss of each example, shape [n], with gradients, and the metrics of each example."""
-        tokens = response_logps(policy, batch, self.how)
+        live = self.reference if self.loss.needs_kl and isinstance(self.reference, LiveReference) else None
+        theirs = live.next_token_logps(batch, self.how) if live is not None else None
+        tokens = response_logps(policy, batch, self.how, self.loss.needs_squares, theirs)
         examples = self.examples(batch, tokens)
         losses = self.loss(examples)
         scored = self._scored(batch, tokens, examples, losses)
@@ -139,7 +141,10 @@ class Scorer:
             if not self.loss.needs_tokens:
                 return responses
             theirs = reference.logps[index] if reference is not None else None
-            return replace(responses, tokens=tokens.logps[index], reference_tokens=theirs, mask=tokens.mask[index])
+            extra = {name: getattr(tokens, name) for name in ("squares", "kl")}
+            extra = {name: values[index] for name, values in extra.items() if values is not None}
+            ours, mask = tokens.logps[index], tokens.mask[index]
+            return replace(responses, tokens=ours, reference_tokens=theirs, mask=mask, **extra)
 
         rejected = side(batch.rejected) if batch.rejected is not None else None
         columns = {name: torch.tensor(values, device=device) for name, values in batch.columns.items()}

@@ -28,6 +28,7 @@ class Data:
     records: list[Record]
     source: np.ndarray
     names: tuple[str, ...] = ("a", "b")
+    rows: str = "pairs"
 
     @property
     def n_examples(self) -> np.ndarray:
@@ -66,7 +67,7 @@ def test_pairs_of_a_prompt_stay_together() -> None:
 
 
 def test_weights_are_passes_over_a_data_set() -> None:
-    data = make_data(rows="targets")
+    data = make_data(sft=True)
     taken = np.bincount([record for record, _ in epoch_order(data, 0, 0, [2.0, 0.4])], minlength=10)
     assert taken[::2].tolist() == [2] * 5 and sorted(taken[1::2]) == [0, 0, 0, 1, 1]
     again = np.bincount([record for record, _ in epoch_order(data, 0, 1, [2.0, 0.4])], minlength=10)

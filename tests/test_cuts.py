@@ -21,6 +21,7 @@ VALUES = {"beta": 0.3, "alpha": 0.5, "terms": "{simpo: 1.0, slic: 0.5, nll: 0.5}
 PARTS = {
     "every part": "loss=dpo loss.beta=0.3 loss.ld_alpha=0.5 loss.dpop_weight=1 loss.nll_weight=0.1 loss.nll=batch_mean "
     "loss.divergence=js loss.margin=column loss.weighting=column",
+    "wpo": "loss=dpo loss.beta=0.3 loss.weighting=wpo",
 }
 
 
@@ -29,7 +30,8 @@ def cases() -> dict[str, list[str]]:
     found = {}
     for name in LOSS_FILES:
         missing = [key for key, value in loss_values(name).items() if value == "???"]
-        found[name] = [f"loss={name}", *(f"loss.{key}={VALUES[key]}" for key in missing)]
+        live = ["reference.mode=live"] if name == "tdpo" else []
+        found[name] = [f"loss={name}", *live, *(f"loss.{key}={VALUES[key]}" for key in missing)]
     return found | {name: given.split() for name, given in PARTS.items()}
 
 

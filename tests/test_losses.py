@@ -32,6 +32,10 @@ class Pair:
     l_tokens: Tensor
     rw_tokens: Tensor
     rl_tokens: Tensor
+    w_squares: Tensor
+    l_squares: Tensor
+    kl_w: Tensor
+    kl_l: Tensor
     margin: Tensor
     weight: Tensor
 
@@ -56,10 +60,12 @@ def draw(seed: int = 1) -> tuple[Examples, list[Tensor], list[Pair]]:
     reference = [p + 0.6 * torch.randn(N, LONGEST, generator=generator, dtype=torch.float64) for p in policy]
     columns = {name: torch.rand(N, generator=generator, dtype=torch.float64) for name in ("margin", "weight")}
     policy = [p.requires_grad_() for p in policy]
+    squares = [-torch.rand(N, LONGEST, generator=generator, dtype=torch.float64) for _ in range(2)]
+    kls = [torch.rand(N, LONGEST, generator=generator, dtype=torch.float64) for _ in range(2)]
     masks = [torch.arange(LONGEST) < n[:, None] for n in lengths]
     sides = [
-        Responses(sum_tokens(p, mask), n, sum_tokens(r, mask), p, r, mask)
-        for p, r, mask, n in zip(policy, reference, masks, lengths)
+        Responses(sum_tokens(p, mask), n, sum_tokens(r, mask), p, r, mask, square, kl)
+        for p, r, mask, n, square, kl in zip(policy, reference, masks, lengths, squares, kls)
     ]
     pairs = []
     for i in range(N):
@@ -67,7 +73,10 @@ def draw(seed: int = 1) -> tuple[Examples, list[Tensor], list[Pair]]:
         theirs = [r[i, : int(n[i])] for r, n in zip(reference, lengths)]
         sums = [t.sum() for t in (*tokens, *theirs)]
         counts = [len(t) for t in tokens]
-        pairs.append(Pair(*sums, *counts, *tokens, *theirs, columns["margin"][i], columns["weight"][i]))
+        more = [s[i, : int(n[i])] for s, n in zip(squares, lengths)] + [
+            k[i, : int(n[i])].sum() for k, n in zip(kls, lengths)
+        ]
+        pairs.append(Pair(*sums, *counts, *tokens, *theirs, *more, columns["margin"][i], columns["weight"][i]))
     return Examples(*sides, columns), policy, pairs
 
 
@@ -96,6 +105,12 @@ def ld(p: Pair, alpha: float) -> Tensor:
 def exo(p: Pair, b: float, e: float) -> Tensor:
     s, t = sigma(b * p.d), sigma(-b * p.d)
     return s * (torch.log(s) - math.log(1 - e)) + t * (torch.log(t) - math.log(e))
+
+
+def wpo(p: Pair) -> Tensor:
+    sides = ((p.w_tokens, p.w_squares), (p.l_tokens, p.l_squares))
+    w_w, w_l = (torch.exp((ours - squares).mean()).detach() for ours, squares in sides)
+    return w_w * w_l
 
 
 def discopop(p: Pair, b: float, tau: float) -> Tensor:
@@ -146,6 +161,9 @@ FORMULAS: list[tuple[str, dict[str, Any], Callable[[Pair], Tensor]]] = [
     ("dpo", {"beta": 0.3, "weighting": "column"}, lambda p: p.weight * nls(0.3 * p.d)),
     ("dpo", {"beta": 0.3, "link": "hinge", "length_normalized": True, "nll_weight": 0.5},
      lambda p: torch.clamp(1 - 0.3 * (p.u_w / p.nw - p.u_l / p.nl), min=0) - 0.5 * p.W / p.nw),
+    ("dpo", {"beta": 0.3, "weighting": "wpo"}, lambda p: wpo(p) * nls(0.3 * p.d)),
+    ("tdpo", {"beta": 0.3, "version": 1}, lambda p: nls(0.3 * p.d - 0.3 * (p.kl_l - p.kl_w))),
+    ("tdpo", {"beta": 0.3, "alpha": 0.7}, lambda p: nls(0.3 * p.d - 0.7 * 0.3 * (p.kl_l - p.kl_w))),
     ("ipo", {"beta": 0.4}, lambda p: (p.d - 1 / 0.8) ** 2),
     ("ipo", {"beta": 0.4, "average_log_prob": True}, lambda p: (p.u_w / p.nw - p.u_l / p.nl - 1 / 0.8) ** 2),
     ("hinge", {"beta": 0.3}, lambda p: torch.clamp(1 - 0.3 * p.d, min=0)),
@@ -205,7 +223,8 @@ def test_a_file_sets_every_key_and_python_has_the_same_values(name: str) -> None
     values = loss_values(name)
     required = {key: needed.get(name, {"beta": 0.1}).get(key, 0.1) for key, value in values.items() if value == "???"}
     overrides = [f"loss.{key}={value}".replace("'", "") for key, value in required.items()]
-    loss = load_config(["exp_name=x", f"loss={name}", *overrides]).loss
+    live = ["reference.mode=live"] if name == "tdpo" else []
+    loss = load_config(["exp_name=x", f"loss={name}", *overrides, *live]).loss
     assert loss == build(name, required) and loss.name == name
     assert set(values) - {"name", "kind"} == set(loss.__dataclass_fields__) - {"name"}
 
@@ -458,6 +477,7 @@ MISUSE = [
     (["loss=mix", "loss.terms={sft: 1}"], "loss.terms, sft: it is no loss of pairs; of the chosen response: nll"),
     (["loss=mix", "loss.terms={nll: 1}", "loss.settings={dpo: {beta: 1}}"], "loss.settings.dpo is no term"),
     (["loss=mix", "loss.terms={}"], "loss.terms={} names no loss"),
+    (["loss=tdpo", "loss.beta=1"], "loss=tdpo needs the reference's whole distribution: set reference.mode=live"),
     (["loss=simpo", "reference.mode=live"], "reference.mode=live, but loss=simpo needs no reference"),
 ]
 

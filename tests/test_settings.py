@@ -61,8 +61,9 @@ def test_every_model_config_composes(model: str) -> None:
 def test_every_loss_config_composes(loss: str) -> None:
     required = [key for key, value in loss_values(loss).items() if value == "???"]
     given = [f"loss.{key}=" + ("{nll: 1}" if key == "terms" else "0.3") for key in required]
-    built = load_config([f"loss={loss}", "exp_name=x", *given]).loss
-    assert built.needs_rejected == (loss != "sft") and built.name == loss
+    live = ["reference.mode=live"] if loss == "tdpo" else []
+    built = load_config([f"loss={loss}", "exp_name=x", *given, *live]).loss
+    assert built.needs_rejected == (loss not in ("sft", "kto")) and built.name == loss
     assert "beta" not in required or built.beta == 0.3
 
 
@@ -132,7 +133,7 @@ def test_every_key_of_the_yaml_is_commented_and_typed() -> None:
         (["loss=sft", "+loss.beta=0.1"], "loss.beta: no such key of loss=sft"),
         (["loss=dpo", "loss.beta=null"], "loss.beta=null: input should be a valid number"),
         (["reference=live"], "reference=live: "),
-        (["loss=kto"], "kto"),
+        (["loss=ktoo"], "kto"),
         (["model=gpt5"], "gpt5"),
         (["model=blank_model"], "model.name_or_path is missing"),
         (["n_epochs=null"], "the run would never end"),

@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,18 +25,21 @@ LOGITS_AT_ONCE = 2**25
 class TokenLogps:
     """log p(token | all before it) in nats, float32 [responses, longest response].
 
-    `mask` is true for tokens that have a log-probability and count (see `batching.Tree`).
+    `mask` is true for tokens that have a log-probability and count (see `batching.Tree`). Of the same shape, if asked
+    for: `squares`, log sum_v p(v)^2 over the vocabulary, a constant; `kl`, KL(reference || model) of the next token.
     """
 
     logps: Tensor
     mask: Tensor
+    squares: Tensor | None = None
+    kl: Tensor | None = None
 
     def of(self, batch: Batch) -> "TokenLogps":
         """Return these without the tokens of `batch` that do not count."""
         counted = batch.counted(self.mask.shape[1])
         if counted is None:
             return self
-        return TokenLogps(self.logps, self.mask & torch.from_numpy(counted).to(self.mask.device))
+        return replace(self, mask=self.mask & torch.from_numpy(counted).to(self.mask.device))
 
     def to(self, device: torch.device) -> "TokenLogps":
         return TokenLogps(self.logps.to(device), self.mask.to(device))
@@ -56,42 +60,65 @@ class Computation:
 def add_token_logps(model: PreTrainedModel) -> PreTrainedModel:
     """Let `model(sources=..., targets=..., **inputs)` return log p(targets) [n], read at the slots `sources` [n].
 
-    Without targets it returns those of every token: [n, vocabulary]. Logits for targets exist only at these slots,
+    Without targets it returns those of every token: [n, vocabulary]. With `squares`, or `reference` (the reference's of
+    every token), it returns [n, 2 or 3]: see TokenLogps. Logits for targets exist only at these slots,
     LOGITS_AT_ONCE of them at a time, and backward computes them again. This is a part of the model's forward because
     FSDP gathers the model's weights there.
     """
     own = model.forward
     step = max(LOGITS_AT_ONCE // model.config.get_text_config().vocab_size, 1)
 
-    def logps(hidden: Tensor, targets: Tensor) -> Tensor:
-        return parallel.label_logps(logits_of(model, own, hidden), targets.to(hidden.device))
+    def logps(hidden: Tensor, targets: Tensor, squares: bool, reference: Tensor | None) -> Tensor:
+        logits = logits_of(model, own, hidden)
+        values = [parallel.label_logps(logits, targets.to(hidden.device))]
+        if squares or reference is not None:
+            every = parallel.full(logits).float().log_softmax(-1)
+            values += [(2 * every.detach()).logsumexp(-1)] if squares else []
+            values += [(reference.exp() * (reference - every)).sum(-1)] if reference is not None else []
+        return torch.stack(values, -1) if len(values) > 1 else values[0]
 
     @functools.wraps(own)
-    def forward(*args: Any, sources: Tensor | None = None, targets: Tensor | None = None, **inputs: Any) -> Any:
+    def forward(
+        *args: Any,
+        sources: Tensor | None = None,
+        targets: Tensor | None = None,
+        squares: bool = False,
+        reference: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
         if sources is None:
             return own(*args, **inputs)
         states = model.get_decoder()(*args, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
         states = states[sources.to(states.device)]
         if targets is None:
             return parallel.full(logits_of(model, own, states)).float().log_softmax(-1)
-        chunks = zip(states.split(step), targets.split(step), strict=True)
+        parts = zip(states.split(step), targets.split(step), strict=True)
+        references = reference.split(step) if reference is not None else itertools.repeat(None)
+        chunks = [(*part, squares, theirs) for part, theirs in zip(parts, references)]
         return torch.cat([checkpoint(logps, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
 
     model.forward = forward  # type: ignore[method-assign]
     return model
 
 
-def response_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> TokenLogps:
+def response_logps(
+    model: PreTrainedModel, batch: Batch, how: Computation, squares: bool = False, reference: Tensor | None = None
+) -> TokenLogps:
     """Return the log-probability of each token of the batch's responses, in the order of its trees.
 
     The log-softmax is float32 whatever the model's type. The first token of a response without prompt and BOS has none.
+    With `squares`, and with the `next_token_logps` of a reference on the same batch, see TokenLogps.
     """
     rows = lay_out(batch, how.layout).to(input_device(model))
-    found = _forward(model, rows, how, targets=rows.targets)
+    found = _forward(model, rows, how, targets=rows.targets, squares=squares, reference=reference)
     places = rows.places.to(found.device)
-    logps = found.new_zeros(rows.shape).flatten().index_put((places,), found)
-    mask = torch.zeros(logps.shape, dtype=torch.bool, device=found.device).index_fill(0, places, True)
-    return TokenLogps(logps.view(rows.shape), mask.view(rows.shape)).of(batch)
+    mask = torch.zeros(rows.shape, dtype=torch.bool, device=found.device).flatten().index_fill(0, places, True)
+    columns = found.unbind(-1) if found.ndim > 1 else [found]
+    laid = [column.new_zeros(mask.shape).index_put((places,), column).view(rows.shape) for column in columns]
+    names = ["logps", *["squares"] * squares, *["kl"] * (reference is not None)]
+    values = dict(zip(names, laid, strict=True))
+    values |= {"squares": values["squares"].detach()} if squares else {}
+    return TokenLogps(mask=mask.view(rows.shape), **values).of(batch)
 
 
 def next_token_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> tuple[Tensor, Rows]:
@@ -103,11 +130,11 @@ def next_token_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> 
     return _forward(model, rows, how), rows
 
 
-def _forward(model: PreTrainedModel, rows: Rows, how: Computation, targets: Tensor | None = None) -> Tensor:
+def _forward(model: PreTrainedModel, rows: Rows, how: Computation, **wanted: Any) -> Tensor:
     set_attention(model, how.flex)
     inputs = model_inputs(rows, how.layout, model.config.get_text_config(), how.dtype, how.flex)
     with autocast(model, how.dtype):
-        return model(**inputs, sources=rows.sources, targets=targets)
+        return model(**inputs, sources=rows.sources, **wanted)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -92,8 +92,8 @@ DEVIATIONS = [
     ("`apo_zero`, `apo_down`: the paper's values", "TRL: a constant 1 more, with the same gradient", "-"),
     (
         "`bco`: delta is the mean of all rewards of both sides so far",
-        "TRL (`bco_pair`): no shift. LLaMA-Factory: a running mean of the micro-batches' means, and its mix with DPO is "
-        "divided by the sum of the weights",
+        "TRL (`bco_pair`): no shift. LLaMA-Factory: a running mean of the micro-batches' means, and its mix with DPO "
+        "is divided by the sum of the weights",
         "-",
     ),
     ("`divergence=alpha`: the paper's alpha", "TRL: alpha is 1 - the paper's", "`loss.divergence_alpha=<1 - theirs>`"),
@@ -171,7 +171,7 @@ def text() -> str:
             continue
         loss = build(name)
         head = re.split(r" (?:Needs|Keys:|Other keys|Every other key)\b", comments(name)[0])[0]
-        base = parts if dataclasses.is_dataclass(loss) and hasattr(loss, "link") else {}
+        base: dict[str, Any] = parts if dataclasses.is_dataclass(loss) and hasattr(loss, "link") else {}
         rewards = "yes" if loss.gives_rewards else "no"
         rows.append([f"`{name}`", head, needs(loss), own_values(name, base), rewards])
     told = comments("pairs")[1]

@@ -69,7 +69,7 @@ def bos_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def settings(tmp_path: Path) -> DataSettings:
     cache = str(tmp_path / "cache")
-    return DataSettings(("?",), {}, False, max_length=4096, max_prompt_length=2048, cache_dir=cache, num_proc=1)
+    return DataSettings(("?",), {}, max_length=4096, max_prompt_length=2048, cache_dir=cache, num_proc=1)
 
 
 def built_in(settings: DataSettings, name: str, source: Path, **changes: Any) -> DataSettings:

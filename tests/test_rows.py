@@ -72,7 +72,7 @@ class Case:
     funnel: dict[str, int] = field(default_factory=dict)
 
 
-SFT = {"sft": True}
+SFT = {"rows": "targets"}
 PAIR = [(0, 1)]
 CHAT = {"template": "chatml"}
 Q, IM = "2+2?", im(("user", "2+2?"))
@@ -590,7 +590,7 @@ def tokenizer_for(case: Case) -> Any:
 
 def load(folder: Path, tokenizer: Any, name: str = "", split: str = "train", **settings: Any) -> PreferenceData:
     given = {
-        "sft": False,
+        "rows": "pairs",
         "holdout_fraction": 0.0,
         "max_length": 4096,
         "max_prompt_length": 2048,
@@ -916,7 +916,7 @@ def test_the_same_prompts_are_held_out_whatever_the_format(tmp_path: Path) -> No
     (tmp_path / "data").mkdir()
     (tmp_path / "data/x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = []
-    for settings in ({}, {"sft": True}, {"chat_format": "template"}, {"sft": True, "sft_turns": "all"}):
+    for settings in ({}, {"rows": "targets"}, {"chat_format": "template"}, {"rows": "targets", "sft_turns": "all"}):
         data = load(tmp_path / "data", tokenizer_of("chatml"), "x.jsonl", "test", holdout_fraction=None, **settings)
         keys.append(sorted(data.keys.tolist()))
     assert len(keys[0]) == 4 and all(found == keys[0] for found in keys)

@@ -133,7 +133,7 @@ def test_every_key_of_the_yaml_is_commented_and_typed() -> None:
         (["loss=sft", "+loss.beta=0.1"], "loss.beta: no such key of loss=sft"),
         (["loss=dpo", "loss.beta=null"], "loss.beta=null: input should be a valid number"),
         (["reference=live"], "reference=live: "),
-        (["loss=ktoo"], "kto"),
+        (["loss=ktoo"], "ktoo"),
         (["model=gpt5"], "gpt5"),
         (["model=blank_model"], "model.name_or_path is missing"),
         (["n_epochs=null"], "the run would never end"),

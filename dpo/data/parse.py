@@ -43,7 +43,7 @@ ROWS = pa.schema(
         "keep_end": pa.bool_(),
         "demonstration": pa.bool_(),
         "label": pa.bool_(),  # of a demonstration; null: the row does not say
-        "scores": pa.list_(pa.float64()),  # of the responses; null: they have none
+        "places": pa.list_(pa.int32()),  # of the responses by score, 0 for the best; null: they have no scores
         "columns": pa.list_(pa.float64()),  # values of `pair_columns`, for each of the row's pairs
         "hash": pa.uint64(),  # equal for rows of one prompt
         "key": pa.uint64(),  # of the prompt, whatever its rendering
@@ -165,6 +165,8 @@ class ParseRows:
         if parsed.scores is not None:
             most = self.settings.max_pairs_per_prompt
             parsed.pairs, parsed.ties, more["over"] = ranked_pairs(parsed.scores, most, more["key"])
+            place = {score: k for k, score in enumerate(sorted(set(parsed.scores), reverse=True))}
+            more["places"] = [place[score] for score in parsed.scores]
         if self.all_turns:
             parsed = all_answers(parsed)
         notes = [note for note in parsed.notes if note not in [unused_column(name) for name in wanted]]

@@ -234,13 +234,13 @@ class TokeniseRecords:
 
     def _ranking(self, merged: Merged, rows: list[dict[str, Any]], counts: Counter[str]) -> Merged | None:
         """Put the first ranking among `rows` into `merged`: its responses, best first. A pair is a ranking of two."""
-        rankings = [row for row in rows if row["scores"] or row["pairs"]]
+        rankings = [row for row in rows if row["places"] or row["pairs"]]
         counts["rankings dropped: another of the same prompt"] += max(len(rankings) - 1, 0)
         for row in rankings[:1]:
             counts["pairs"] += 1  # a funnel without pairs says that rows state no preference
-            scores = row["scores"] or [-i for i in itertools.chain.from_iterable(row["pairs"])]
-            order = sorted(range(len(scores)), key=lambda i: -scores[i])
-            strict = [i for k, i in enumerate(order) if not k or scores[i] < scores[order[k - 1]]]
+            places = row["places"] or [*itertools.chain.from_iterable(row["pairs"])]
+            order = sorted(range(len(places)), key=lambda i: places[i])
+            strict = [i for k, i in enumerate(order) if not k or places[i] > places[order[k - 1]]]
             distinct = dict.fromkeys(tuple(row["responses"][i]) for i in strict)
             counts["responses dropped: equal scores"] += len(order) - len(strict)
             counts["responses dropped: identical"] += len(strict) - len(distinct)

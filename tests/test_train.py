@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trainers
 from dpo.model.logps import add_token_logps
 from dpo.optimizer import Updater
-from dpo.run import checkpoint
+from dpo.run import checkpoint, saved
 from dpo.run.checkpoint import CheckpointWriter
 from dpo.run.stopping import SAME_REQUEST
 from dpo.run.weights import weights_identity
@@ -65,7 +65,7 @@ def test_sft_then_dpo_as_processes(train_process: RunTrain, tmp_path: Path) -> N
     by_step = {step: [r for r in rows if r["counters/examples"] == step] for step in (0, 24)}
     assert by_step[0][0]["policy"] == by_step[0][0]["reference"] == by_step[24][0]["reference"]
     card = (tmp_path / "dpo" / "LATEST" / "README.md").read_text()
-    for fact in ("beta 0.1", "24 examples", "rewards_eval/accuracies", str(tmp_path / "sft"), "python train.py"):
+    for fact in ("beta=0.1", "24 examples", "rewards_eval/accuracies", str(tmp_path / "sft"), "python train.py"):
         assert fact in card
 
 
@@ -295,7 +295,8 @@ def test_a_reference_that_differs_stops_the_run(overrides: Overrides, monkeypatc
         loaded.append(model)
         return add_token_logps(model)
 
-    monkeypatch.setattr(trainers, "load_policy", load)
+    for module in (trainers, saved):
+        monkeypatch.setattr(module, "load_policy", load)
     with pytest.raises(UserError, match="differ before the first update"):
         train_here(overrides(*DPO, "reference.mode=live"))
 

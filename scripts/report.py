@@ -32,6 +32,7 @@ from dpo.utils import UserError, log, make_dir, redact, visible
 from results import (
     EXAMPLES,
     MARKS,
+    REWARDS,
     Z95,
     Point,
     Run,
@@ -40,6 +41,7 @@ from results import (
     frontier,
     load_runs,
     reference_rewards,
+    reward_kind,
     table_rows,
     text_table,
     with_error,
@@ -53,6 +55,8 @@ PANELS = {
     "Reward margin": "rewards_{}/margins",
     "Implicit reward of chosen": "rewards_{}/chosen",
     "Implicit reward of rejected": "rewards_{}/rejected",
+    "Gradient weight: how much pairs still push": "gradient_weight_{}",
+    "Chosen responses less likely than under the reference, share": "chosen_fell_{}",
     "Change of chosen, nats a token": "logratios_per_token_{}/chosen",
     "KL to the reference, nats a response": "kl_{}/rao_blackwell",
     "Length of samples, tokens": "samples_{}/policy_length",
@@ -140,7 +144,11 @@ def curves_of(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
     for run in runs:
         kinds[as_text(run.config.get("loss.name"))].append(run)
     panels = [(f"Loss: {kind}", "loss/{}", members) for kind, members in kinds.items()]
-    panels += [(title, metric, list(runs)) for title, metric in PANELS.items()]
+    for title, metric in PANELS.items():
+        by_kind: dict[str, list[Run]] = defaultdict(list)
+        for run in runs:
+            by_kind[reward_kind(run) if metric.format("eval") in REWARDS else ""].append(run)
+        panels += [(f"{title}: {kind}" if len(by_kind) > 1 else title, metric, some) for kind, some in by_kind.items()]
     charts = []
     for title, metric, members in panels:
         names = {metric.format("train"), metric.format("eval")}

@@ -36,6 +36,7 @@ from utils import HelpFormatter, run_main
 EXAMPLES = "counters/examples"
 Z95 = 1.96
 # Metric -> its name in the printed table.
+REWARDS = [f"rewards_eval/{name}" for name in ("chosen", "rejected", "margins")]
 SHORT = {"loss/eval": "loss", "rewards_eval/accuracies": "accuracy", "rewards_eval/margins": "margin"}
 SHORT |= {"kl_eval/rao_blackwell": "KL", "true_reward": "reward", "samples_eval/policy_length": "length"}
 # At least 3:1 on white and on browsers' dark backgrounds; with the marks, 36 runs can be told apart.
@@ -257,15 +258,30 @@ def differences(runs: Sequence[Run]) -> list[str]:
     return [key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1]
 
 
+def reward_kind(run: Run) -> str:
+    """Return what a run's rewards are made of: rewards of different kinds cannot be compared."""
+    loss = {key.removeprefix("loss."): value for key, value in run.config.items() if key.startswith("loss.")}
+    name = str(loss.get("name"))
+    if "." in str(loss.get("kind", name)) or any(key.startswith("terms.") for key in loss):
+        return name
+    divergence = loss.get("divergence") or "reverse_kl"
+    what = "log-ratio" if loss.get("use_reference", True) else "log-probability"
+    what += " per token" if loss.get("length_normalized") or loss.get("average_log_prob") else ""
+    return what if divergence == "reverse_kl" else f"{what} ({divergence})"
+
+
 def table_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return the row of report.csv for each run. `X_error` is the standard error of X; all rows have the same keys."""
     rows, differing = [], differences(runs)
+    mixed = len({reward_kind(run) for run in runs}) > 1
     for run in runs:
         row: dict[str, Any] = {"run": run.name, "status": run.status}
         row |= {key: as_text(run.config.get(key)) for key in differing}
         final = run.evaluations[-1] if run.evaluations else {}
         row |= {"examples": run.metrics[-1][EXAMPLES] if run.metrics else 0, "evaluated_after": final.get(EXAMPLES)}
-        row |= {name: value for name, value in final.items() if "eval" in name}
+        kind = f" [{reward_kind(run)}]" if mixed else ""
+        kinds = {name: kind for name in REWARDS if name in final}
+        row |= {name + kinds.get(name, ""): value for name, value in final.items() if "eval" in name}
         reward = sentiment_rewards(run.samples).get(final.get(EXAMPLES, -1)) if run.rewarded else None
         if reward:
             row |= {"true_reward": reward.mean, "true_reward_error": reward.half_width / Z95, "prompts": reward.prompts}

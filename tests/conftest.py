@@ -30,7 +30,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Metrics of the machine and of how the work was cut, not of the training.
 COSTS = {"time", "examples_per_second", "reference_seconds", "tokens_per_second", "flops_per_second", "mfu"}
-COSTS |= {"peak_memory_mib", "tokens_distinct_over_computed", "tokens_alone_over_distinct"}
+COSTS |= {"statistics_seconds", "peak_memory_mib", "tokens_distinct_over_computed", "tokens_alone_over_distinct"}
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [
     "\n\nHuman: What is the tallest mountain?\n\nAssistant: It is Mount Everest, of course.",

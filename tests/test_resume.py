@@ -111,6 +111,47 @@ def test_stopped_and_killed_runs_equal_one_that_was_not(loss: str, overrides: Ov
     assert ended(given, log) == 0 and (run_dir / "metrics.jsonl").read_bytes() == before  # nothing is left to do
 
 
+@pytest.mark.parametrize("loss", ["bco", "aot", "kto", "mpo"])
+def test_losses_with_statistics_resume_bit_for_bit(loss: str, overrides: Overrides, tmp_path: Path) -> None:
+    pairs = Path(next(g for g in overrides() if g.startswith("datasets=")).removeprefix("datasets=[").removesuffix("]"))
+    given = [
+        f"loss={loss}",
+        "loss.beta=0.5",
+        "lr=1e-2",
+        "n_epochs=2",
+        "batch_size=8",
+        "n_eval_examples=8",
+        "save_every=8",
+    ]
+    if loss == "kto":
+        rows = read_jsonl(pairs / "train.jsonl")
+        ends = [row["chosen"].rfind("Assistant:") + len("Assistant:") for row in rows]
+        rows = [
+            {"prompt": r["chosen"][:e], "completion": r["chosen"][e:], "label": i % 3 > 0}
+            for i, (r, e) in enumerate(zip(rows, ends))
+        ]
+        (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        given += [f"datasets=[{tmp_path / 'labelled.jsonl'}]", "holdout_fraction=0.4"]
+    train_here(overrides(*given, f"local_run_dir={tmp_path / 'whole'}"))
+    train_here(overrides(*given, f"local_run_dir={tmp_path / 'run'}", "n_examples=8", "do_final_eval=false"))
+    folder = (tmp_path / "run" / "LATEST").resolve()
+    assert folder.name == "step-8"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert bool(state["loss_state"]) == (loss in ("bco", "mpo"))
+    train_here(overrides(*given, f"local_run_dir={tmp_path / 'run'}", "resume=auto"))
+    wanted, found = (
+        {
+            row["counters/examples"]: without_costs(row)
+            for row in read_jsonl(tmp_path / name / "metrics.jsonl")
+            if "loss/train" in row
+        }
+        for name in ("whole", "run")
+    )
+    assert wanted == found and len(wanted) > 2
+    one, other = ((tmp_path / name / "LATEST" / "model.safetensors").read_bytes() for name in ("whole", "run"))
+    assert one == other
+
+
 @pytest.mark.full
 def test_an_fsdp_run_that_is_stopped_and_killed_equals_one_that_was_not(overrides: Overrides, tmp_path: Path) -> None:
     log, run_dir = tmp_path / "log", tmp_path / "run"

@@ -243,6 +243,11 @@ def check_command(overrides: list[str]) -> list[Override]:
                 f"model={name} is none of {', '.join(options)} (config/model). Any other model: model=blank_model "
                 f"model.name_or_path={name}"
             )
+    if not any(override.startswith("hydra.searchpath=") for override in overrides):
+        for name in given.get("loss", []):
+            if name not in (known := loss_keys()):
+                near = meant(name, list(known))
+                raise UserError(f"loss={name} is none of {', '.join(known)} (config/loss, docs/losses.md){near}")
     for name in given.get("experiment", []):
         if name not in (recipes := sorted(path.stem for path in CONFIG_DIR.glob("experiment/*.yaml"))):
             raise UserError(f"+experiment={name} is none of {', '.join(recipes)} (config/experiment)")

@@ -374,7 +374,8 @@ def train(config: Config, overrides: list[str] | None = None, stop: stopping.Sto
     run was asked to end early.
     """
     for archive in filter(None, (config.model.archive, config.reference.archive)):
-        if Path(archive).expanduser().exists() or archive == config.model.archive:
+        local = archive == config.model.archive or archive.startswith(("/", ".", "~"))
+        if local or Path(archive).exists():
             weights.find_archive(archive)  # a wrong path should not wait for the data
     if parallel.is_main():
         check_sources(config)

@@ -342,14 +342,26 @@ class Pairs(Loss, name="pairs"):
     def observe(self, examples: Examples) -> dict[str, Tensor]:
         return {"length": examples.chosen.length.to(examples.chosen.sum.dtype)}
 
-    def rewards(self, responses: Responses) -> Tensor:
-        """beta g(s(y)), shifted to 0 at s = 0: section 4 of the DPO paper; f-DPO."""
+    @property
+    def gives_rewards(self) -> bool:
+        return self.pair_weight > 0
+
+    @property
+    def weighs_gradients(self) -> bool:
+        return self.pair_weight > 0
+
+    def rewards(self, responses: Responses) -> Tensor | None:
+        """beta g(s(y)), shifted to 0 at s = 0: section 4 of the DPO paper; f-DPO. None without a comparison."""
+        if not self.gives_rewards:
+            return None
         score = self._score(responses, self.use_reference)
         shift = 0.0 if self.divergence == "log_odds" else self._divergence(torch.zeros_like(score))
         return self.beta * (self._divergence(score) - shift)
 
-    def gradient_weight(self, examples: Examples) -> Tensor:
+    def gradient_weight(self, examples: Examples) -> Tensor | None:
         """-d loss / d r(y_w) of the comparison: sigmoid(-h) of DPO."""
+        if not self.weighs_gradients:
+            return None
         with torch.enable_grad():
             a, b, h = (value.detach() for value in self._compared(examples))
             moved = a.requires_grad_()

@@ -385,8 +385,6 @@ def test_rewards_are_those_of_the_papers() -> None:
         (Mix({"nll": 1.0, "bco": 0.5}, 0.3), lambda p: 0.3 * p.u_l),
     ):
         expected = torch.stack([reward(p) for p in pairs])
-        if "nll" in getattr(loss, "terms", {}):
-            continue  # nll's own reward comes first, see below
         torch.testing.assert_close(loss.rewards(examples.losers), expected)
 
 

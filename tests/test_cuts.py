@@ -77,7 +77,11 @@ def must_be_equal(folders: list[Path], name: str) -> None:
             )
 
 
-@pytest.mark.parametrize("name", cases())
+FAST = ("aot", "kto", "listwise", "tdpo", "mpo", "every part")
+NAMES = [pytest.param(name, marks=() if name in FAST else pytest.mark.full) for name in cases()]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_micro_batches_and_layouts_do_not_matter(name: str, rows: Path, tmp_path: Path) -> None:
     for cut, given in CUTS.items():
         train_here(command(tmp_path / cut, rows, cases()[name], given))

@@ -297,7 +297,7 @@ def time_dpo(arguments: argparse.Namespace) -> None:
         f"medians of {arguments.repeats} runs in turn; all gave the same loss and gradient (relative {exact:g}). The "
         f"original's micro-batches have {micro} pairs, ours up to {work.config.microbatch_tokens} tokens. "
         f"`{speed.OURS}` counts the time to compute it. Useful: the policy's operations for distinct tokens, of the "
-        "peak where that is known (model FLOPs utilisation)."
+        "peak if that is known (model FLOPs utilisation)."
     )
     write_table(name, "Speed of DPO", method, facts, rows)
 

@@ -67,7 +67,7 @@ class Work:
 
 
 def prepare(config: Config, pairs: int, micro: int) -> Work:
-    """Load what is timed. Raises UserError where there are too few pairs."""
+    """Load what is timed. Raise UserError if there are too few pairs."""
     quiet_transformers()
     torch.manual_seed(0)
     device, tokenizer = pick_device(config), load_tokenizer(config)
@@ -249,7 +249,7 @@ def gradient(model: PreTrainedModel) -> Tensor:
 
 
 def compare(work: Work, steps: dict[str, Callable[[], float]], repeats: int, exact: float) -> dict[str, list[float]]:
-    """Seconds of every step, `repeats` times in turn. Raises UserError where one gives another loss or gradient.
+    """Seconds of every step, `repeats` times in turn. Raise UserError if one gives another loss or gradient.
 
     Each ends with an optimizer step of learning rate 0, which costs what any does.
     """

@@ -80,7 +80,7 @@ class Lines:
         return not self._waiting
 
     def size(self) -> int:
-        """Bytes on disk. Raises OSError where not all of them get there."""
+        """Bytes on disk. Raise OSError if not all of them get there."""
         if not self.flush():
             raise OSError(errno.ENOSPC, "lines wait for space on the disk")
         os.fsync(self._file)

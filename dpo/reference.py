@@ -98,7 +98,7 @@ class StoredReference:
             self.write()
 
     def write(self) -> None:
-        """Put the entries added since the last time into a file. Raises UserError where the disk refuses."""
+        """Put the entries added since the last time into a file. Raise UserError if the disk refuses."""
         if self._new:
             shard: dict[str, np.ndarray] = {
                 "keys": np.frombuffer(b"".join(self._new), dtype=np.uint8).reshape(len(self._new), -1),
@@ -188,7 +188,7 @@ def wanted_by(data: Records, examples: Iterable[Example]) -> list[Wanted]:
 def build_reference(
     model: PreTrainedModel, how: Computation, cut: Cut, folder: Path, wanted: Sequence[Wanted]
 ) -> StoredReference:
-    """The entries that a run wants: from `folder` where they are there, else computed by `model` and added to it.
+    """The entries that a run wants: read from `folder`, or computed by `model` and added to it.
 
     A collective: the processes share the work, sorted by length over the whole run. Raises UserError where entries of
     the folder are not what `model` computes.

@@ -35,7 +35,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     first_batch: int = 0
-    """The number of the first batch, where some have been sampled before."""
+    """The number of the first batch, if some have been sampled before."""
 
     def batch_seed(self, number: int) -> int:
         """The seed of a batch. Not seed + number: batches of neighbouring seeds would be the same."""
@@ -51,7 +51,7 @@ class Sampling:
 def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], how: Sampling
 ) -> list[list[int]]:
-    """One sampled response for each prompt, as token ids with EOS where the model ended it.
+    """One sampled response for each prompt, as token ids with EOS if the model ended it.
 
     The result depends on `how` and the prompts, and not on the number of processes, which take turns at the batches;
     other random state is left as it was.
@@ -121,7 +121,7 @@ class Divergence:
 
     `plain` is log policy(y) / reference(y). `rao_blackwell` adds up, over the positions of y, the divergence of the two
     next-token distributions, computed exactly over the vocabulary: its mean is the same, its variance never larger
-    (Amini et al. 2025, arXiv:2504.10637). Responses must be sampled from the policy's own distribution. Where a limit
+    (Amini et al. 2025, arXiv:2504.10637). Responses must be sampled from the policy's own distribution. If a limit
     cuts them, both estimate the divergence of the distributions that are cut there.
     """
 

@@ -209,7 +209,7 @@ def shares(data: Records, examples: Sequence[Example], cut: Cut) -> list[Share]:
 
 
 def extend_metrics(total: Metrics, more: Metrics, counts: bool = True) -> None:
-    """Append the values of `more` to those of `total`, or only its names where they do not count."""
+    """Append the values of `more` to those of `total`, or only its names if they do not count."""
     for name, values in more.items():
         total.setdefault(name, []).extend(values if counts else [])
 

@@ -167,7 +167,7 @@ def get_local_run_dir(exp_name: str, prefixes: tuple[str, ...]) -> str:
 
 
 def make_dir(path: Path, key: str) -> Path:
-    """Create the folder `path`, named by the configuration's `key`. Raises UserError where that is not possible."""
+    """Create the folder `path`, named by the configuration's `key`. Raise UserError if that is not possible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -193,9 +193,9 @@ class _Stderr:
 
 
 def progress(iterable: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
-    """A tqdm bar that redraws often on a terminal and every few seconds where the output goes to a file."""
+    """A tqdm bar that redraws often on a terminal and every few seconds if the output goes to a file."""
     interval = 0.2 if sys.stderr.isatty() else 5.0
-    # A bar that would be wiped away leaves a line each time where the output goes to a file.
+    # A bar that would be wiped away leaves a line each time if the output goes to a file.
     options.setdefault("disable", is_quiet() or (not options.get("leave", True) and not sys.stderr.isatty()))
     options.setdefault("file", _Stderr())
     options["desc"] = visible(options.get("desc") or "") or None

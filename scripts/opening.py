@@ -70,7 +70,7 @@ def _configure(model: list[str], values: dict[str, Any], known: dict[str, Any], 
 def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Saved:
     """The reference `given`, or else the one `policy` was trained against, to be computed as the policy is.
 
-    Raises UserError where there is none, or its vocabulary is another.
+    Raise UserError if there is none, or if its vocabulary is another.
     """
     own, trained = policy.config.model, policy.trained.get("model", {})
     other = policy.trained.get("reference", {}).get("archive")

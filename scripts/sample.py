@@ -6,7 +6,7 @@ RUN is a run's folder, a checkpoint, a model folder or a hub id; the reference i
 `--reference none` goes without. Prompts: one a line of a .txt file, or the column `prompt` of a .jsonl file: text, or a
 list of {role, content}, to be rendered with the chat template. Text is taken literally, unless the run was trained with
 chat_format=template (or that is given): then it is a user's turn. Started again after an interruption
-with the same --out it goes on, and the file becomes what it would have become. KEY=VALUE are overrides as train.py
+with the same --out it resumes, and the file becomes the same. KEY=VALUE are overrides as train.py
 takes them: device=cpu, model.policy_dtype=bfloat16.
 """
 
@@ -101,7 +101,7 @@ def _rendered(prompt: Any, chat: ChatFormat) -> tuple[str, str]:
 
 
 def check_lengths(prompts: Sequence[Prompt], models: Sequence[Saved], max_new_tokens: int) -> None:
-    """Raise UserError where a prompt leaves no room for its response in the positions that the models have."""
+    """Raise UserError if a prompt leaves no room for its response in the positions that the models have."""
     limits = [positions(model.architecture()) for model in models]
     most, reason = min(((limit, reason) for limit, reason in limits if limit), default=(sys.maxsize, ""))
     for prompt in prompts:
@@ -124,7 +124,7 @@ def identity(saved: Saved) -> list[str | None]:
 def open_out(path: Path, settings: dict[str, Any], items: Sequence[Item], overwrite: bool) -> tuple[BinaryIO, int]:
     """`path`, open for adding rows to it, and how many of `items` are there: a whole number of batches.
 
-    Raises UserError where it holds anything else than what `settings` make, or another process writes to it.
+    Raise UserError if it holds anything else than what `settings` make, or another process writes to it.
     """
     beside = path.with_name(f"{path.name}.settings.json")
     try:

@@ -147,7 +147,7 @@ def read_json_list(path: Path, handle: Any, limit: int) -> NumberedRows:
             if gap is None:
                 raise ValueError("a comma is missing")
             row, stop = decoder.raw_decode(buffer, gap.end())
-            if stop == len(buffer):  # a number might go on
+            if stop == len(buffer):  # a number might continue
                 raise ValueError("unfinished")
         except (ValueError, RecursionError) as error:
             if len(buffer) - at > limit:

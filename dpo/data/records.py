@@ -106,7 +106,7 @@ def parser_identity(parse: Callable[..., ParsedRow]) -> list[Any]:
     for code in used:  # grows
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-        except (OSError, TypeError, SyntaxError):  # it was defined where no source is kept
+        except (OSError, TypeError, SyntaxError):  # there is no source, as in a notebook
             trees.append(code.__qualname__)
             continue
         for node in ast.walk(tree):

@@ -1,7 +1,7 @@
 """How prompt trees are laid on a model's rows: `padded` is one row for each response, `tree` one for each prompt, and
 `packed` one for all of a batch, which needs attention that skips what no token sees (FlexAttention, on CUDA).
 
-In a tree a response's tokens attend to the prompt and to their own past, and their positions go on from the prompt's:
+In a tree a response's tokens attend to the prompt and to their own past, and their positions continue the prompt's:
 each token sees what it would see in a row of its own, so that all layouts compute the same function. The last token of
 a response predicts nothing and is left out.
 """
@@ -27,7 +27,7 @@ class Rows:
 
     `input_ids`, `positions`, `branch` and `prompt` are int64 [rows, width]: `branch` numbers the prompts and responses
     of a row, and `prompt` is the number of the prompt before a response's token, or of that which the token is in; both
-    are PADDING where there is no token. The others tell of the n response tokens with a token before them, int64 [n]
+    are PADDING if there is no token. The others tell of the n response tokens with a token before them, int64 [n]
     each: the slot (row * width + column) of the token before, whose hidden state predicts it; its id; and its index in
     [responses, longest response], flattened, whose shape is `shape`.
     """
@@ -66,7 +66,7 @@ def lay_out(batch: Batch, layout: str) -> Rows:
         line = _Row()
         for prompt, responses in some:
             root = line.branches
-            before = line.add(prompt, 0, root)[-1:]  # none where there is no prompt
+            before = line.add(prompt, 0, root)[-1:]  # none if there is no prompt
             for response in responses:
                 columns = [*before, *line.add(response[:-1], len(prompt), root)]
                 first = len(response) - len(columns)  # without a prompt nothing predicts the first token
@@ -163,7 +163,7 @@ def block_mask(rows: Rows, window: int | None) -> BlockMask:
 
 
 def set_attention(model: PreTrainedModel, flex: bool) -> None:
-    """Let `model` compute attention by FlexAttention, or as it did when it was loaded. Raises ValueError where its
+    """Let `model` compute attention by FlexAttention, or as it did when it was loaded. Raise ValueError if its
     attention cannot be exchanged."""
     own = vars(model).setdefault("own_attention", model.config._attn_implementation)
     wanted = FLEX if flex else own

@@ -251,7 +251,7 @@ def _is_disk_full(error: BaseException) -> bool:
 class CheckpointWriter:
     """Writes a run's checkpoints, at most one at a time; in the `background`, training waits for a copy in host memory.
 
-    Of those in the run's folder, the newest `keep_last` are kept (None: all), and those that LATEST and BEST name; all
+    In the run's folder the newest `keep_last` stay (None: all), and those that LATEST and BEST name; all
     but the newest `keep_states` (None: all) lose what only resuming needs. `files` are names and contents of what else
     each has.
     `check` raises TakenOver if the folder is another process's by now; nothing in it is then changed. `stop_at_once`

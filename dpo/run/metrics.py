@@ -68,8 +68,8 @@ class RunLogger:
             self.wandb_run.log({f"{model}_samples": table}, step=step)
 
     def history(self) -> dict[str, int]:
-        """Bytes that each file has so far, once they are on disk: what a run that goes on from here starts with. Raises
-        OSError where they cannot get there."""
+        """Bytes that each file has so far, once they are on disk: what a run that resumes from here starts with. Raises
+        OSError if they cannot get there."""
         self.check()
         return {name: file.size() for name, file in self._files.items()}
 

@@ -40,7 +40,7 @@ class Saved:
         return self.state.get("config", {})
 
     def architecture(self) -> Any:
-        """The model's configuration, as transformers has it. Raises UserError where there is no such model."""
+        """The model's configuration, as transformers has it. Raise UserError if there is no such model."""
         name, own_code = self.config.model.name_or_path, self.config.model.trust_remote_code
         with refusing(f"no model could be read from {name}"):
             return AutoConfig.from_pretrained(local_folder(name, self.config.cache), trust_remote_code=own_code)

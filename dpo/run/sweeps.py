@@ -54,7 +54,7 @@ def run_in_sweep(composed: DictConfig, run: Callable[[stopping.StopRequest], Any
     gc.collect()  # before the next run loads its model: one refers to itself
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if code in (1, 2):  # raised here, where nothing holds on to what the run had in memory
+    if code in (1, 2):  # raised here: nothing keeps the run's memory alive
         raise RunFailed(
             f"error: {run_dir.name} failed: for the reason see {run_dir / 'log.txt'}. Every run was tried; the same "
             "command runs those again that are not finished"

@@ -55,7 +55,7 @@ def register_resolvers() -> None:
 
 
 def _package_file(package: str, file: str) -> str:
-    """Path of a data file inside an installed package, found without importing it."""
+    """Return the path of a data file inside an installed package, found without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise UserError(
@@ -66,8 +66,8 @@ def _package_file(package: str, file: str) -> str:
 
 
 def _run_name(swept: str) -> str:
-    """What a sweep calls the folder of a run, from its overrides, such as loss.beta-0.1_seed-2. Signs that do not suit
-    the name of a folder, or an override that names it, are replaced; a hash then keeps names apart."""
+    """Return the name of a run's folder in a sweep, made of its overrides, such as loss.beta-0.1_seed-2. Signs that do
+    not suit the name of a folder, or an override that names it, are replaced; a hash then keeps names apart."""
     name = re.sub(r"[^\w.+-]", "_", swept)[:LONGEST_NAME]
     if not swept:
         return "run"
@@ -75,7 +75,7 @@ def _run_name(swept: str) -> str:
 
 
 def quoted(value: Any) -> str:
-    """As the value of an override: text stands for itself, whatever signs it has."""
+    """Return a value as an override writes it: text stands for itself, whatever signs it has."""
     if isinstance(value, list | tuple):
         return f"[{','.join(map(quoted, value))}]"
     if not isinstance(value, str | Path):
@@ -85,7 +85,7 @@ def quoted(value: Any) -> str:
 
 
 def literal(value: Any) -> Any:
-    """`value` with its texts as OmegaConf has to be given them to leave each ${...} in them as it stands."""
+    """Return `value` with its texts as OmegaConf has to be given them to leave each ${...} in them as it stands."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     if isinstance(value, Mapping):
@@ -210,7 +210,7 @@ def _read(composed: DictConfig, name: str, into: dict[str, Any], problems: list[
 
 
 def data_settings(config: Config) -> "DataSettings":
-    """What of the configuration the data depends on."""
+    """Return the settings that the data depends on."""
     from dpo.data.sources import DataSettings
 
     return DataSettings.of(config, str(config.cache), config.loss.rows, config.loss.columns)
@@ -271,6 +271,6 @@ def _check_loss_keys(given: dict[str, list[str]]) -> None:
 
 
 def _values(override: Override) -> list[str]:
-    """The value, or those that are swept."""
+    """Return the value, or those that are swept."""
     value = override.value()
     return [str(v) for v in value.list] if isinstance(value, ChoiceSweep) else [str(value)]

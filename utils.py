@@ -76,7 +76,7 @@ def run_main(main: Callable[[], Any], speaks: Callable[[], bool] = lambda: True)
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    """What to show for `error`, and the exit code."""
+    """Return the message for `error`, and the exit code."""
     text = str(error)
     if isinstance(error, UserError):
         return f"error: {text}", 1

@@ -68,19 +68,19 @@ class Lines:
         self._waiting = b""
 
     def add(self, line: str) -> bool:
-        """Add a line; whether all lines are written."""
+        """Add a line. Return whether all lines are written."""
         self._waiting += line.encode("utf-8", "replace") + b"\n"
         return self.flush()
 
     def flush(self) -> bool:
-        """Write what waits; whether nothing does any more."""
+        """Write the lines that wait. Return whether all are written."""
         with contextlib.suppress(OSError):
             while self._waiting:
                 self._waiting = self._waiting[os.write(self._file, self._waiting) :]
         return not self._waiting
 
     def size(self) -> int:
-        """Bytes on disk. Raise OSError if not all of them get there."""
+        """Write everything to disk and return the file's bytes. Raise OSError if the disk refuses."""
         if not self.flush():
             raise OSError(errno.ENOSPC, "lines wait for space on the disk")
         os.fsync(self._file)

@@ -123,7 +123,7 @@ class Loss:
         return self.kind
 
     def __str__(self) -> str:
-        """The name, and the keys that do not have their neutral values."""
+        """Return the name, and the keys that do not have their neutral values."""
         own = ((key.name, getattr(self, key.name), key.default) for key in fields(self) if key.name != "name")  # type: ignore[arg-type]
         return f"{self.name}({', '.join(f'{key}={value}' for key, value, neutral in own if value != neutral)})"
 

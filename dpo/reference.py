@@ -41,8 +41,8 @@ class LiveReference:
         self.how = how
 
     def response_logps(self, batch: Batch) -> TokenLogps:
-        """As models.response_logps. There are no gradients, as nothing requires one; under `no_grad` tensor parallelism
-        would take other kernels than the policy's."""
+        """Return log-probabilities as `dpo.model.logps.response_logps` does. There are no gradients, as nothing
+        requires one; under `no_grad` tensor parallelism would take other kernels than the policy's."""
         found = response_logps(self.model, batch, self.how)
         assert not found.logps.requires_grad
         parallel.reshard(self.model)
@@ -122,7 +122,7 @@ class StoredReference:
         self._new, self._written = {}, time.monotonic()
 
     def response_logps(self, batch: Batch) -> TokenLogps:
-        """As models.response_logps, from the entries."""
+        """Return log-probabilities as `dpo.model.logps.response_logps` does, from the entries."""
         found = [self.entries[entry_key(tree.prompt, r)] for tree in batch.trees for r in tree.responses]
         starts = [0 if tree.prompt else 1 for tree in batch.trees for _ in tree.responses]
         logps = torch.zeros(len(found), max(map(len, found)))
@@ -144,13 +144,14 @@ def _hash(content: bytes) -> str:
 
 
 def entry_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
-    """Sixteen bytes that stand for these token ids, parted here."""
+    """Return 16 bytes that stand for these token ids, split here."""
     ids = np.array([len(prompt), *prompt, *response], dtype=np.int32)
     return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 def model_key(model: PreTrainedModel, how: Computation) -> str:
-    """A name for what a model computes: its weights bit by bit, its configuration, and the type of matrix products.
+    """Return a name for what a model computes: its weights bit by bit, its configuration, and the type of matrix
+    products.
 
     A collective: process i hashes every n-th tensor. The same for any sharding.
     """
@@ -174,7 +175,7 @@ Wanted = tuple[Records, int, list[int]]
 
 
 def wanted_by(data: Records, examples: Iterable[Example]) -> list[Wanted]:
-    """The responses that `examples` need, by record."""
+    """Return the responses that `examples` need, by record."""
     needed: dict[int, set[int]] = {}
     for record, pair in examples:
         needed.setdefault(record, set()).add(pair)
@@ -188,9 +189,9 @@ def wanted_by(data: Records, examples: Iterable[Example]) -> list[Wanted]:
 def build_reference(
     model: PreTrainedModel, how: Computation, cut: Cut, folder: Path, wanted: Sequence[Wanted]
 ) -> StoredReference:
-    """The entries that a run wants: read from `folder`, or computed by `model` and added to it.
+    """Return the entries that a run wants: read from `folder`, or computed by `model` and added to it.
 
-    A collective: the processes share the work, sorted by length over the whole run. Raises UserError where entries of
+    A collective: the processes share the work, sorted by length over the whole run. Raise UserError if entries of
     the folder are not what `model` computes.
     """
     folder = make_dir(folder / model_key(model, how), "cache_dir")
@@ -220,7 +221,7 @@ def _tree(data: Records, record: int, responses: list[int]) -> Tree:
 
 
 def _split(wanted: Sequence[Wanted], there: set[bytes]) -> tuple[list[Wanted], list[Wanted]]:
-    """What of `wanted` is there, and what is not."""
+    """Return the part of `wanted` that is there, and the part that is not."""
     present: list[Wanted] = []
     missing: list[Wanted] = []
     for data, record, responses in wanted:
@@ -233,8 +234,8 @@ def _split(wanted: Sequence[Wanted], there: set[bytes]) -> tuple[list[Wanted], l
 
 
 def _fitting(wanted: Sequence[Wanted], cut: Cut) -> tuple[list[Wanted], list[tuple[int, list[int]]]]:
-    """`wanted`, with each prompt's responses on as many trees as fit into micro-batches, and the trees' lengths as
-    `Cut.deal` takes them."""
+    """Return `wanted`, with each prompt's responses on as many trees as fit into micro-batches, and the trees' lengths
+    as `Cut.deal` takes them."""
     fitting: list[Wanted] = []
     sizes: list[tuple[int, list[int]]] = []
     n = sum(len(responses) for *_, responses in wanted)

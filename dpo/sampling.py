@@ -38,7 +38,7 @@ class Sampling:
     """The number of the first batch, if some have been sampled before."""
 
     def batch_seed(self, number: int) -> int:
-        """The seed of a batch. Not seed + number: batches of neighbouring seeds would be the same."""
+        """Return the seed of a batch. Not seed + number: batches of neighbouring seeds would be the same."""
         return int(np.random.SeedSequence([self.seed, self.first_batch + number]).generate_state(1)[0])
 
     @property
@@ -51,7 +51,7 @@ class Sampling:
 def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], how: Sampling
 ) -> list[list[int]]:
-    """One sampled response for each prompt, as token ids with EOS if the model ended it.
+    """Return one sampled response for each prompt, as token ids with EOS if the model ended it.
 
     The result depends on `how` and the prompts, and not on the number of processes, which take turns at the batches;
     other random state is left as it was.
@@ -99,7 +99,7 @@ def _generation(how: Sampling, end: int) -> GenerationConfig:
 
 
 def left_padded(prompts: Sequence[list[int]], pad: int, width: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 [prompts, width], padded on the left for generation."""
+    """Return token ids and attention mask, int64 [prompts, width], padded on the left for generation."""
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids, mask
@@ -110,7 +110,7 @@ def _until_end(ids: list[int], end: int) -> list[int]:
 
 
 def prompts_of(data: PreferenceData, examples: Iterable[Example], n: int) -> list[list[int]]:
-    """The first `n` distinct prompts of `examples`."""
+    """Return the first `n` distinct prompts of `examples`."""
     records = list(dict.fromkeys(record for record, _ in examples))[:n]
     return [data[record].prompt for record in records]
 
@@ -129,8 +129,8 @@ class Divergence:
     rao_blackwell: list[float]
 
     def metrics(self, prompts: Sequence[list[int]]) -> dict[str, float]:
-        """Mean of each estimator and its standard error, which is over prompts (over samples, if there is but one
-        prompt): the samples of a prompt are averaged first."""
+        """Return the mean of each estimator and its standard error over prompts (over samples, if there is one prompt):
+        the samples of a prompt are averaged first."""
         metrics: dict[str, float] = {}
         for name in ESTIMATORS:
             mean, error = mean_and_error(getattr(self, name), prompts)
@@ -141,7 +141,7 @@ class Divergence:
 
 
 def mean_and_error(values: Sequence[float], prompts: Sequence[Any]) -> tuple[float, float | None]:
-    """Mean over samples of `values`, and its standard error over their `prompts`; None for a single value."""
+    """Return the mean of `values`, and its standard error over their `prompts`; None for a single value."""
     by_prompt: dict[str, list[float]] = {}
     for value, prompt in zip(values, prompts, strict=True):
         by_prompt.setdefault(str(prompt), []).append(value)
@@ -180,7 +180,7 @@ def divergence(
 def _compare(
     policy: PreTrainedModel, reference: PreTrainedModel, batch: Batch, how: Computation
 ) -> list[tuple[float, float]]:
-    """(log ratio, sum of next-token divergences) of each response, in nats."""
+    """Return (log ratio, sum of next-token divergences) of each response, in nats."""
     how = replace(how, layout="padded", flex=False)
     ours, rows = next_token_logps(policy, batch, how)
     theirs, _ = next_token_logps(reference, batch, how)

@@ -202,7 +202,7 @@ class Share:
 
 
 def shares(data: Records, examples: Sequence[Example], cut: Cut) -> list[Share]:
-    """This process's micro-batches of a global batch, as many in every process."""
+    """Return this process's micro-batches of a global batch, as many in every process."""
     assert cut.rank is not None, "a cut for one process needs its rank"
     mine = [dealt[cut.rank] for dealt in deal(data, examples, cut)]
     return [Share(make_batch(data, some or examples[:1]), bool(some), some) for some in mine]
@@ -229,7 +229,7 @@ def mean_metrics(metrics: Metrics) -> dict[str, float]:
 def evaluate_loss(
     scorer: Scorer, policy: PreTrainedModel, data: PreferenceData, examples: Sequence[Example], cut: Cut
 ) -> tuple[Metrics, list[Example]]:
-    """Each metric of `Scorer` on this process's share of exactly `examples`, and that share."""
+    """Return each metric of `Scorer` on this process's share of exactly `examples`, and that share."""
     total: Metrics = {}
     mine: list[Example] = []
     parts = shares(data, examples, cut)

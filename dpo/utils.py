@@ -100,13 +100,13 @@ def log(message: str, level: int = logging.INFO) -> None:
 
 
 def redact(text: str) -> str:
-    """`text` without keys of the hub and of W&B: what looks like one, and what the environment holds as one."""
+    """Return `text` without keys of the hub and of W&B: what looks like one, and what the environment holds as one."""
     known = (value for name, value in os.environ.items() if SECRET_NAMES.search(name) and len(value) >= 16)
     return functools.reduce(lambda t, secret: t.replace(secret, "***"), known, SECRETS.sub("***", text))
 
 
 def visible(text: str) -> str:
-    """`text` of any origin, with control characters and those that change its direction as escapes."""
+    """Return `text` of any origin, with control characters and those that change its direction as escapes."""
     kept = "\n\t\u200c\u200d"
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
     return "".join(repr(c)[1:-1] if c not in kept and unicodedata.category(c) in hidden else c for c in text)
@@ -130,14 +130,13 @@ def another_ended(error: Exception) -> bool:
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether `error` comes from the machine's state (memory, other processes) and says nothing about the input."""
+    """Return whether `error` comes from the machine's state (memory, other processes), not from the input."""
     return wants_memory(error) or another_ended(error)
 
 
 def get_local_dir(prefixes: list[str]) -> Path:
-    """The user's folder under the first of `prefixes` that exists and can be written, else under the last. Does not
-    create it. Raises UserError if there are none.
-    """
+    """Return the user's folder under the first of `prefixes` that exists and can be written, else under the last. Does
+    not create it. Raise UserError if there are none."""
     if not prefixes:
         raise UserError("local_dirs is empty; name at least one folder, such as local_dirs=[/data/runs]")
     usable = (prefix for prefix in prefixes if os.path.isdir(prefix) and os.access(prefix, os.W_OK))
@@ -145,7 +144,7 @@ def get_local_dir(prefixes: list[str]) -> Path:
 
 
 def default_cache() -> Path:
-    """The user's folder of caches in the project."""
+    """Return the user's folder of caches in the project."""
     return ROOT / ".cache" / _user()
 
 
@@ -158,7 +157,8 @@ def _user() -> str:
 
 @functools.cache
 def get_local_run_dir(exp_name: str, prefixes: tuple[str, ...]) -> str:
-    """A fresh run folder's name, `<local dir>/<exp_name>_<time>`; the same within one process. Does not create it.
+    """Return a fresh run folder's name, `<local dir>/<exp_name>_<time>`; the same within one process. Does not create
+    it.
 
     The time ends with microseconds and three random digits: runs that start together have names of their own.
     """
@@ -193,7 +193,7 @@ class _Stderr:
 
 
 def progress(iterable: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
-    """A tqdm bar that redraws often on a terminal and every few seconds if the output goes to a file."""
+    """Return a tqdm bar that redraws often on a terminal and every few seconds if the output goes to a file."""
     interval = 0.2 if sys.stderr.isatty() else 5.0
     # A bar that would be wiped away leaves a line each time if the output goes to a file.
     options.setdefault("disable", is_quiet() or (not options.get("leave", True) and not sys.stderr.isatty()))
@@ -215,18 +215,18 @@ def end_with_parent(parent: int) -> None:
 
 
 def n_cores() -> int:
-    """How many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def file_hash(path: Path, function: Any = hashlib.sha256) -> str:
-    """A file's content, hashed by one of hashlib's functions, in hexadecimal."""
+    """Return a file's content, hashed by one of hashlib's functions, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, function).hexdigest()
 
 
 def file_hash_once(path: Path, function: Any = hashlib.sha256) -> str:
-    """As `file_hash`; computed once in this process for as long as the file's size and times stay."""
+    """Return `file_hash`, computed once in this process for as long as the file's size and times stay."""
     found = path.stat()
     return _hash_of(path, function, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 

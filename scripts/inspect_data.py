@@ -33,12 +33,13 @@ DIM, GREEN, SPECIAL, RESET = "\033[2m", "\033[32m", "\033[1;30;43m", "\033[0m"
 
 
 def in_colour() -> bool:
-    """Whether to show colours."""
+    """Return whether to show colours."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """The text of each token. A character that several tokens make up stands where it is complete, `·` before it."""
+    """Return the text of each token. A character that several tokens make up stands where it is complete, `·` before
+    it."""
     texts, start = [], 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
@@ -50,7 +51,7 @@ def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
 
 
 def show_tokens(ids: Sequence[int], tokenizer: Any, colour: str) -> str:
-    """The tokens of `ids` with their boundaries, in `colour` if that is not empty."""
+    """Return the tokens of `ids` with their boundaries, in `colour` if that is not empty."""
     special = set(tokenizer.all_special_ids)
     shown = []
     for token, text in zip(ids, pieces(ids, tokenizer), strict=True):
@@ -62,12 +63,12 @@ def show_tokens(ids: Sequence[int], tokenizer: Any, colour: str) -> str:
 
 
 def masks_of(record: Record) -> list[list[bool]]:
-    """Which tokens of each response count in the loss."""
+    """Return which tokens of each response count in the loss."""
     return record.masks or [[True] * len(response) for response in record.responses]
 
 
 def as_json(record: Record, tokenizer: Any, name: str, number: int) -> str:
-    """A record as one line of JSON: texts as the model sees them, ids, which response tokens count, and pairs."""
+    """Return a record as one line of JSON: texts as the model sees them, ids, loss masks, and pairs."""
 
     def side(ids: list[int]) -> dict[str, Any]:
         return {"text": tokenizer.decode(ids, clean_up_tokenization_spaces=False), "ids": ids}
@@ -78,7 +79,7 @@ def as_json(record: Record, tokenizer: Any, name: str, number: int) -> str:
 
 
 def show_response(ids: Sequence[int], mask: Sequence[bool], tokenizer: Any, colours: bool) -> str:
-    """The tokens of a response, those that count in the loss apart from the others."""
+    """Return the tokens of a response, those that count in the loss apart from the others."""
     shown, start = [], 0
     for counts, run in itertools.groupby(mask):
         end = start + len(list(run))
@@ -103,14 +104,14 @@ def show_record(record: Record, tokenizer: Any, colours: bool) -> str:
 
 
 def examples(data: PreferenceData, n: int) -> list[int]:
-    """The records to show: the first of each data set in turn."""
+    """Return the records to show: the first of each data set in turn."""
     by_set = [[i for i, source in enumerate(data.source.tolist()) if source == s][:n] for s in range(len(data.names))]
     turns = [i for turn in range(n) for records in by_set for i in records[turn : turn + 1]]
     return turns[:n]
 
 
 def read_arguments() -> tuple[int, str, bool, list[str]]:
-    """`n`, `split`, whether JSON is wanted, and the overrides."""
+    """Return `n`, `split`, whether JSON is wanted, and the overrides."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.usage = "%(prog)s [--json] [n=N] [split=SPLIT] [KEY=VALUE ...]"
     parser.add_argument("--json", action="store_true", help="one JSON object a record, and nothing else, on stdout")

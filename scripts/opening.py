@@ -19,17 +19,18 @@ from settings import LOSS_NAMES, check_keys, load_config, quoted
 
 
 def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the other arguments, the KEY=VALUE, which may stand anywhere). Raises UserError for a misspelt key."""
+    """Return (the other arguments, the KEY=VALUE, in any order). Raise UserError for a misspelt key."""
     overrides = [a for a in arguments if re.match(r"[+~]{0,2}[A-Za-z_][\w.@]*=", a) and not Path(a).exists()]
     check_keys(overrides)
     return [a for a in arguments if a not in overrides], overrides
 
 
 def find_saved(name: str, overrides: list[str]) -> Saved:
-    """What `name` means: a run's folder, a checkpoint, a policy.pt, any model folder, .gguf file or hub id.
+    """Return the model that `name` means: a run's folder, a checkpoint, a policy.pt, any model folder, .gguf file or
+    hub id.
 
     Settings are those of the run if that is known, then `overrides` as train.py takes them. Nothing that a file says
-    is interpolated. Raises UserError if there is no such model.
+    is interpolated. Raise UserError if there is no such model.
     """
     model = ["model=blank_model"]
     own: dict[str, Any] = {"model.name_or_path": name}
@@ -50,7 +51,8 @@ def find_saved(name: str, overrides: list[str]) -> Saved:
 
 
 def _configure(model: list[str], values: dict[str, Any], known: dict[str, Any], overrides: list[str]) -> Config:
-    """The configuration of `overrides`; what they do not give is taken from `values`, then from the run's `known`."""
+    """Return the configuration of `overrides`; what they do not give is taken from `values`, then from the run's
+    `known`."""
     given = {override.partition("=")[0].lstrip("+") for override in overrides}
     settings = flat({key: known[key] for key in keys(Config, Inherited) if key in known})
     chosen = []
@@ -68,7 +70,7 @@ def _configure(model: list[str], values: dict[str, Any], known: dict[str, Any], 
 
 
 def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Saved:
-    """The reference `given`, or else the one `policy` was trained against, to be computed as the policy is.
+    """Return the reference `given`, or else the one `policy` was trained against, to be computed as the policy is.
 
     Raise UserError if there is none, or if its vocabulary is another.
     """

@@ -53,7 +53,7 @@ Item = tuple[Prompt, int]
 
 
 def read_prompts(path: Path, tokenizer: Any, chat: ChatFormat) -> list[Prompt]:
-    """The prompts of a .jsonl or .txt file. Raises UserError naming the line that is none."""
+    """Return the prompts of a .jsonl or .txt file. Raise UserError naming the line that is none."""
     if path.suffix not in (".jsonl", ".txt"):
         raise UserError(f"--prompts {path}: give a .jsonl file with a column 'prompt', or a .txt file, a prompt a line")
     try:
@@ -79,7 +79,7 @@ def read_prompts(path: Path, tokenizer: Any, chat: ChatFormat) -> list[Prompt]:
 
 
 def _prompt_of(line: str) -> Any:
-    """The prompt of a line of JSON: text or messages. Raises BadRow."""
+    """Return the prompt of a line of JSON: text or messages. Raise BadRow."""
     row = decode(line.encode())
     if not isinstance(row, dict):
         raise BadRow("not an object", f"a row is {{...}}, this one is {type(row).__name__}")
@@ -87,7 +87,7 @@ def _prompt_of(line: str) -> Any:
 
 
 def _rendered(prompt: Any, chat: ChatFormat) -> tuple[str, str]:
-    """The text of a prompt, as in training, and how it was rendered. Raises BadRow."""
+    """Return the text of a prompt, as in training, and how it was rendered. Raise BadRow."""
     if isinstance(prompt, str) and not prompt.strip():
         raise BadRow("empty prompt")
     if chat.wraps_text:
@@ -114,7 +114,7 @@ def check_lengths(prompts: Sequence[Prompt], models: Sequence[Saved], max_new_to
 
 
 def identity(saved: Saved) -> list[str | None]:
-    """A model's name, and what tells its weights from others."""
+    """Return a model's name, and what tells its weights from others."""
     return [saved.config.model.start, weights_identity(saved.config.model.start)]
 
 
@@ -122,7 +122,7 @@ def identity(saved: Saved) -> list[str | None]:
 
 
 def open_out(path: Path, settings: dict[str, Any], items: Sequence[Item], overwrite: bool) -> tuple[BinaryIO, int]:
-    """`path`, open for adding rows to it, and how many of `items` are there: a whole number of batches.
+    """Open `path` for adding rows. Return it, and how many of `items` it holds: a whole number of batches.
 
     Raise UserError if it holds anything else than what `settings` make, or another process writes to it.
     """
@@ -169,7 +169,8 @@ def _check_settings(path: Path, beside: Path, settings: dict[str, Any]) -> None:
 def sampled(
     policy: Saved, reference: Saved | None, how: Sampling, items: Sequence[Item], done: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of `items` after the first `done`, a batch at a time: samples from both models, and their divergence."""
+    """Yield the rows of `items` after the first `done`, a batch at a time: samples from both models, and their
+    divergence."""
     model, tokenizer, computation = policy.open()
     other = reference.open()[0] if reference is not None else None
     for start in progress(range(done, len(items), how.batch_size), desc="batches"):
@@ -189,7 +190,7 @@ def sampled(
 
 
 def summary(rows: Sequence[dict[str, Any]], how: Sampling) -> str:
-    """Means over the rows of a finished file, and the first of them."""
+    """Return the means over the rows of a finished file, and the first of them."""
     lines = []
     for row in [row for row in rows if row["sample"] == 0][:3]:
         lines.append(f"\n{visible(row['prompt'])}")

@@ -62,7 +62,7 @@ class Item:
 
 
 def load_items(policy: Saved, tokenizer: Any, split: str, own: bool, limit: int | None) -> list[Item]:
-    """The first `limit` records of each of the configuration's data sets.
+    """Return the first `limit` records of each of the configuration's data sets.
 
     `split` test is everything of data that has no test split, or of the run's `own` data what training held out. Raises
     UserError for what cannot be loaded, for `own` data that has changed, and if single responses come with pairs.
@@ -95,14 +95,14 @@ def load_items(policy: Saved, tokenizer: Any, split: str, own: bool, limit: int 
 
 
 def _source_of(policy: Saved, name: str, split: str) -> dict[str, Any]:
-    """Where the run read the data set `name`, and a hash of it; {} if that is not known."""
+    """Return where the run read the data set `name`, and a hash of it; {} if that is not known."""
     sources = policy.state.get("sources") or {}
     found = [source for source in sources.get(split, []) if {"name", "path", "digest"} <= source.keys()]
     return next((source for source in found if source["name"] == name), {})
 
 
 def _settings_of(config: Config, name: str, path: str | None) -> DataSettings:
-    """How the data set `name` is read: from `path`, which the run noted, if that is a local one."""
+    """Return how the data set `name` is read: from `path`, which the run noted, if that is a local one."""
     known = name in REGISTRY
     rows = TARGETS if known and REGISTRY[name].sft_only else PAIRS
     settings = replace(data_settings(config), names=(name,), rows=rows, pair_columns=())
@@ -115,7 +115,7 @@ def _settings_of(config: Config, name: str, path: str | None) -> DataSettings:
 
 
 def _kinds(facts: DataSet, source: Source) -> dict[bool, str]:
-    """Where the first single response (True) and the first row with pairs (False) of some data are."""
+    """Return where the first single response (True) and the first row with pairs (False) of some data are."""
     kinds: dict[bool, str] = {}
     for where, row in itertools.chain.from_iterable(map(numbered_rows, source.chunks())):
         try:
@@ -180,7 +180,8 @@ def rows_of(items: Sequence[Item], policy: Saved, reference: Saved, loss: Loss, 
 
 
 def interval(values: np.ndarray, prompts: np.ndarray) -> tuple[float, float] | None:
-    """95 % interval of the mean of `values` [n], by bootstrap over their `prompts` [n]; None for a single prompt."""
+    """Return the 95 % interval of the mean of `values` [n], by bootstrap over their `prompts` [n]; None for a single
+    prompt."""
     group = np.unique(prompts, return_inverse=True)[1]
     counts, sums = np.bincount(group), np.bincount(group, values)
     if len(counts) == 1:
@@ -192,8 +193,8 @@ def interval(values: np.ndarray, prompts: np.ndarray) -> tuple[float, float] | N
 
 
 def table(pairs: Sequence[tuple[int, str, float, int]]) -> str:
-    """How often the preferred response has the higher reward (equal: half), from (prompt, data set, reward of the
-    preferred minus that of the other, how many tokens longer it is) of each pair."""
+    """Return how often the preferred response has the higher reward (equal: half), from (prompt, data set, reward of
+    the preferred minus that of the other, how many tokens longer it is) of each pair."""
     prompts, names, margins, longer = map(np.array, zip(*pairs))
     groups = {"all": np.ones(len(pairs), dtype=bool)}
     sets = list(dict.fromkeys(names.tolist()))
@@ -217,7 +218,8 @@ def table(pairs: Sequence[tuple[int, str, float, int]]) -> str:
 
 
 def coloured(token: str, value: float, largest: float, colours: bool) -> str:
-    """A token on green (its `value` is positive) or red, the stronger the larger; without `colours` with its value."""
+    """Return a token on green (its `value` is positive) or red, the stronger the larger; without `colours` with its
+    value."""
     if not colours:
         return f"{visible(token)}[{value:+.2g}]"
     level = round(5 * abs(value) / largest) if largest else 0

@@ -42,13 +42,13 @@ class Rows:
     shape: tuple[int, int]
 
     def to(self, device: torch.device) -> "Rows":
-        """The same with every tensor on `device`."""
+        """Return the same with every tensor on `device`."""
         moved: Any = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
 def lay_out(batch: Batch, layout: str) -> Rows:
-    """The rows of a batch. Responses are numbered through the batch's trees, whatever the layout."""
+    """Return the rows of a batch. Responses are numbered through the batch's trees, whatever the layout."""
     trees = [(tree.prompt, tree.responses) for tree in batch.trees]
     if layout == "padded":
         trees = [(prompt, [response]) for prompt, responses in trees for response in responses]
@@ -99,8 +99,8 @@ class _Row:
 def model_inputs(
     rows: Rows, layout: str, config: PreTrainedConfig, dtype: torch.dtype, flex: bool = False
 ) -> dict[str, Any]:
-    """What a model needs to compute `rows`. For trees: positions, and a mask, which is FlexAttention's if `flex`, and
-    else added to the scores, in their type.
+    """Return the inputs with which a model computes `rows`. For trees: positions, and a mask, which is FlexAttention's
+    if `flex`, and else added to the scores, in their type.
 
     Models with several kinds of layers get a mask for each kind. A sliding window is counted in positions, which is how
     far apart two tokens of a sequence are. Raises ValueError for a kind of layer that is not known here.
@@ -132,13 +132,13 @@ class _Tokens(NamedTuple):
     prompt: Tensor
 
     def sees(self, key: "_Tokens", window: int | None) -> Tensor:
-        """Whether each of these tokens sees that of `key`. Padding sees padding."""
+        """Return whether each of these tokens sees that of `key`. Padding sees padding."""
         seen = (self.column >= key.column) & ((self.branch == key.branch) | (self.prompt == key.branch))
         return seen if window is None else seen & (self.position - key.position < window)
 
 
 def visible(rows: Rows, window: int | None) -> Tensor:
-    """Which tokens (last dimension) each token sees: bool [rows, 1, width, width]."""
+    """Return which tokens (last dimension) each token sees: bool [rows, 1, width, width]."""
     column = torch.arange(rows.branch.shape[1], device=rows.branch.device)[None]
     tokens = (column, rows.positions, rows.branch, rows.prompt)
     query, key = (_Tokens(*(t.unsqueeze(dim)[:, None] for t in tokens)) for dim in (2, 1))
@@ -150,7 +150,7 @@ def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def block_mask(rows: Rows, window: int | None) -> BlockMask:
-    """The same as `visible`, as FlexAttention takes it: blocks in which nothing is seen are not computed."""
+    """Return the same as `visible`, as FlexAttention takes it: blocks in which nothing is seen are not computed."""
 
     def at(row: Tensor, column: Tensor) -> _Tokens:
         return _Tokens(column, *(t[row, column] for t in (rows.positions, rows.branch, rows.prompt)))

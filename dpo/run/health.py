@@ -149,7 +149,8 @@ def with_new_examples(batches: Iterable[list[Example]]) -> list[list[Example]]:
 def extremes(
     data: PreferenceData, batches: Iterable[list[Example]], layout: str, room: int | None
 ) -> list[list[Example]]:
-    """Two micro-batches: the shortest example alone, and beside the longest with which it fits into `room` tokens.
+    """Return two micro-batches: the shortest example alone, and beside the longest with which it fits into `room`
+    tokens.
 
     A model may compute a row differently if the longest row beside it exceeds some length. The stored reference was
     computed sorted by length: the shortest example beside short ones. So, whatever that length is, the shortest example
@@ -215,7 +216,7 @@ class Recorded:
     logps: TokenLogps | None
 
     def response_logps(self, batch: Batch) -> TokenLogps:
-        """As models.response_logps."""
+        """Return log-probabilities as `dpo.model.logps.response_logps` does."""
         assert batch is self.batch and self.logps is not None
         return self.logps
 

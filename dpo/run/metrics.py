@@ -68,8 +68,8 @@ class RunLogger:
             self.wandb_run.log({f"{model}_samples": table}, step=step)
 
     def history(self) -> dict[str, int]:
-        """Bytes that each file has so far, once they are on disk: what a run that resumes from here starts with. Raises
-        OSError if they cannot get there."""
+        """Return each file's bytes so far, once they are on disk: a run that resumes from here starts with them. Raise
+        OSError if the disk refuses."""
         self.check()
         return {name: file.size() for name, file in self._files.items()}
 

@@ -40,13 +40,13 @@ class Saved:
         return self.state.get("config", {})
 
     def architecture(self) -> Any:
-        """The model's configuration, as transformers has it. Raise UserError if there is no such model."""
+        """Return the model's configuration, as transformers has it. Raise UserError if there is no such model."""
         name, own_code = self.config.model.name_or_path, self.config.model.trust_remote_code
         with refusing(f"no model could be read from {name}"):
             return AutoConfig.from_pretrained(local_folder(name, self.config.cache), trust_remote_code=own_code)
 
     def open(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Computation]:
-        """The model, frozen, its tokenizer, and how its log-probabilities are computed."""
+        """Return the model, frozen, its tokenizer, and how its log-probabilities are computed."""
         config = self.config
         tokenizer = load_tokenizer(config)
         model = load_policy(config, pick_device(config), archive=config.model.archive, trains=False, compiled=False)

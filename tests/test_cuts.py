@@ -88,12 +88,19 @@ def test_micro_batches_and_layouts_do_not_matter(name: str, rows: Path, tmp_path
     must_be_equal([tmp_path / cut for cut in CUTS], name)
 
 
+GROUPS = {
+    "FSDP": ("trainer=FSDPTrainer", list(cases())),
+    "TP": ("trainer=TensorParallelTrainer tensor_parallel_size=2", ["tdpo", "wpo", "kto", "aot"]),
+}
+
+
 @pytest.mark.full
-def test_processes_do_not_matter(rows: Path, tmp_path: Path) -> None:
-    cut = ["trainer=FSDPTrainer", "nproc=2", "gradient_accumulation_steps=2"]
-    group = [command(tmp_path / name.replace(" ", "_") / "2", rows, given, cut) for name, given in cases().items()]
-    launch(group, 2)
-    for name, given in cases().items():
-        folder = tmp_path / name.replace(" ", "_")
-        train_here(command(folder / "1", rows, given, CUTS["1"]))
+@pytest.mark.parametrize("group", GROUPS)
+def test_processes_do_not_matter(group: str, rows: Path, tmp_path: Path) -> None:
+    trainer, names = GROUPS[group]
+    cut = [*trainer.split(), "nproc=2", "gradient_accumulation_steps=2"]
+    folders = {name: tmp_path / name.replace(" ", "_") for name in names}
+    launch([command(folder / "2", rows, cases()[name], cut) for name, folder in folders.items()], 2)
+    for name, folder in folders.items():
+        train_here(command(folder / "1", rows, cases()[name], CUTS["1"]))
         must_be_equal([folder / "1", folder / "2"], name)

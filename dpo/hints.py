@@ -85,8 +85,9 @@ HERE = {name: meaning for names, meaning in ELSEWHERE.items() for name in names.
 def meant(key: str, keys: Collection[str]) -> str:
     """Return what to write instead of `key`, as the end of a message; empty if that is not known."""
     name = key.replace("-", "_").lower()
-    if name in HERE:
-        return f"; here that is {HERE[name]}"
+    for elsewhere in (name, name.removeprefix("loss.")):
+        if elsewhere in HERE:
+            return f"; here that is {HERE[elsewhere]}"
     if name in keys:
         return f"; did you mean {name!r}?"
     close = difflib.get_close_matches(key, keys, 1)

@@ -311,6 +311,7 @@ def command(folder: Path, *given: str) -> subprocess.CompletedProcess[str]:
         (["exp_name=x", "loss=simpoo"], 1, "(config/loss, docs/losses.md); did you mean 'simpo'?"),
         (["exp_name=x", "loss=sigmoid_norm"], 1, "here that is loss=dpo loss.length_normalized=true"),
         (["exp_name=x", "rpo_alpha=1"], 1, "loss.nll_weight=<value>"),
+        (["exp_name=x", "loss=dpo", "loss.rpo_alpha=1"], 1, "loss.nll_weight=<value>"),
         (["exp_name=x", "datasets=[nope]"], 1, "unknown data set 'nope'"),
         (["exp_name=x", "--nonsense"], 1, "--nonsense is no option"),
         (["exp_name=x", "--cfg", "job"], 0, "batch_size: 4"),

@@ -20,7 +20,7 @@ from torch import Tensor
 from dpo.config import build
 from dpo.loss import Examples, Loss, Responses
 from dpo.utils import UserError
-from utils import loss_values
+from utils import CONFIG_DIR, loss_values
 
 Beta = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -743,4 +743,5 @@ def find(name: str, key: str = "loss.name") -> type[Loss]:
         if isinstance(found, type) and issubclass(found, Loss):
             return found
         raise UserError(f"{key}={name} is no subclass of dpo.loss.Loss")
-    raise UserError(f"{key}={name} is not known; choose from: {', '.join(names())}; or give module.Class")
+    files = sorted(path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml"))
+    raise UserError(f"{key}={name} is not known; choose from: {', '.join(files)}; or give module.Class")

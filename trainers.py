@@ -376,7 +376,8 @@ def train(config: Config, overrides: list[str] | None = None, stop: stopping.Sto
     for archive in filter(None, (config.model.archive, config.reference.archive)):
         local = archive == config.model.archive or archive.startswith(("/", ".", "~"))
         if local or Path(archive).exists():
-            weights.find_archive(archive)  # a wrong path should not wait for the data
+            key = "model.archive" if archive == config.model.archive else "reference.archive"
+            weights.find_archive(archive, key=key)  # a wrong path should not wait for the data
     if parallel.is_main():
         check_sources(config)
         found, run_dir = resume.find_resume(config)
@@ -456,7 +457,7 @@ def with_archive(config: Config) -> Config:
     for part in ("model", "reference"):
         archive = getattr(config, part).archive
         if archive and parallel.is_main() and (part == "model" or Path(archive).expanduser().exists()):
-            archive = str(weights.find_archive(archive, config.checkpoint_check))
+            archive = str(weights.find_archive(archive, config.checkpoint_check, f"{part}.archive"))
         found = dataclasses.replace(getattr(config, part), archive=parallel.from_main(archive))
         config = dataclasses.replace(config, **{part: found})
     return config

@@ -78,6 +78,11 @@ def test_rows_of_another_kind_say_which_losses_fit(
     assert message in str(error.value)
 
 
+def test_completions_of_one_label_alone_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    read(tmp_path, [row for row in LABELLED if not row["label"]], "labelled")
+    assert "all completions have label False; this loss learns from both kinds" in capsys.readouterr().out
+
+
 def test_rankings_are_by_score_or_place_and_pairs_are_rankings_of_two(tmp_path: Path) -> None:
     responses = [" worst", " best", " middle", " also middle", " best"]
     rows = [

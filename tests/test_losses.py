@@ -471,7 +471,7 @@ MISUSE = [
     (["loss=nll", "loss.nll_weight=0"], "leave nothing to learn"),
     (["loss=dpo", "loss.beta=1", "loss.link=cubic"], "loss.link=cubic is not known; choose from: logistic, hinge"),
     (["loss=mix", "loss.terms={dpo: 1}"], "loss.terms, dpo: loss.beta is missing"),
-    (["loss=mix", "loss.terms={dpoo: 1}"], "loss.name=dpoo is not known"),
+    (["loss=mix", "loss.terms={dpoo: 1}"], "loss.name=dpoo is not known; choose from: aot, aot_unpaired, apo_down"),
     (["loss=mix", "loss.terms={sft: 1}"], "loss.terms, sft: it is no loss of pairs; of the chosen response: nll"),
     (["loss=mix", "loss.terms={nll: 1}", "loss.settings={dpo: {beta: 1}}"], "loss.settings.dpo is no term"),
     (["loss=mix", "loss.terms={}"], "loss.terms={} names no loss"),

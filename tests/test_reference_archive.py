@@ -107,7 +107,8 @@ def test_misuse_is_named(overrides: Overrides, tiny_model_dir: Path, tmp_path: P
     refused(
         "reference.archive=x, but loss=simpo needs no reference", "loss=simpo", "loss.beta=1", "reference.archive=x"
     )
-    refused("reference.archive=.*: there is no such folder", f"reference.archive={tmp_path / 'nowhere'}")
+    refused("reference.archive=.*: there is no such file or folder", f"reference.archive={tmp_path / 'nowhere'}")
+    refused("reference.archive=.*: there is no such file or folder", f"reference.archive={tmp_path / 'nowhere'}")
     strange = tmp_path / "strange"
     make_model().save_pretrained(strange)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)

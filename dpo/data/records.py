@@ -214,6 +214,9 @@ class Loader:
         funnel = {"rows": len(table) + sum(dropped.values())}
         funnel |= {f"rows dropped: {reason}": count for reason, count in dropped.items()}
         order, starts, ends = group_rows(table)
+        labels = set(pc.unique(table.table["label"]).to_pylist())
+        if self.settings.rows == LABELLED and len(labels) == 1:
+            log(f"warning: {self.name}: all completions have label {labels.pop()}; this loss learns from both kinds")
         undesired = pc.equal(table.table["label"], False).fill_null(False).to_numpy()
         if self.settings.rows == TARGETS and undesired.any():
             if not self.settings.drop_bad_rows:

@@ -457,7 +457,7 @@ def rated_completions(fields: Fields) -> ParsedRow:
 def _rated(prompt: Text, responses: list[Any], scores: list[Any], of: str, by: str) -> ParsedRow:
     """Combine a prompt with scored responses. `of` and `by` name the two columns in errors."""
     if not responses or len(responses) != len(scores):
-        raise BadRow("scores do not match responses", f"{len(responses)} responses, {len(scores)} scores")
+        raise BadRow("scores do not match responses", f"{len(responses)} {of}, {len(scores)} {by}")
     scores = [number({f"{by}[{i}]": score}, f"{by}[{i}]") for i, score in enumerate(scores)]
     sides = [text_or_messages({f"{of}[{i}]": side}, f"{of}[{i}]") for i, side in enumerate(responses)]
     return _with_prompt(prompt, sides, pairs=[], **rank(scores))

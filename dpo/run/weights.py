@@ -49,8 +49,8 @@ def resolve_archive(name: str) -> Archive:
     return Archive(path, None, info)
 
 
-def find_archive(name: str, how: str = "fast") -> Path:
-    """Return the model folder or policy.pt that `model.archive=name` means: itself, or the LATEST of a run's folder.
+def find_archive(name: str, how: str = "fast", key: str = "model.archive") -> Path:
+    """Return the model folder or policy.pt that `key`=`name` means: itself, or the LATEST of a run's folder.
 
     `<folder>/policy.pt` means `<folder>` if that holds a checkpoint of this program, so that commands of the original
     run unchanged. Raise UserError if there is none.
@@ -62,16 +62,16 @@ def find_archive(name: str, how: str = "fast") -> Path:
         path = path.parent
     path = newest(path)
     if not path.exists():
-        raise UserError(f"model.archive={name}: there is no such file or folder")
+        raise UserError(f"{key}={name}: there is no such file or folder")
     if not (path / "config.json").is_file():
         raise UserError(
-            f"model.archive={name}: {path} holds no config.json; expected a checkpoint folder (step-<n> or LATEST), a "
+            f"{key}={name}: {path} holds no config.json; expected a checkpoint folder (step-<n> or LATEST), a "
             "run's folder with a LATEST, or a policy.pt of the original code"
         )
     if not any(path.glob("*.safetensors")):
-        raise UserError(f"model.archive={name}: {path} holds no weights (*.safetensors)")
+        raise UserError(f"{key}={name}: {path} holds no weights (*.safetensors)")
     if (path / MANIFEST).exists():
-        must_be_whole(path, f"model.archive={name}", how)
+        must_be_whole(path, f"{key}={name}", how)
     return path
 
 

@@ -290,7 +290,7 @@ class Pairs(Loss, name="pairs"):
         chosen, columns = examples.chosen, examples.columns
         loss = torch.zeros_like(chosen.sum)
         if self.pair_weight:
-            loss = self.pair_weight * LINKS[self.link].value(self, *self._compared(examples))
+            loss = self.pair_weight * self._linked(*self._compared(examples))
         if self.weighting == "wpo":
             loss = loss * (_on_policy(chosen) + _on_policy(examples.losers)).exp()
         if self.nll_weight:
@@ -298,26 +298,30 @@ class Pairs(Loss, name="pairs"):
         return loss * columns["weight"] if self.weighting == "column" else loss
 
     def _compared(self, examples: Examples) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a, b and h: see the class."""
+        """Return a, b, and what h adds to their bounded difference: see the class."""
         chosen, rejected = examples.chosen, examples.losers
+        against = self.use_reference and not self.reference_free
         shorter = torch.minimum(chosen.length, rejected.length)
-        sides = [
-            self._score(side, self.use_reference and not self.reference_free, shorter) for side in (chosen, rejected)
-        ]
+        sides = [self._score(side, against, shorter) for side in (chosen, rejected)]
         a, b = (self.beta * self._divergence(side) for side in sides)
-        h = a - b
-        if self.clip is not None:
-            h = h.clamp(-self.clip, self.clip)
+        more = torch.full_like(a, -self.gamma)
         if self.dpop_weight:
             n = 1 if self.per_token else chosen.length
             fell = sides[0].detach() < -ROUNDING * n  # an untrained policy lies on the kink, up to rounding
-            h = h + self.beta * self.dpop_weight * torch.where(fell, sides[0], 0.0)
+            more = more + self.beta * self.dpop_weight * torch.where(fell, sides[0], 0.0)
         if self.margin == "column":
-            h = h - examples.columns["margin"]
+            more = more - examples.columns["margin"]
         elif self.margin == "length":
             assert self.margin_alpha is not None
-            h = h + self.margin_alpha * (chosen.length - rejected.length).to(h.dtype)
-        return a, b, h - self.gamma
+            more = more + self.margin_alpha * (chosen.length - rejected.length).to(a.dtype)
+        return a, b, more
+
+    def _linked(self, a: Tensor, b: Tensor, more: Tensor) -> Tensor:
+        """Return link(a, b, h)."""
+        h = a - b
+        if self.clip is not None:
+            h = h.clamp(-self.clip, self.clip)
+        return LINKS[self.link].value(self, a, b, h + more)
 
     def _score(self, responses: Responses, against_reference: bool, shorter: Tensor | None = None) -> Tensor:
         """Return s(y) [n]. LD's weights apply if `shorter`, the shorter length of each pair, is given."""
@@ -363,10 +367,8 @@ class Pairs(Loss, name="pairs"):
         if not self.weighs_gradients:
             return None
         with torch.enable_grad():
-            a, b, h = (value.detach() for value in self._compared(examples))
-            moved = a.requires_grad_()
-            value = LINKS[self.link].value(self, moved, b, h + (moved - moved.detach()))
-            (slope,) = torch.autograd.grad(value.sum(), moved)
+            a, b, more = (value.detach() for value in self._compared(examples))
+            (slope,) = torch.autograd.grad(self._linked(a.requires_grad_(), b, more).sum(), a)
         return -self.pair_weight * slope
 
 

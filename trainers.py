@@ -117,6 +117,9 @@ class Trainer:
         config, start, eval_data = self.config, time.perf_counter(), self.evaluator.data
         reference: Reference
         other = self.load_reference(compiled=True) if self.other or config.reference.mode == "live" else None
+        sizes = [model.config.get_text_config().vocab_size for model in (self.policy, other) if model is not None]
+        if len(set(sizes)) > 1:
+            raise UserError(f"reference.archive has a vocabulary of {sizes[1]} tokens, and the policy of {sizes[0]}")
         how = pick_computation(other, config) if other is not None and self.other else self.scorer.how
         if config.reference.mode == "live":
             assert other is not None
@@ -127,6 +130,7 @@ class Trainer:
             cut = self.cut(n_responses, n_responses if config.microbatch_tokens else 2 * config.eval_batch_size)
             source = self.policy if other is None else other.requires_grad_(False).eval()
             reference = build_reference(source, how, cut, config.cache / "reference", wanted)
+            del source
         self.scorer = dataclasses.replace(self.scorer, reference=reference)
         unseen = eval_data if not config.do_first_eval else None  # otherwise the first evaluation checks them
         parts = parts_to_check(
@@ -144,6 +148,8 @@ class Trainer:
             log("whether policy and reference agree is not checked")
         if self.evaluator.sampler is not None:
             self.evaluator.sampler.remember(self.policy if other is None else other)
+        del other  # unless it is a live reference
+        gc.collect()  # a model refers to itself
         self.reference_seconds = time.perf_counter() - start
 
     def wanted_of_reference(self) -> list[Wanted]:
@@ -315,7 +321,9 @@ class Trainer:
         metric, best = state["best"]
         self.saver.best = best if metric == self.config.keep_best else None
         self.eval_metrics = state["metrics"]
-        self.scorer = dataclasses.replace(self.scorer, state=state.get("loss_state") or self.scorer.state)
+        carried = state.get("loss_state") or {}
+        if carried.keys() == self.scorer.state.keys():  # else it is of another loss
+            self.scorer = dataclasses.replace(self.scorer, state=carried)
         tensors.load_optimizer(folder, self.policy, self.updater.optimizer)
         tensors.load_random_state(folder)
         if state["scaler"] and self.updater.scaler.is_enabled():
@@ -374,8 +382,8 @@ def train(config: Config, overrides: list[str] | None = None, stop: stopping.Sto
     run was asked to end early.
     """
     for archive in filter(None, (config.model.archive, config.reference.archive)):
-        local = archive == config.model.archive or archive.startswith(("/", ".", "~"))
-        if local or Path(archive).exists():
+        local = archive == config.model.archive or archive.startswith(("/", ".", "~")) or Path(archive).exists()
+        if local and (archive == config.model.archive or not archive.endswith(".gguf")):
             key = "model.archive" if archive == config.model.archive else "reference.archive"
             weights.find_archive(archive, key=key)  # a wrong path should not wait for the data
     if parallel.is_main():
@@ -456,7 +464,9 @@ def with_archive(config: Config) -> Config:
     """Return the configuration with the checkpoints that LATEST names now, in all processes."""
     for part in ("model", "reference"):
         archive = getattr(config, part).archive
-        if archive and parallel.is_main() and (part == "model" or Path(archive).expanduser().exists()):
+        folder = archive and Path(archive).expanduser().exists() and not archive.endswith(".gguf")
+        local = archive and (part == "model" or folder)
+        if local and parallel.is_main():
             archive = str(weights.find_archive(archive, config.checkpoint_check, f"{part}.archive"))
         found = dataclasses.replace(getattr(config, part), archive=parallel.from_main(archive))
         config = dataclasses.replace(config, **{part: found})

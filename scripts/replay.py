@@ -7,13 +7,16 @@ update, and says which are not finite. Takes overrides such as mixed_precision=n
 import argparse
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 from dpo.model.checks import refusing
 from dpo.model.loading import load_policy, pick_device
-from dpo.model.logps import Computation
+from dpo.model.logps import Computation, response_logps
 from dpo.model.patches import quiet_transformers
 from dpo.run.checkpoint import read_state
 from dpo.run.health import broken_parameters, read_batch
@@ -35,6 +38,12 @@ def replay(folder: Path, overrides: list[str]) -> None:
     how, broken = Computation(config.compute_dtype), 0
     for example in examples:
         scorer = Scorer(built, how, example if example.logps is not None else None)
+        if built.needs_statistics:  # of this example alone: those of its batch are not known
+            with torch.no_grad():
+                seen = scorer.examples(example.batch, response_logps(policy, example.batch, how))
+            statistics = {} if built.observes_mismatched else built.observe(seen)
+            carried = {} if built.observes_mismatched else built.next_state(built.initial_state(), statistics)
+            scorer = replace(scorer, statistics=statistics, state=carried)
         policy.zero_grad()
         with refusing(f"{folder}: {example.name} cannot be computed"):
             losses, _ = scorer(policy, example.batch, "train")

@@ -68,21 +68,22 @@ def load_items(policy: Saved, tokenizer: Any, split: str, own: bool, limit: int 
     UserError for what cannot be loaded, for `own` data that has changed, and if single responses come with pairs.
     """
     items: list[Item] = []
-    kinds: dict[bool, str] = {}
+    kinds: dict[str, str] = {}
     for name in policy.config.datasets:
         source = _source_of(policy, name, split) if own else {}
         settings = _settings_of(policy.config, name, source.get("path"))
-        [place], single, here, shown = settings.names, settings.rows == TARGETS, split, f"{split} split"
+        [place], here, shown = settings.names, split, f"{split} split"
         if split == "test" and find_source(place, settings, split, REGISTRY)[1].held_out:
             if not own:
                 here, shown, settings = "train", "all rows", replace(settings, holdout_fraction=0.0)
             elif settings.holdout_fraction == 0:
                 raise UserError(f"the run held nothing of {name} out: it trained on all rows; say --split train")
-        kinds = ({single: name} if name in REGISTRY else _kinds(*find_source(place, settings, here, REGISTRY))) | kinds
-        if len(kinds) == 2:
-            raise UserError(f"{kinds[True]} is a single response, but {kinds[False]} has pairs: score them apart")
-        singles = LABELLED if policy.config.loss.rows == LABELLED else TARGETS
-        data = load_data(replace(settings, rows=singles if True in kinds else PAIRS), tokenizer, here)
+        found = {settings.rows: name} if name in REGISTRY else _kinds(*find_source(place, settings, here, REGISTRY))
+        kinds = found | kinds
+        if PAIRS in kinds and len(kinds) > 1:
+            single = next(kind for kind in kinds if kind != PAIRS)
+            raise UserError(f"{kinds[single]} is a single response, but {kinds[PAIRS]} has pairs: score them apart")
+        data = load_data(replace(settings, rows=next(iter(found), PAIRS)), tokenizer, here)
         if source and data.sources[0]["digest"] != source["digest"]:
             raise UserError(
                 f"{source['path']} has changed since the run read it; give what is to be scored with --data"
@@ -114,15 +115,16 @@ def _settings_of(config: Config, name: str, path: str | None) -> DataSettings:
     return replace(settings, sources={**settings.sources, name: path}) if local else settings
 
 
-def _kinds(facts: DataSet, source: Source) -> dict[bool, str]:
-    """Return where the first single response (True) and the first row with pairs (False) of some data are."""
-    kinds: dict[bool, str] = {}
+def _kinds(facts: DataSet, source: Source) -> dict[str, str]:
+    """Return kind -> where the first row of it is: pairs, labelled (completions) or targets (others)."""
+    kinds: dict[str, str] = {}
     for where, row in itertools.chain.from_iterable(map(numbered_rows, source.chunks())):
         try:
             judged = facts.parse(json.loads(row) if isinstance(row, bytes) else row)
         except Exception:  # load_data will say what is wrong with the row
             continue
-        kinds.setdefault(judged.demonstration, where)
+        single = LABELLED if judged.label is not None else TARGETS
+        kinds.setdefault(single if judged.demonstration else PAIRS, where)
     return kinds
 
 
@@ -143,12 +145,16 @@ def logps_of(saved: Saved, items: Sequence[Item], who: str) -> list[list[np.ndar
 def token_rewards(loss: Loss, policy: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Return each token's part in the loss's reward of a response, from float64 log-probabilities [n] of its tokens.
 
-    Rewards are linear in them, so the parts add up to the reward. A loss without rewards gives the log-ratios.
+    The parts are to first order, and scaled to add up to the reward: if it is linear in log-probabilities, they do
+    anyway. A loss without rewards gives the log-ratios.
     """
-    sums, length = (torch.tensor([logps.sum()]) for logps in (policy, reference)), torch.tensor([max(len(policy), 1)])
-    slopes = reward_slopes(loss, Responses(next(sums), length, next(sums)))
-    ours, theirs = (slope.item() for slope in slopes) if slopes is not None else (1.0, -1.0)
-    return ours * policy + theirs * reference
+    sums = [torch.tensor([logps.sum()]) for logps in (policy, reference)]
+    response = Responses(sums[0], torch.tensor([max(len(policy), 1)]), sums[1])
+    slopes, reward = reward_slopes(loss, response), loss.rewards(response)
+    if slopes is None or reward is None:
+        return policy - reference
+    parts = slopes[0].item() * policy + slopes[1].item() * reference
+    return parts * (reward.item() / parts.sum()) if parts.sum() else parts
 
 
 def rows_of(items: Sequence[Item], policy: Saved, reference: Saved, loss: Loss, tokenizer: Any) -> Iterator[dict]:

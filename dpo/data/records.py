@@ -151,7 +151,7 @@ class Loader:
         chat = ChatFormat(self.tokenizer, s.chat_format, s.chat_date)
         parser = ParseRows(self.data_set, chat, self.tokenizer.eos_token, s)
         parsed_by = [FORMAT, parser_identity(self.data_set.parse), self.data_set.hub, parser.eos, chat.identity]
-        choices = [s.drop_bad_rows, s.max_pairs_per_prompt, parser.all_turns, s.pair_columns]
+        choices = [s.drop_bad_rows, s.max_pairs_per_prompt, parser.all_turns, s.pair_columns, s.rows == LABELLED]
         raw = digest(parsed_by, self.source.identity, choices)
         held_out = (self.split, s.holdout_fraction) if self.source.held_out else None
         tokens = digest(raw, tokenizer_identity(self.tokenizer), s.max_length, s.max_prompt_length, s.rows, held_out)

@@ -234,12 +234,13 @@ class TokeniseRecords:
 
     def _ranking(self, merged: Merged, rows: list[dict[str, Any]], counts: Counter[str]) -> Merged | None:
         """Put the first ranking among `rows` into `merged`: its responses, best first. A pair is a ranking of two."""
-        rankings = [row for row in rows if row["places"] or row["pairs"]]
+        rankings = [row for row in rows if row["places"] or len(row["pairs"]) == 1]  # several pairs may be no ranking
         counts["rankings dropped: another of the same prompt"] += max(len(rankings) - 1, 0)
         for row in rankings[:1]:
             counts["pairs"] += 1  # a funnel without pairs says that rows state no preference
-            places = row["places"] or [*itertools.chain.from_iterable(row["pairs"])]
-            order = sorted(range(len(places)), key=lambda i: places[i])
+            places = row["places"]
+            order = sorted(range(len(places)), key=lambda i: places[i]) if places else [*row["pairs"][0]]
+            places = places or [i == order[1] for i in range(len(row["responses"]))]
             strict = [i for k, i in enumerate(order) if not k or places[i] > places[order[k - 1]]]
             distinct = dict.fromkeys(tuple(row["responses"][i]) for i in strict)
             counts["responses dropped: equal scores"] += len(order) - len(strict)

@@ -102,7 +102,8 @@ def load_reference(
         model = load_policy(config, device, sharding, trains=False, compiled=compiled)
         check_fits(model, ours, config)
     except UserError as error:
-        raise UserError(str(error).replace("model.name_or_path", "reference.archive")) from error
+        text = str(error).replace("model.name_or_path", "reference.archive")
+        raise UserError(text if "reference.archive" in text else f"reference.archive={name}: {text}") from error
     return model
 
 

@@ -97,6 +97,9 @@ class Saver:
         metric = self.config.keep_best
         if metric is None or not metrics:
             return False
+        if metric not in metrics:
+            log(f"warning: this evaluation has no {metric} (keep_best): its examples are all of the other kind")
+            return False
         value = metrics[metric]
         better = self.best is None or (value < self.best if metric.startswith("loss/") else value > self.best)
         self.best = value if better else self.best

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.data.batching import Mismatched, Plan, make_batch
 from dpo.data.records import PreferenceData, load
-from dpo.data.sources import DataSettings
+from dpo.data.rows import ParsedRow
+from dpo.data.sources import DataSet, DataSettings
 from dpo.utils import UserError
 
 LABELLED = [
@@ -99,6 +100,29 @@ def test_rankings_are_by_score_or_place_and_pairs_are_rankings_of_two(tmp_path: 
     assert funnel["rankings dropped: another of the same prompt"] == 1
     batch = make_batch(data, [(2, 0), (0, 0)])
     assert batch.ranked == [[0, 1], [2, 3, 4]] and batch.chosen == [0, 2] and batch.rejected == [1, 4]
+
+
+def test_the_cache_of_labelled_rows_is_not_that_of_targets(tmp_path: Path) -> None:
+    assert len(read(tmp_path, LABELLED[:2], "labelled", pair_columns=())) == 2
+    with pytest.raises(UserError, match="loss=sft would learn it"):
+        read(tmp_path, LABELLED[:2], "targets")
+
+
+def test_one_explicit_pair_is_a_ranking_and_several_may_be_none(tmp_path: Path) -> None:
+    def parse(row: dict[str, Any]) -> ParsedRow:
+        return ParsedRow(row["prompt"], [" zero", " one", " two"], [tuple(pair) for pair in row["pairs"]])
+
+    for pairs, expected in (([[2, 0]], [" two", " zero"]), ([[2, 0], [2, 1]], None)):
+        path = tmp_path / f"{len(pairs)}.jsonl"
+        path.write_text(json.dumps({"prompt": "Q", "pairs": pairs}) + "\n")
+        more: dict[str, Any] = {"holdout_fraction": 0.0, "num_proc": 1, "cache_dir": str(tmp_path / "cache")}
+        settings = DataSettings(("own",), rows="ranked", **more)
+        registry = {"own": DataSet(parse, local=path)}
+        if expected is None:
+            with pytest.raises(UserError, match="no example left"):
+                load(settings, make_tokenizer(), "train", registry)
+        else:
+            assert texts(load(settings, make_tokenizer(), "train", registry)[0].responses) == expected
 
 
 def test_mismatched_examples_have_the_response_of_another_prompt(tmp_path: Path) -> None:

@@ -388,6 +388,15 @@ def test_rewards_are_those_of_the_papers() -> None:
         torch.testing.assert_close(loss.rewards(examples.losers), expected)
 
 
+def clipped_margin(p: Pair) -> Tensor:
+    return torch.clamp(0.05 * (torch.exp(p.u_w) + p.u_w - torch.exp(p.u_l) - p.u_l), -0.01, 0.01)
+
+
+def clipped(p: Pair) -> float:
+    """0 if the difference of rewards is at its bound, where a pair does not push."""
+    return float(clipped_margin(p).abs() < 0.01)
+
+
 @pytest.mark.parametrize(
     ("loss", "weight"),
     [
@@ -395,6 +404,7 @@ def test_rewards_are_those_of_the_papers() -> None:
         (DPO(0.3, 0.2), lambda p: 0.8 * sigma(-0.3 * p.d) - 0.2 * sigma(0.3 * p.d)),
         (IPO(0.5), lambda p: -2 * (p.d - 1) / 0.5),
         (Pairs(0.3, link="hinge"), lambda p: (0.3 * p.d < 1).double()),
+        (DPO(0.05, divergence="chi2_kl", clip=0.01), lambda p: clipped(p) * sigma(-clipped_margin(p))),
         (DPO(0.3, margin="column"), lambda p: sigma(p.margin - 0.3 * p.d)),
         (build("apo_zero", {"beta": 0.3}), lambda p: sigma(0.3 * p.u_w) * sigma(-0.3 * p.u_w)),
     ],

@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import COSTS, ROOT, make_model, read_jsonl, train_here
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import dpo
+import trainers
 from dpo.utils import UserError
 
 Overrides = Callable[..., list[str]]
@@ -115,3 +118,28 @@ def test_misuse_is_named(overrides: Overrides, tiny_model_dir: Path, tmp_path: P
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(strange)
     refused("has another vocabulary than the policy", f"reference.archive={strange}")
+    wide = make_model()
+    wide.resize_token_embeddings(wide.config.vocab_size + 8)
+    wide.save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "wide")
+    refused("reference.archive has a vocabulary of", f"reference.archive={tmp_path / 'wide'}")
+
+
+def test_a_stored_reference_leaves_memory(trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[weakref.ref] = []
+    load_reference = trainers.load_reference
+
+    def load(*arguments: Any) -> PreTrainedModel:
+        model = load_reference(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    fit = trainers.Trainer.fit
+
+    def checked(trainer: trainers.Trainer) -> None:
+        assert len(models) == 1 and models[0]() is None
+        fit(trainer)
+
+    monkeypatch.setattr(trainers, "load_reference", load)
+    monkeypatch.setattr(trainers.Trainer, "fit", checked)
+    trained("freed")

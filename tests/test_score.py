@@ -381,3 +381,26 @@ def test_command(run_dir: Path, tiny_model_dir: Path, cache_dir: Path, pairs_dir
     assert done.returncode == 0, done.stderr
     assert "log policy / reference (the run's loss is not known)" in done.stdout and "[+" in done.stdout
     assert len(read_jsonl(tmp_path / "scores.jsonl")) == 8
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"name": "orpo"},
+        {"name": "dpo", "beta": 0.1, "divergence": "js"},
+        {"name": "dpo", "beta": 0.1, "divergence": "chi2_kl"},
+        {"name": "simpo"},
+    ],
+    ids=lambda keys: "-".join(map(str, keys.values())),
+)
+def test_token_rewards_add_up_to_the_reward_of_any_loss(keys: dict) -> None:
+    import losses
+    from dpo.loss import Responses
+
+    policy, reference = np.array([-1.0, -2.0, -0.5]), np.array([-1.5, -1.0, -2.0])
+    loss, problems = losses.make(keys)
+    assert loss is not None, problems
+    sums = [torch.tensor([values.sum()]) for values in (policy, reference)]
+    reward = loss.rewards(Responses(sums[0], torch.tensor([3]), sums[1]))
+    assert reward is not None
+    assert score.token_rewards(loss, policy, reference).sum() == pytest.approx(reward.item(), rel=1e-12)

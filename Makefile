@@ -32,5 +32,5 @@ test-all: $(INSTALLED)
 # Never runs or caches: a run cannot be made again for free, and earlier versions kept runs in .cache too.
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
-	@echo "Kept: runs (runs/, demo/, frontier/) and caches (.cache/). Caches are made again if you delete them; first see that"
+	@echo "Kept: runs (runs/, demo/, frontier/, losses/) and caches (.cache/). Caches are made again if you delete them; first see that"
 	@echo "no run lies among them, where earlier versions kept runs: ls -d .cache/*/*/LATEST"

@@ -131,8 +131,8 @@ def read_rows(folder: Path, task: str, losses: Sequence[str], seeds: int) -> lis
         if len(runs) < seeds:
             raise UserError(f"{folder / name} has {len(runs)} finished runs of {seeds}. Run the same command again")
         start = combine(task, START, [measure(run, "reference") for run in runs])
-        if "reward" in start.measured and not rows:
-            rows.append(start)
+        if "reward" in start.measured and START not in [row.loss for row in rows]:
+            rows.insert(0, start)
         rows.append(combine(task, name, [measure(run) for run in runs]))
     return rows
 

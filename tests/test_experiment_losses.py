@@ -63,13 +63,13 @@ def test_the_comparison_runs_and_trains_nothing_twice(
 ) -> None:
     write_pairs(tmp_path / "hh" / "harmless-base")
     folder, overrides = tmp_path / "out", [f"model.name_or_path={tiny_model_dir}", f"cache_dir={cache_dir}"]
-    command = ["compare_losses.py", "--folder", str(folder), "--losses", "dpo,simpo", "--seeds", "1"]
+    command = ["compare_losses.py", "--folder", str(folder), "--losses", "simpo,dpo", "--seeds", "1"]
     monkeypatch.setattr(sys, "argv", [*command, "--hh", str(tmp_path / "hh"), *OVERRIDES, *overrides])
     compare_losses.main()
     rows = list(csv.DictReader(open(folder / "losses.csv")))
     columns = [f"{name}{end}" for name in compare_losses.MEASURES for end in ("", "_half_width")]
     assert list(rows[0]) == ["task", "loss", "seeds", *columns]
-    named = [("sentiment", "start"), ("sentiment", "dpo"), ("sentiment", "simpo"), ("hh", "dpo"), ("hh", "simpo")]
+    named = [("sentiment", "start"), ("sentiment", "simpo"), ("sentiment", "dpo"), ("hh", "simpo"), ("hh", "dpo")]
     assert [(row["task"], row["loss"]) for row in rows] == named and {row["seeds"] for row in rows} == {"1"}
     taken = {"start": {"reward", "length"}, "sentiment": {*compare_losses.MEASURES}, "hh": {"accuracy", "seconds"}}
     for row in rows:
@@ -79,7 +79,7 @@ def test_the_comparison_runs_and_trains_nothing_twice(
         assert "kl" not in expected or float(row["kl"]) > 0
     assert (folder / "losses.png").stat().st_size > 10_000
     text = (folder / "losses.md").read_text()
-    assert "- commit: " in text and "--losses dpo,simpo" in text and "| hh | simpo | " in text
+    assert "- commit: " in text and "--losses simpo,dpo" in text and "| hh | simpo | " in text
 
     before = {path: path.read_bytes() for path in folder.rglob("metrics.jsonl")}
     assert len(before) == 5

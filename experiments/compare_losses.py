@@ -31,7 +31,7 @@ from settings import loss_keys, quoted
 from utils import HelpFormatter, loss_values, run_main
 
 SETTINGS = ROOT / "experiments" / "compare_losses.yaml"
-NOT_COMPARED = ("sft", "pairs", "mix", "nll")  # no preference loss, or only a part of one
+NOT_COMPARED = ("sft", "pairs", "mix", "nll", "kto", "listwise")  # not of pairs, or only a part of a loss
 START, SENTIMENT, HH = "start", "sentiment", "hh"
 MEASURES = ("accuracy", "kl", "reward", "length", "seconds")
 # 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom.

@@ -287,41 +287,40 @@ class Pairs(Loss, name="pairs"):
         ]
 
     def __call__(self, examples: Examples) -> Tensor:
-        chosen, columns = examples.chosen, examples.columns
-        loss = torch.zeros_like(chosen.sum)
+        loss = torch.zeros_like(examples.chosen.sum)
         if self.pair_weight:
-            loss = self.pair_weight * self._linked(*self._compared(examples))
-        if self.weighting == "wpo":
-            loss = loss * (_on_policy(chosen) + _on_policy(examples.losers)).exp()
+            loss = self._comparison(examples, *self._scores(examples))
         if self.nll_weight:
-            loss = loss + self.nll_weight * self._nll(chosen, examples.statistics)
-        return loss * columns["weight"] if self.weighting == "column" else loss
+            nll = self.nll_weight * self._nll(examples.chosen, examples.statistics)
+            loss = loss + (nll * examples.columns["weight"] if self.weighting == "column" else nll)
+        return loss
 
-    def _compared(self, examples: Examples) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a, b, and what h adds to their bounded difference: see the class."""
-        chosen, rejected = examples.chosen, examples.losers
+    def _scores(self, examples: Examples) -> tuple[Tensor, Tensor]:
+        """Return s(y_w) and s(y_l)."""
         against = self.use_reference and not self.reference_free
-        shorter = torch.minimum(chosen.length, rejected.length)
-        sides = [self._score(side, against, shorter) for side in (chosen, rejected)]
-        a, b = (self.beta * self._divergence(side) for side in sides)
-        more = torch.full_like(a, -self.gamma)
-        if self.dpop_weight:
-            n = 1 if self.per_token else chosen.length
-            fell = sides[0].detach() < -ROUNDING * n  # an untrained policy lies on the kink, up to rounding
-            more = more + self.beta * self.dpop_weight * torch.where(fell, sides[0], 0.0)
-        if self.margin == "column":
-            more = more - examples.columns["margin"]
-        elif self.margin == "length":
-            assert self.margin_alpha is not None
-            more = more + self.margin_alpha * (chosen.length - rejected.length).to(a.dtype)
-        return a, b, more
+        shorter = torch.minimum(examples.chosen.length, examples.losers.length)
+        chosen, rejected = (self._score(side, against, shorter) for side in (examples.chosen, examples.losers))
+        return chosen, rejected
 
-    def _linked(self, a: Tensor, b: Tensor, more: Tensor) -> Tensor:
-        """Return link(a, b, h)."""
+    def _comparison(self, examples: Examples, s_w: Tensor, s_l: Tensor) -> Tensor:
+        """Return pair_weight * weight * link(a, b, h)."""
+        chosen, rejected = examples.chosen, examples.losers
+        a, b = (self.beta * self._divergence(score) for score in (s_w, s_l))
         h = a - b
         if self.clip is not None:
             h = h.clamp(-self.clip, self.clip)
-        return LINKS[self.link].value(self, a, b, h + more)
+        if self.dpop_weight:
+            fell = s_w.detach() < -ROUNDING * (1 if self.per_token else chosen.length)  # a new policy lies on the kink
+            h = h + self.beta * self.dpop_weight * torch.where(fell, s_w, 0.0)
+        if self.margin == "column":
+            h = h - examples.columns["margin"]
+        elif self.margin == "length":
+            assert self.margin_alpha is not None
+            h = h + self.margin_alpha * (chosen.length - rejected.length).to(h.dtype)
+        value = self.pair_weight * LINKS[self.link].value(self, a, b, h - self.gamma)
+        if self.weighting == "column":
+            return value * examples.columns["weight"]
+        return value * (_on_policy(chosen) + _on_policy(rejected)).exp() if self.weighting == "wpo" else value
 
     def _score(self, responses: Responses, against_reference: bool, shorter: Tensor | None = None) -> Tensor:
         """Return s(y) [n]. LD's weights apply if `shorter`, the shorter length of each pair, is given."""
@@ -363,13 +362,15 @@ class Pairs(Loss, name="pairs"):
         return self.beta * (self._divergence(score) - shift)
 
     def gradient_weight(self, examples: Examples) -> Tensor | None:
-        """-d loss / d r(y_w) of the comparison: sigmoid(-h) of DPO."""
+        """-d loss / d r(y_w) of the comparison, with its weights: sigmoid(-h) of DPO."""
         if not self.weighs_gradients:
             return None
         with torch.enable_grad():
-            a, b, more = (value.detach() for value in self._compared(examples))
-            (slope,) = torch.autograd.grad(self._linked(a.requires_grad_(), b, more).sum(), a)
-        return -self.pair_weight * slope
+            s_w, s_l = (score.detach() for score in self._scores(examples))
+            reward = self.beta * self._divergence(s_w.requires_grad_())
+            (slope,) = torch.autograd.grad(self._comparison(examples, s_w, s_l).sum(), s_w)
+            (unit,) = torch.autograd.grad(reward.sum(), s_w)
+        return -slope / unit
 
 
 def _on_policy(responses: Responses) -> Tensor:
@@ -621,7 +622,7 @@ class Mix(Loss, name="mix"):
     Rewards, and gradient weights, are those of the first term that has some.
     """
 
-    terms: dict[str, Weight]
+    terms: dict[str, Beta]
     beta: Beta | None = None
     settings: dict[str, dict[str, Any]] | None = None
     name: str = field(default="mix", kw_only=True)

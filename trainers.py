@@ -121,6 +121,9 @@ class Trainer:
         if len(set(sizes)) > 1:
             raise UserError(f"reference.archive has a vocabulary of {sizes[1]} tokens, and the policy of {sizes[0]}")
         how = pick_computation(other, config) if other is not None and self.other else self.scorer.how
+        if how.layout != self.scorer.how.layout:  # both compute one batch for the KL
+            how = dataclasses.replace(how, layout="padded")
+            self.scorer = dataclasses.replace(self.scorer, how=how)
         if config.reference.mode == "live":
             assert other is not None
             reference = LiveReference(other, how)

@@ -107,7 +107,11 @@ DEVIATIONS = [
         "TRL, OpenRLHF: of the micro-batch. OpenRLHF's `VanillaKTOLoss`: from the batch's own pairs, with gradients",
         "one micro-batch a batch",
     ),
-    ("`aot`: sorted over the global batch", "TRL: over the micro-batch", "one micro-batch a batch"),
+    (
+        "`aot`, `aot_unpaired`: sorted over the global batch",
+        "TRL: over the micro-batch; its `aot_pair` is `aot_unpaired`",
+        "one micro-batch a batch",
+    ),
     (
         "`dpo loss.margin=length`: + alpha (length of chosen - of rejected)",
         "the sign follows from the paper's objective",

@@ -62,7 +62,7 @@ class Run:
 
     @property
     def reference(self) -> PreTrainedModel:
-        """The model that training started from, frozen. Raise UserError if its weights have changed since."""
+        """The model that the policy was trained against, frozen. Raise UserError if its weights have changed since."""
         return self._reference[0]
 
     @property

@@ -57,7 +57,7 @@ ELSEWHERE = {
     "nca_pair": "loss=nca",
     "bco_pair": "loss=bco",
     "sppo_hard": "loss=sppo loss.pair_weight=2",
-    "aot_pair": "loss=aot",
+    "aot_pair": "loss=aot_unpaired (loss=aot is their aot)",
     "kto_pair": "loss=kto, on rows with a label",
     "loss_weights": "loss=mix 'loss.terms={dpo: 0.8, nll: 1.0}'",
     "precompute_ref_log_probs": "reference.mode=<stored or live>",

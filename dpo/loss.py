@@ -110,6 +110,8 @@ class Loss:
     def __init_subclass__(cls, name: str | None = None) -> None:
         if "needs_rejected" in vars(cls):
             raise TypeError(f"{cls.__qualname__}: set `rows` instead of `needs_rejected`, such as rows = 'targets'")
+        if cls.rows == "labelled" and "label" not in cls.columns:
+            raise TypeError(f"{cls.__qualname__}: rows = 'labelled' needs columns = ('label',)")
         cls.kind = name or f"{cls.__module__}.{cls.__qualname__}"
 
     @property

@@ -1,6 +1,6 @@
-"""Log-probabilities of the frozen reference: the policy before its first update.
+"""Log-probabilities of the frozen reference: the policy before its first update, or reference.archive.
 
-They are computed once, by the policy itself before it trains, and kept in files under what they depend on: the model's
+They are computed once, before training, and kept in files under what they depend on: the model's
 weights and configuration, the type of matrix products, and the token ids of prompt and response as they are after
 truncation. Another beta, loss, learning rate, seed or layout reads the same entries; nothing else can.
 """

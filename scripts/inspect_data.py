@@ -75,7 +75,7 @@ def as_json(record: Record, tokenizer: Any, name: str, number: int) -> str:
 
     responses = [side(ids) | {"loss_mask": mask} for ids, mask in zip(record.responses, masks_of(record), strict=True)]
     row = {"dataset": name, "record": number, "prompt": side(record.prompt), "responses": responses}
-    return json.dumps(row | {"pairs": record.pairs})
+    return json.dumps(row | {"pairs": record.pairs, "columns": record.columns})
 
 
 def show_response(ids: Sequence[int], mask: Sequence[bool], tokenizer: Any, colours: bool) -> str:
@@ -98,8 +98,12 @@ def show_record(record: Record, tokenizer: Any, colours: bool) -> str:
             f"response {number}, {len(response)} tokens{lost}:",
             show_response(response, mask, tokenizer, colours),
         ]
-    if record.pairs:
+    last = len(record.responses) - 1
+    if last > 1 and record.pairs == [(0, last)]:
+        lines.append("ranking: " + " > ".join(map(str, range(last + 1))))
+    elif record.pairs:
         lines.append("pairs, preferred > other: " + ", ".join(f"{a} > {b}" for a, b in record.pairs))
+    lines += [f"{name}: {', '.join(f'{value:g}' for value in values)}" for name, values in record.columns.items()]
     return "\n".join(lines)
 
 

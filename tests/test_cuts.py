@@ -1,6 +1,7 @@
 """Every loss computes the same, however the global batch is cut: into micro-batches, layouts and processes."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,14 @@ GROUPS = {
     "FSDP": ("trainer=FSDPTrainer", list(cases())),
     "TP": ("trainer=TensorParallelTrainer tensor_parallel_size=2", ["tdpo", "wpo", "kto", "aot"]),
 }
+
+
+@pytest.mark.full
+def test_the_kl_is_0_at_the_start_whatever_fsdp_computes_in(rows: Path, tmp_path: Path) -> None:
+    """FSDP casts floating-point inputs of a model; the reference's distribution must not be one of them."""
+    cut = ["trainer=FSDPTrainer", "nproc=2", "mixed_precision=bfloat16", "n_epochs=1"]
+    launch([command(tmp_path, rows, cases()["tdpo"], cut)], 2)
+    assert updates_in(tmp_path)[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.full

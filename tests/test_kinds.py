@@ -97,7 +97,7 @@ def test_rankings_are_by_score_or_place_and_pairs_are_rankings_of_two(tmp_path: 
     assert [data[i].pairs for i in range(3)] == [[(0, 2)], [(0, 2)], [(0, 1)]] and data.n_examples.tolist() == [1, 1, 1]
     funnel = data.funnel[data.names[0]]
     assert funnel["responses dropped: equal scores"] == 2 and funnel["responses dropped: identical"] == 2
-    assert funnel["rankings dropped: another of the same prompt"] == 1
+    assert funnel["rankings dropped: another of the same prompt"] == 1 and funnel["rankings"] == 3
     batch = make_batch(data, [(2, 0), (0, 0)])
     assert batch.ranked == [[0, 1], [2, 3, 4]] and batch.chosen == [0, 2] and batch.rejected == [1, 4]
 

@@ -404,6 +404,11 @@ def clipped(p: Pair) -> float:
         (DPO(0.3, 0.2), lambda p: 0.8 * sigma(-0.3 * p.d) - 0.2 * sigma(0.3 * p.d)),
         (IPO(0.5), lambda p: -2 * (p.d - 1) / 0.5),
         (Pairs(0.3, link="hinge"), lambda p: (0.3 * p.d < 1).double()),
+        (DPO(0.3, weighting="column"), lambda p: p.weight * sigma(-0.3 * p.d)),
+        (
+            DPO(0.3, dpop_weight=5.0),
+            lambda p: (6 if p.u_w < 0 else 1) * sigma(-0.3 * (p.d + 5 * torch.clamp(p.u_w, max=0))),
+        ),
         (DPO(0.05, divergence="chi2_kl", clip=0.01), lambda p: clipped(p) * sigma(-clipped_margin(p))),
         (DPO(0.3, margin="column"), lambda p: sigma(p.margin - 0.3 * p.d)),
         (build("apo_zero", {"beta": 0.3}), lambda p: sigma(0.3 * p.u_w) * sigma(-0.3 * p.u_w)),

@@ -122,6 +122,6 @@ def test_its_checkpoint_needs_the_loss_named(
     refused = subprocess.run([*score, "device=cpu"], capture_output=True, text=True, timeout=200)
     assert refused.returncode == 1 and "is code outside losses.py" in refused.stderr, refused.stderr
     done = subprocess.run([*score, "device=cpu", *own], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and "reward: that of Centred(gamma=1.5)" in done.stdout, done.stderr
+    assert done.returncode == 0 and "reward: that of research.Centred(gamma=1.5)" in done.stdout, done.stderr
     rewards = [r["reward"] for row in read_jsonl(tmp_path / "scores.jsonl") for r in row["responses"]]
     assert torch.tensor(rewards).isfinite().all() and max(rewards) < 0

@@ -159,7 +159,7 @@ class ParseRows:
         wanted = self.settings.pair_columns
         more: dict[str, Any] = {"hash": hash64(exact), "key": _prompt_key(parsed), "over": 0}
         if self.settings.rows == LABELLED and parsed.label is None:
-            raise UserError(f"the row is no completion with a label. {NEEDS[LABELLED]}")
+            raise BadRow("no label", f"the row is no completion with a label. {NEEDS[LABELLED]}")
         labels = {"label": float(parsed.label)} if parsed.label is not None else {}
         more["columns"] = [labels[name] if name in labels else number(row, name) for name in wanted]
         if parsed.scores is not None:

@@ -174,7 +174,7 @@ class Loader:
             hint = "\nToo few prompts to hold one out for evaluation: add rows, or set n_eval_examples=0."
         elif UNDESIRED in notes:
             hint = "\nThe rows are completions with labels, which state no preferences: loss=kto learns from them."
-        elif self.settings.rows in (PAIRS, RANKED) and not funnel["pairs"]:
+        elif self.settings.rows in (PAIRS, RANKED) and not (funnel.get("pairs") or funnel.get("rankings")):
             hint = f"\nThe rows state no preferences. {NEEDS[self.settings.rows]}. Demonstrations are for loss=sft."
         table = _table({self.name: funnel})
         return UserError(f"data set {self.name!r} ({self.split}) has no example left:\n{table}{hint}")

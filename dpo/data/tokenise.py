@@ -42,7 +42,7 @@ PAIR_COUNTS = (
     "prompts dropped: no pair",
 )
 RANK_COUNTS = (
-    "pairs",
+    "rankings",
     "rankings dropped: another of the same prompt",
     "responses dropped: equal scores",
     "responses dropped: identical",
@@ -237,7 +237,7 @@ class TokeniseRecords:
         rankings = [row for row in rows if row["places"] or len(row["pairs"]) == 1]  # several pairs may be no ranking
         counts["rankings dropped: another of the same prompt"] += max(len(rankings) - 1, 0)
         for row in rankings[:1]:
-            counts["pairs"] += 1  # a funnel without pairs says that rows state no preference
+            counts["rankings"] += 1
             places = row["places"]
             order = sorted(range(len(places)), key=lambda i: places[i]) if places else [*row["pairs"][0]]
             places = places or [i == order[1] for i in range(len(row["responses"]))]

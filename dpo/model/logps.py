@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,7 +83,7 @@ def add_token_logps(model: PreTrainedModel) -> PreTrainedModel:
         sources: Tensor | None = None,
         targets: Tensor | None = None,
         squares: bool = False,
-        reference: Tensor | None = None,
+        reference: Callable[[], Tensor] | None = None,  # not a tensor: FSDP would cast it to the type it computes in
         **inputs: Any,
     ) -> Any:
         if sources is None:
@@ -93,7 +93,7 @@ def add_token_logps(model: PreTrainedModel) -> PreTrainedModel:
         if targets is None:
             return parallel.full(logits_of(model, own, states)).float().log_softmax(-1)
         parts = zip(states.split(step), targets.split(step), strict=True)
-        references = reference.split(step) if reference is not None else itertools.repeat(None)
+        references = reference().split(step) if reference is not None else itertools.repeat(None)
         chunks = [(*part, squares, theirs) for part, theirs in zip(parts, references)]
         return torch.cat([checkpoint(logps, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
 
@@ -110,7 +110,8 @@ def response_logps(
     With `squares`, and with the `next_token_logps` of a reference on the same batch, see TokenLogps.
     """
     rows = lay_out(batch, how.layout).to(input_device(model))
-    found = _forward(model, rows, how, targets=rows.targets, squares=squares, reference=reference)
+    held = (lambda: reference) if reference is not None else None
+    found = _forward(model, rows, how, targets=rows.targets, squares=squares, reference=held)
     places = rows.places.to(found.device)
     mask = torch.zeros(rows.shape, dtype=torch.bool, device=found.device).flatten().index_fill(0, places, True)
     columns = found.unbind(-1) if found.ndim > 1 else [found]

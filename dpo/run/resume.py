@@ -155,7 +155,9 @@ def is_finished(config: Config, data: PreferenceData) -> bool:
     if config.do_final_eval and config.n_eval_examples and state["evaluated"] != state["examples"]:
         return False  # it was stopped just before
     start = weights_identity(config.model.start)
-    return state["training data"] == data.identity and state.get(checkpoint.START) == start
+    other = weights_identity(config.reference.archive) if config.reference.archive else None
+    same = state.get(checkpoint.START) == start and state.get(checkpoint.REFERENCE) == other
+    return state["training data"] == data.identity and same
 
 
 def _at_its_end(state: dict[str, Any]) -> bool:

@@ -104,9 +104,9 @@ def test_the_kl_is_0_at_the_start_whatever_fsdp_computes_in(rows: Path, tmp_path
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("group", GROUPS)
-def test_processes_do_not_matter(group: str, rows: Path, tmp_path: Path) -> None:
-    trainer, names = GROUPS[group]
+@pytest.mark.parametrize("processes", GROUPS)
+def test_processes_do_not_matter(processes: str, rows: Path, tmp_path: Path) -> None:
+    trainer, names = GROUPS[processes]
     cut = [*trainer.split(), "nproc=2", "gradient_accumulation_steps=2"]
     folders = {name: tmp_path / name.replace(" ", "_") for name in names}
     launch([command(folder / "2", rows, cases()[name], cut) for name, folder in folders.items()], 2)

@@ -224,7 +224,9 @@ def main() -> None:
         rows += read_rows(folder / task, task, [name for name in own if name not in bad], arguments.seeds)
         failed += [f"{task}/{name}" for name in bad]
     if rows:
-        log(f"\n{write(folder, rows, {START: budgets[START]} | tasks)}\n\nwritten: {folder}/losses.csv, .png and .md")
+        log(
+            f"\n{write(folder, rows, {name: budgets[name] for name in (START, *tasks)})}\n\nwritten: {folder}/losses.csv, .png and .md"
+        )
     if failed:
         raise UserError(f"failed: {', '.join(failed)}; see above. Run the same command again to resume")
     log(f"finished in {(time.time() - began) / 60:.1f} minutes")

@@ -159,6 +159,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         text: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
         axes.annotate(row.loss, (kl.mean, reward.mean), **text, color=look["color"])
     axes.set(xlabel="KL(policy || starting policy), nats a response", ylabel="true reward (VADER), held-out prompts")
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(left=-0.05)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
@@ -224,9 +226,8 @@ def main() -> None:
         rows += read_rows(folder / task, task, [name for name in own if name not in bad], arguments.seeds)
         failed += [f"{task}/{name}" for name in bad]
     if rows:
-        log(
-            f"\n{write(folder, rows, {name: budgets[name] for name in (START, *tasks)})}\n\nwritten: {folder}/losses.csv, .png and .md"
-        )
+        text = write(folder, rows, {name: budgets[name] for name in (START, *tasks)})
+        log(f"\n{text}\n\nwritten: {folder}/losses.csv, .png and .md")
     if failed:
         raise UserError(f"failed: {', '.join(failed)}; see above. Run the same command again to resume")
     log(f"finished in {(time.time() - began) / 60:.1f} minutes")

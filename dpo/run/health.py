@@ -59,7 +59,7 @@ class Watch:
 
     def evaluation(self, metrics: dict[str, float], examples: int) -> None:
         """Look at an evaluation's metrics."""
-        if examples and "logratios_per_token_eval/chosen" in metrics:  # at 0 another reference differs, not the training
+        if examples and "logratios_per_token_eval/chosen" in metrics:  # before training, another reference may differ
             self._look(metrics["logratios_per_token_eval/chosen"], "the evaluation", examples)
 
     def _look(self, change: float, where: str, examples: int) -> None:

@@ -28,6 +28,20 @@ Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 ROUNDING = 1e-5  # nats per token: a smaller log-ratio counts as 0 if a loss has a kink there
 
 
+def smoothed_logistic(h: Tensor, flipped: float) -> Tensor:
+    """Return -(1 - e) log sigmoid(h) - e log sigmoid(-h), with e = `flipped`, the assumed rate of flipped labels."""
+    return -F.logsigmoid(h) * (1 - flipped) - F.logsigmoid(-h) * flipped
+
+
+class LogRatioRewards:
+    """The implicit reward of many losses: beta log pi(y)/ref(y)."""
+
+    beta: float
+
+    def rewards(self, responses: Responses) -> Tensor:
+        return self.beta * responses.log_ratio
+
+
 @dataclass(frozen=True)
 class SFT(Loss, name="sft"):
     """Negative log-likelihood of the target response, -log pi(y | x), summed over its tokens.
@@ -94,7 +108,7 @@ def _logistic(loss: "Pairs", a: Tensor, b: Tensor, h: Tensor) -> Tensor:
     e = loss.label_smoothing
     if loss.robust:
         return (-F.logsigmoid(h) * (1 - e) + F.logsigmoid(-h) * e) / (1 - 2 * e)
-    return -F.logsigmoid(h) * (1 - e) - F.logsigmoid(-h) * e
+    return smoothed_logistic(h, e)
 
 
 def _hinge(loss: "Pairs", a: Tensor, b: Tensor, h: Tensor) -> Tensor:
@@ -422,7 +436,7 @@ class Unlikelihood(Loss, name="unlikelihood"):
 
 
 @dataclass(frozen=True)
-class BCO(Loss, name="bco"):
+class BCO(LogRatioRewards, Loss, name="bco"):
     """Binary Classifier Optimization, Jung et al. 2024 (arXiv:2404.04656), on pairs.
 
     -log sigmoid(r(y_w) - delta) - log sigmoid(-(r(y_l) - delta)), r = beta log pi/ref. The reward shift delta is the
@@ -436,9 +450,6 @@ class BCO(Loss, name="bco"):
         chosen, rejected = self.rewards(examples.chosen), self.rewards(examples.losers)
         delta = examples.state["delta"]
         return -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
-
-    def rewards(self, responses: Responses) -> Tensor:
-        return self.beta * responses.log_ratio
 
     def observe(self, examples: Examples) -> dict[str, Tensor]:
         return {"reward": (self.rewards(examples.chosen) + self.rewards(examples.losers)) / 2}
@@ -456,7 +467,7 @@ class BCO(Loss, name="bco"):
 
 
 @dataclass(frozen=True)
-class AOT(Loss, name="aot"):
+class AOT(LogRatioRewards, Loss, name="aot"):
     """Alignment via Optimal Transport, paired, Melnyk et al. 2024 (arXiv:2406.05882).
 
     The mean over k of l(beta (x_(k) - z_(k))): x are the policy's differences log pi(y_w) - log pi(y_l) and z the
@@ -489,15 +500,11 @@ class AOT(Loss, name="aot"):
         first, last = torch.searchsorted(own, nearest), torch.searchsorted(own, nearest, right=True)
         ranks = torch.arange(len(own), device=own.device)
         same = (ranks >= first[:, None]) & (ranks < last[:, None])
-        h = self.beta * sign * (values[:, None] - others)
-        losses = -(1 - self.label_smoothing) * F.logsigmoid(h) - self.label_smoothing * F.logsigmoid(-h)
+        losses = smoothed_logistic(self.beta * sign * (values[:, None] - others), self.label_smoothing)
         return torch.where(same, losses, 0.0).sum(1) / same.sum(1)
 
     def observe(self, examples: Examples) -> dict[str, Tensor]:
         return dict(zip(("x", "z"), self._values(examples), strict=True))
-
-    def rewards(self, responses: Responses) -> Tensor:
-        return self.beta * responses.log_ratio
 
 
 @dataclass(frozen=True)
@@ -518,7 +525,7 @@ class AOTUnpaired(AOT, name="aot_unpaired"):
 
 
 @dataclass(frozen=True)
-class KTO(Loss, name="kto"):
+class KTO(LogRatioRewards, Loss, name="kto"):
     """Kahneman-Tversky Optimization, Ethayarajh et al. 2024 (arXiv:2402.01306), equations 7 and 8, less a constant.
 
     lambda (1 - sigmoid(r - beta z0)) of a completion that is wanted, lambda (1 - sigmoid(beta z0 - r)) of one that is
@@ -551,9 +558,6 @@ class KTO(Loss, name="kto"):
     def observe(self, examples: Examples) -> dict[str, Tensor]:
         return {"log_ratio": examples.chosen.log_ratio}
 
-    def rewards(self, responses: Responses) -> Tensor:
-        return self.beta * responses.log_ratio
-
     def gradient_weight(self, examples: Examples) -> Tensor:
         """|d loss / d r|: lambda sigmoid (1 - sigmoid)."""
         weight, value = self._value(examples)
@@ -561,7 +565,7 @@ class KTO(Loss, name="kto"):
 
 
 @dataclass(frozen=True)
-class Listwise(Loss, name="listwise"):
+class Listwise(LogRatioRewards, Loss, name="listwise"):
     """Plackett-Luce likelihood of a ranking, Rafailov et al. 2023 (arXiv:2305.18290), appendix A.3.
 
     -sum_k log(exp(r_k) / sum_{j >= k} exp(r_j)) over all but the last of the ranked responses, r = beta log pi/ref.
@@ -579,16 +583,14 @@ class Listwise(Loss, name="listwise"):
         ]
         return torch.stack(losses)
 
-    def rewards(self, responses: Responses) -> Tensor:
-        return self.beta * responses.log_ratio
-
 
 @dataclass(frozen=True)
-class TDPO(Loss, name="tdpo"):
+class TDPO(LogRatioRewards, Loss, name="tdpo"):
     """Token-level DPO, Zeng et al. 2024 (arXiv:2404.11999): TDPO2, or TDPO1 with `version=1`.
 
     -log sigmoid(beta d - delta). K(y) is the sum over the response's tokens of KL(ref || pi) of the next token.
     TDPO1: delta = beta (K(y_l) - K(y_w)). TDPO2: delta = alpha beta (K(y_l) - K(y_w)), K(y_w) being a constant.
+    Rewards leave K out, which other programs would have to compute anew.
     """
 
     beta: Beta
@@ -605,10 +607,6 @@ class TDPO(Loss, name="tdpo"):
         ours, theirs = (side.counted(side.kl).sum(-1) for side in (chosen, rejected))
         delta = theirs - ours if self.version == 1 else self.alpha * (theirs - ours.detach())
         return self.beta * (chosen.log_ratio - rejected.log_ratio - delta)
-
-    def rewards(self, responses: Responses) -> Tensor:
-        """beta log pi(y)/ref(y): without K, which other programs would have to compute anew."""
-        return self.beta * responses.log_ratio
 
     def gradient_weight(self, examples: Examples) -> Tensor:
         return F.sigmoid(-self._margin(examples).detach())

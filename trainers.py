@@ -40,7 +40,7 @@ from dpo.run.saved import formats_of, load_reference
 from dpo.run.saving import Saver
 from dpo.run.throughput import Cost, cost_of, throughput
 from dpo.run.trackers import open_logger
-from dpo.scoring import Metrics, Scorer, extend_metrics, mean_metrics, shares
+from dpo.scoring import Metrics, Scorer, extend_metrics, mean_metrics
 from dpo.utils import TakenOver, UserError, be_quiet, log, open_log, progress
 from preference_datasets import REGISTRY, load_data
 from settings import data_settings, literal
@@ -115,6 +115,7 @@ class Trainer:
     def prepare_reference(self) -> None:
         """Compute reference log-probabilities and samples while the policy is still untrained, and check them."""
         config, start, eval_data = self.config, time.perf_counter(), self.evaluator.data
+        batches = list(self.plan.batches(self.train_data))
         reference: Reference
         other = self.load_reference(compiled=True) if self.other or config.reference.mode == "live" else None
         sizes = [model.config.get_text_config().vocab_size for model in (self.policy, other) if model is not None]
@@ -128,7 +129,7 @@ class Trainer:
             assert other is not None
             reference = LiveReference(other, how)
         else:
-            wanted = self.wanted_of_reference()
+            wanted = self.wanted_of_reference(batches)
             n_responses = sum(len(responses) for *_, responses in wanted)
             cut = self.cut(n_responses, n_responses if config.microbatch_tokens else 2 * config.eval_batch_size)
             source = self.policy if other is None else other.requires_grad_(False).eval()
@@ -138,7 +139,7 @@ class Trainer:
         unseen = eval_data if not config.do_first_eval else None  # otherwise the first evaluation checks them
         parts = parts_to_check(
             self.train_data,
-            list(self.plan.batches(self.train_data)),
+            batches,
             self.scorer,
             self.cut,
             evaluation_part(unseen, self.evaluator.examples, self.eval_cut),
@@ -147,18 +148,19 @@ class Trainer:
         if self.other is None:
             check_training_data(self.policy, self.scorer, parts, self.total_examples)
         else:
-            log(f"reference.archive={self.other.name} is not where training starts: rewards do not start at 0, and")
-            log("whether policy and reference agree is not checked")
+            log(
+                f"reference.archive={self.other.name} is not where training starts: rewards do not start at 0, and "
+                "whether policy and reference agree is not checked"
+            )
         if self.evaluator.sampler is not None:
             self.evaluator.sampler.remember(self.policy if other is None else other)
         del other  # unless it is a live reference
         gc.collect()  # a model refers to itself
         self.reference_seconds = time.perf_counter() - start
 
-    def wanted_of_reference(self) -> list[Wanted]:
-        """Return all responses whose reference log-probabilities the run needs."""
+    def wanted_of_reference(self, batches: list[list[Example]]) -> list[Wanted]:
+        """Return all responses whose reference log-probabilities a run of these global batches needs."""
         data, eval_data = self.train_data, self.evaluator.data
-        batches = list(self.plan.batches(data))
         wanted = wanted_by(data, (example for batch in batches for example in batch))
         wanted += wanted_by(eval_data, self.evaluator.examples) if eval_data is not None else []
         if self.config.loss.observes_mismatched:
@@ -223,10 +225,8 @@ class Trainer:
         self.policy.train()
         total: Metrics = {}
         mine: list[Example] = []
-        cut = self.cut(len(examples))
-        cost, parts = Cost(), shares(self.train_data, examples, cut)
-        scorer = dataclasses.replace(self.scorer, untrained=self.untrained)
-        scorer = scorer.with_statistics(self.policy, self.train_data, examples, cut)
+        cost, scorer = Cost(), dataclasses.replace(self.scorer, untrained=self.untrained)
+        scorer, parts = scorer.prepare(self.policy, self.train_data, examples, self.cut(len(examples)))
         scorer = dataclasses.replace(scorer, state=scorer.loss.next_state(scorer.state, scorer.statistics))
         statistics_seconds = time.perf_counter() - start
         for share in parts:
@@ -384,11 +384,7 @@ def train(config: Config, overrides: list[str] | None = None, stop: stopping.Sto
     whether a signal asked to stop. Raise UserError for what a user can put right, and Stopped (a SystemExit) if the
     run was asked to end early.
     """
-    for archive in filter(None, (config.model.archive, config.reference.archive)):
-        local = archive == config.model.archive or archive.startswith(("/", ".", "~")) or Path(archive).exists()
-        if local and (archive == config.model.archive or not archive.endswith(".gguf")):
-            key = "model.archive" if archive == config.model.archive else "reference.archive"
-            weights.find_archive(archive, key=key)  # a wrong path should not wait for the data
+    find_archives(config)  # a wrong path should not wait for the data
     if parallel.is_main():
         check_sources(config)
         found, run_dir = resume.find_resume(config)
@@ -435,7 +431,7 @@ def train_in_process(config: Config, overrides: list[str] | None, stop: stopping
     if not parallel.is_main():
         be_quiet()
     sharding = sharding_of(config)
-    config = with_archive(config)
+    config = with_archives(config)
     resume.check_settings(config)
     run_dir = Path(config.local_run_dir)
     command = shlex.join(["python", "train.py", *overrides]) if overrides is not None else "trainers.train(config)"
@@ -463,16 +459,22 @@ def train_in_process(config: Config, overrides: list[str] | None, stop: stopping
             raise
 
 
-def with_archive(config: Config) -> Config:
+def find_archives(config: Config, check: str = "fast") -> dict[str, str]:
+    """Return where model.archive and reference.archive lie, under "model" and "reference". Raise UserError if one is no
+    checkpoint. The reference may also be a hub id or a GGUF file: these are left out."""
+    found = {}
+    for part, archive in (("model", config.model.archive), ("reference", config.reference.archive)):
+        local = archive and (archive.startswith(("/", ".", "~")) or Path(archive).exists())
+        if archive and (part == "model" or (local and not archive.endswith(".gguf"))):
+            found[part] = str(weights.find_archive(archive, check, f"{part}.archive"))
+    return found
+
+
+def with_archives(config: Config) -> Config:
     """Return the configuration with the checkpoints that LATEST names now, in all processes."""
-    for part in ("model", "reference"):
-        archive = getattr(config, part).archive
-        folder = archive and Path(archive).expanduser().exists() and not archive.endswith(".gguf")
-        local = archive and (part == "model" or folder)
-        if local and parallel.is_main():
-            archive = str(weights.find_archive(archive, config.checkpoint_check, f"{part}.archive"))
-        found = dataclasses.replace(getattr(config, part), archive=parallel.from_main(archive))
-        config = dataclasses.replace(config, **{part: found})
+    found = find_archives(config, config.checkpoint_check) if parallel.is_main() else {}
+    for part, archive in parallel.from_main(found).items():
+        config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), archive=archive)})
     return config
 
 

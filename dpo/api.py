@@ -20,9 +20,9 @@ from dpo.loss import Loss, Responses
 from dpo.model.logps import Computation
 from dpo.model.patches import quiet_transformers
 from dpo.reference import Wanted
-from dpo.run.checkpoint import REFERENCE, START, read_state
+from dpo.run.checkpoint import read_state
 from dpo.run.config import Config
-from dpo.run.saved import Saved, token_logps
+from dpo.run.saved import Saved, reference_of, token_logps
 from dpo.run.weights import find_archive
 from dpo.sampling import Sampling, sample
 from dpo.utils import UserError
@@ -48,12 +48,12 @@ class Run:
 
     @functools.cached_property
     def _reference(self) -> Opened:
-        trained = self.state["config"]
-        start = {key: trained["model"][key] for key in ("name_or_path", "archive")}
-        if other := trained.get("reference", {}).get("archive"):
-            start = start | {"archive": other} if other.endswith(".pt") else {"name_or_path": other, "archive": None}
-        model = replace(self.config.model, **start, tokenizer_name_or_path=str(self.path))
-        return Saved(replace(self.config, model=model), {}, self.state.get(REFERENCE if other else START)).open()
+        (name, identity), base = reference_of(self.state), self.state["config"]["model"]["name_or_path"]
+        assert name is not None
+        file = name.endswith(".pt")  # of the original code, which does not say what it is
+        place = {"name_or_path": base, "archive": name} if file else {"name_or_path": name, "archive": None}
+        model = replace(self.config.model, **place, tokenizer_name_or_path=str(self.path))
+        return Saved(replace(self.config, model=model), {}, identity).open()
 
     @property
     def policy(self) -> PreTrainedModel:
@@ -103,7 +103,7 @@ class Run:
         if not pairs:
             return []
         wanted = self._pairs(pairs)
-        sides = [self._responses(*opened, wanted) for opened in (self._policy, self._reference)]
+        sides = [self._responses(opened, wanted) for opened in (self._policy, self._reference)]
         results: list[dict[str, Any]] = []
         for policy, reference in zip(*sides, strict=True):
             chosen, rejected = (_score(*scores, loss) for scores in zip(policy, reference, strict=True))
@@ -141,10 +141,9 @@ class Run:
                 raise UserError(f"pairs[{number}] has no two responses of its own: give prompt, chosen and rejected")
         return [(data, *places[numbers[row]]) for row in rows]
 
-    def _responses(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: Computation, wanted: Sequence[Wanted]
-    ) -> list[list[tuple[float, int]]]:
+    def _responses(self, opened: Opened, wanted: Sequence[Wanted]) -> list[list[tuple[float, int]]]:
         """Return (log-probability, number of tokens) of the wanted responses."""
+        model, _, how = opened
         found = token_logps(self.config, model, how, wanted, "scoring")
         return [[(float(np.nansum(ls, dtype=np.float64)), int(np.sum(~np.isnan(ls)))) for ls in some] for some in found]
 

@@ -105,11 +105,10 @@ class Scorer:
         values = {name: metric.value(scored) for name, metric in measured(self.loss, split).items()}
         metrics: Metrics = {name: value.detach().cpu().tolist() for name, value in values.items()}
         if self.loss.rows == LABELLED:
-            for name in metrics:
-                side = name.rpartition("/")[2]
-                unlike = {"chosen": 0.0, "rejected": 1.0}.get(side)  # the label of examples without this side
-                labels = batch.columns["label"]
-                metrics[name] = [v if label != unlike else None for v, label in zip(metrics[name], labels, strict=True)]
+            labels = batch.columns["label"]
+            for name, each in metrics.items():
+                unlike = {"chosen": 0.0, "rejected": 1.0}.get(name.rpartition("/")[2])  # label of the other side
+                metrics[name] = [v if label != unlike else None for v, label in zip(each, labels, strict=True)]
         return losses, metrics
 
     def differences(self, policy: PreTrainedModel, batch: Batch, split: str) -> Metrics:
@@ -135,16 +134,14 @@ class Scorer:
         reference_sums = sum_tokens(reference.logps, reference.mask) if reference is not None else None
 
         def side(index: list[int]) -> Responses:
-            responses = Responses(
-                sums[index], lengths[index], reference_sums[index] if reference_sums is not None else None
-            )
+            def at(values: Tensor | None) -> Tensor | None:
+                return values[index] if values is not None else None
+
+            responses = sums[index], lengths[index], at(reference_sums)
             if not self.loss.needs_tokens:
-                return responses
-            theirs = reference.logps[index] if reference is not None else None
-            extra = {name: getattr(tokens, name) for name in ("squares", "kl")}
-            extra = {name: values[index] for name, values in extra.items() if values is not None}
-            ours, mask = tokens.logps[index], tokens.mask[index]
-            return replace(responses, tokens=ours, reference_tokens=theirs, mask=mask, **extra)
+                return Responses(*responses)
+            theirs = reference.logps if reference is not None else None
+            return Responses(*responses, *map(at, (tokens.logps, theirs, tokens.mask, tokens.squares, tokens.kl)))
 
         rejected = side(batch.rejected) if batch.rejected is not None else None
         columns = {name: torch.tensor(values, device=device) for name, values in batch.columns.items()}
@@ -162,34 +159,35 @@ class Scorer:
         rounding = torch.zeros_like(ours)
         slack = ROUNDING * tokens.logps.detach().abs() + (self.how.tolerance if self.untrained else TOKEN_ROUNDING)
         slack = sum_tokens(slack, tokens.mask)
-        slopes = [reward_slopes(self.loss, side) for side in (chosen, rejected)]
-        if slopes[0] is not None and slopes[1] is not None and batch.rejected is not None:
+        if rewards[0] is not None and batch.rejected is not None:
+            slopes = [reward_slopes(self.loss, side) for side in (chosen, rejected)]
+            assert slopes[0] is not None and slopes[1] is not None
             rounding = (slopes[0][0] * slack[batch.chosen]).abs() + (slopes[1][0] * slack[batch.rejected]).abs()
         weight = self.loss.gradient_weight(examples)
         weight = losses if weight is None else weight
         return Scored(losses, chosen, rejected, ours, theirs, rounding, slack[batch.chosen], weight)
 
     @torch.no_grad()
-    def with_statistics(
+    def prepare(
         self, policy: PreTrainedModel, data: PreferenceData, examples: Sequence[Example], cut: Cut
-    ) -> "Scorer":
-        """Return this scorer with `Loss.observe` of all examples of a global batch. A collective if the loss needs
-        statistics; else the scorer stays as it is."""
+    ) -> tuple["Scorer", list["Share"]]:
+        """Return this scorer with `Loss.observe` of a global batch, and this process's micro-batches. A collective if
+        the loss needs statistics; else the scorer stays as it is."""
+        parts = observed = shares(data, examples, cut)
         if not self.loss.needs_statistics:
-            return self
+            return self, parts
         if self.loss.observes_mismatched:
             mismatched = Mismatched(data, examples)
-            parts = shares(mismatched, mismatched.examples, cut) if mismatched.examples else []
-        else:
-            parts = shares(data, examples, cut)
+            observed = shares(mismatched, mismatched.examples, cut) if mismatched.examples else []
         mine: Metrics = {}
-        for part in parts:
+        for part in observed:
             seen = self.loss.observe(self.examples(part.batch, response_logps(policy, part.batch, self.how)))
             parallel.reshard(policy)  # no backward pass follows
             extend_metrics(mine, {name: value.tolist() for name, value in seen.items()}, part.counts)
         every = parallel.gather_over_data(policy, mine)
         names = {name: [value for values in every for value in values[name]] for name in mine}
-        return replace(self, statistics={name: torch.tensor(v, device=policy.device) for name, v in names.items()})
+        statistics = {name: torch.tensor(values, device=policy.device) for name, values in names.items()}
+        return replace(self, statistics=statistics), parts
 
 
 @dataclass(frozen=True)
@@ -232,8 +230,7 @@ def evaluate_loss(
     """Return each metric of `Scorer` on this process's share of exactly `examples`, and that share."""
     total: Metrics = {}
     mine: list[Example] = []
-    parts = shares(data, examples, cut)
-    scorer = scorer.with_statistics(policy, data, examples, cut)
+    scorer, parts = scorer.prepare(policy, data, examples, cut)
     for share in progress(parts, desc="evaluating", leave=False):
         _, metrics = scorer(policy, share.batch, "eval")
         extend_metrics(total, metrics, share.counts)

@@ -9,10 +9,10 @@ from typing import Any
 from dpo.config import Inherited, keys
 from dpo.data.checks import format_warning
 from dpo.model.loading import load_tokenizer
-from dpo.run.checkpoint import REFERENCE, START, STATE_FILE, read_state
+from dpo.run.checkpoint import STATE_FILE, read_state
 from dpo.run.config import Config
 from dpo.run.resume import flat
-from dpo.run.saved import CHANGED, Saved
+from dpo.run.saved import CHANGED, Saved, reference_of
 from dpo.run.weights import find_archive, weights_identity
 from dpo.utils import UserError, log
 from settings import LOSS_NAMES, check_keys, load_config, quoted
@@ -74,15 +74,13 @@ def find_reference(policy: Saved, given: str | None, overrides: list[str]) -> Sa
 
     Raise UserError if there is none, or if its vocabulary is another.
     """
-    own, trained = policy.config.model, policy.trained.get("model", {})
-    other = policy.trained.get("reference", {}).get("archive")
-    identity = policy.state.get(REFERENCE if other else START)
-    name = given or other or trained.get("archive") or trained.get("name_or_path")
+    own, (name, identity) = policy.config.model, reference_of(policy.state)
+    name = given or name
     if name is None:
         raise UserError("it is not known what the policy was trained against: give --reference <run, folder or hub id>")
     overrides = [override for override in overrides if not override.startswith("loss")]  # which are the policy's
     if name.endswith(".pt") and not given:  # of the original code, which does not say what it is
-        overrides += ["model=blank_model", f"model.name_or_path={quoted(trained['name_or_path'])}"]
+        overrides += ["model=blank_model", f"model.name_or_path={quoted(policy.trained['model']['name_or_path'])}"]
     try:
         found = find_saved(name, overrides).config.model
         if given:

@@ -134,13 +134,13 @@ class Mismatched:
     def __init__(self, data: PreferenceData, examples: Sequence[Example]):
         self.data = data
         records = [record for record, _ in examples]
-        before = {i: next((records[i - k] for k in range(1, len(records)) if self._differ(i, i - k, records)), None)
-                  for i in range(len(records))}  # fmt: skip
-        self.partners = [(records[i], other) for i, other in before.items() if other is not None]
+        self.partners: list[tuple[int, int]] = []  # (record of the prompt, record of the response)
+        for i, record in enumerate(records):
+            earlier = (records[i - k] for k in range(1, len(records)))
+            other = next((other for other in earlier if data.keys[other] != data.keys[record]), None)
+            if other is not None:
+                self.partners.append((record, other))
         self.examples: list[Example] = [(i, 0) for i in range(len(self.partners))]
-
-    def _differ(self, i: int, j: int, records: list[int]) -> bool:
-        return bool(self.data.keys[records[i]] != self.data.keys[records[j]])
 
     def __getitem__(self, i: int) -> Record:
         prompt, other = (self.data[record] for record in self.partners[i])

@@ -1,7 +1,7 @@
 """Open a trained policy, and the reference it was trained against, from what a run left behind."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from dpo.model.checks import check_fits, pick_computation, refusing
 from dpo.model.loading import load_policy, load_tokenizer, local_folder, pick_device
 from dpo.model.logps import Computation
 from dpo.reference import Wanted, tree_logps
-from dpo.run.checkpoint import STATE_FILE, read_state
+from dpo.run.checkpoint import REFERENCE, START, STATE_FILE, read_state
 from dpo.run.config import Config
 from dpo.run.weights import weights_identity
 from dpo.utils import UserError, progress
@@ -77,6 +77,13 @@ def token_logps(
     return [[found[id(data), record, i] for i in responses] for data, record, responses in wanted]
 
 
+def reference_of(state: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Return which model the policy of `state` was trained against, and its weights_identity; None if unknown."""
+    config = state.get("config", {})
+    model, other = config.get("model", {}), config.get("reference", {}).get("archive")
+    return other or model.get("archive") or model.get("name_or_path"), state.get(REFERENCE if other else START)
+
+
 def load_reference(
     config: Config, device: torch.device, sharding: parallel.Sharding | None, compiled: bool
 ) -> PreTrainedModel:
@@ -89,14 +96,11 @@ def load_reference(
     name = config.reference.archive
     if name.endswith(".pt"):  # of the original code, of the policy's architecture
         return load_policy(config, device, sharding, name, trains=False, compiled=compiled)
-    ours = load_tokenizer(config)
-    own = replace(config.model, name_or_path=name, archive=None, tokenizer_name_or_path=None)
-    config = replace(config, model=own)
-    try:
-        same = load_tokenizer(config).get_vocab() == ours.get_vocab()
-    except UserError:  # it has no tokenizer of its own; its embeddings are checked below
-        same = True
-    if not same:
+    ours = theirs = load_tokenizer(config)
+    config = replace(config, model=replace(config.model, name_or_path=name, archive=None, tokenizer_name_or_path=None))
+    with contextlib.suppress(UserError):  # it may have no tokenizer of its own; its embeddings are checked below
+        theirs = load_tokenizer(config)
+    if theirs.get_vocab() != ours.get_vocab():
         raise UserError(f"reference.archive={name} has another vocabulary than the policy; give one that shares it")
     try:
         model = load_policy(config, device, sharding, trains=False, compiled=compiled)

@@ -222,9 +222,9 @@ def check_keys(overrides: list[str]) -> None:
     for override in overrides:
         key, equals, _ = override.partition("=")
         free = key.partition(".")[0] in ("hydra", "optimizer_kwargs", "dataset_sources", "columns")
-        free |= own_losses and key.startswith("loss.")
+        free |= key.startswith("adapter.peft_kwargs.") or (own_losses and key.startswith("loss."))
         if equals and key[:1].isalpha() and "/" not in key and not free and key not in all_keys():
-            places = "config/config.yaml, config/model/blank_model.yaml and config/loss"
+            places = "config/config.yaml, config/model/blank_model.yaml, config/adapter/none.yaml and config/loss"
             raise UserError(f"there is no key {key!r}{meant(key, all_keys())} (every key stands in {places})")
 
 
@@ -243,6 +243,9 @@ def check_command(overrides: list[str]) -> list[Override]:
                 f"model={name} is none of {', '.join(options)} (config/model). Any other model: model=blank_model "
                 f"model.name_or_path={name}"
             )
+    for name in given.get("adapter", []):
+        if name not in (options := sorted(path.stem for path in CONFIG_DIR.glob("adapter/*.yaml"))):
+            raise UserError(f"adapter={name} is none of {', '.join(options)} (config/adapter)")
     if not any(override.startswith("hydra.searchpath=") for override in overrides):
         for name in given.get("loss", []):
             if name not in (known := loss_keys()):

@@ -26,8 +26,10 @@ from dpo.data.checks import check_format, check_overlap, trained_on
 from dpo.data.records import PreferenceData, format_funnel
 from dpo.data.sources import HUB_ID, find_source
 from dpo.evaluation import Evaluator
+from dpo.model import adapters
+from dpo.model.adapters import Starting
 from dpo.model.checks import check_fits, check_noise, pick_computation
-from dpo.model.loading import load_policy, load_tokenizer, local_folder, pick_device
+from dpo.model.loading import load_policy, load_tokenizer, local_folder, merged_folder, pick_device
 from dpo.model.patches import quiet_transformers
 from dpo.optimizer import Updater
 from dpo.parallel.arrange import sharding_of
@@ -84,6 +86,7 @@ class Trainer:
         self.start = weights.Start(config.model.start)
         self.other = weights.Start(config.reference.archive) if config.reference.archive else None
         self.use(self.start.read(lambda: load(config.model.archive)))
+        self.starting = Starting(self.policy) if config.adapter.peft_type else None
         check_fits(self.policy, tokenizer, config)
         if not parallel.all_finite(self.policy):
             raise UserError(f"{config.model.start}: {health.broken_parameters(self.policy)}; it cannot be trained")
@@ -91,7 +94,7 @@ class Trainer:
         how = pick_computation(self.policy, config)
         self.scorer = Scorer(config.loss, how, None, state=config.loss.initial_state())
         check_noise(self.policy, self.scorer.how)
-        self.evaluator = Evaluator(config, eval_data, tokenizer, logger, self.load_reference)
+        self.evaluator = Evaluator(config, eval_data, tokenizer, logger, self.live_reference)
         archive = Path(config.model.archive) if config.model.archive else None
         kept = (config.keep_last_n, config.keep_optimizer_last_n)
         files = trained_on(train_data, archive)
@@ -108,33 +111,40 @@ class Trainer:
         scaled = self.config.compute_dtype == torch.float16 and policy.dtype == torch.float32
         self.updater = Updater(policy, self.config, scaled)
 
-    def load_reference(self, compiled: bool = False) -> PreTrainedModel:
-        """Return a second model: reference.archive, or the weights that training started from."""
-        return (self.other or self.start).read(lambda: self.read_reference(compiled))
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the reference is the policy's own weights, with the adapter as it was in the beginning."""
+        return self.starting is not None and self.other is None
+
+    def live_reference(self, compiled: bool = False) -> LiveReference:
+        """Return the reference in memory. If it is not the policy without what was trained, it is a second model, read
+        now: reference.archive, or the weights that training started from."""
+        if self.shares_weights:
+            return LiveReference(self.policy, self.scorer.how, self.starting)
+        model = (self.other or self.start).read(lambda: self.read_reference(compiled))
+        return LiveReference(model, pick_computation(model, self.config) if self.other else self.scorer.how)
 
     def prepare_reference(self) -> None:
         """Compute reference log-probabilities and samples while the policy is still untrained, and check them."""
         config, start, eval_data = self.config, time.perf_counter(), self.evaluator.data
         batches = list(self.plan.batches(self.train_data))
         reference: Reference
-        other = self.load_reference(compiled=True) if self.other or config.reference.mode == "live" else None
-        sizes = [model.config.get_text_config().vocab_size for model in (self.policy, other) if model is not None]
+        live = self.live_reference(compiled=True) if self.other or config.reference.mode == "live" else None
+        other = live.model if live is not None else self.policy
+        how = live.how if live is not None else self.scorer.how
+        sizes = [model.config.get_text_config().vocab_size for model in (self.policy, other)]
         if len(set(sizes)) > 1:
             raise UserError(f"reference.archive has a vocabulary of {sizes[1]} tokens, and the policy of {sizes[0]}")
-        how = pick_computation(other, config) if other is not None and self.other else self.scorer.how
         if how.layout != self.scorer.how.layout:  # both compute one batch for the KL
             how = dataclasses.replace(how, layout="padded")
             self.scorer = dataclasses.replace(self.scorer, how=how)
-        if config.reference.mode == "live":
-            assert other is not None
-            reference = LiveReference(other, how)
+        if live is not None and config.reference.mode == "live":
+            live.how, reference = how, live
         else:
             wanted = self.wanted_of_reference(batches)
             n_responses = sum(len(responses) for *_, responses in wanted)
             cut = self.cut(n_responses, n_responses if config.microbatch_tokens else 2 * config.eval_batch_size)
-            source = self.policy if other is None else other.requires_grad_(False).eval()
-            reference = build_reference(source, how, cut, config.cache / "reference", wanted)
-            del source
+            reference = build_reference(other, how, cut, config.cache / "reference", wanted)
         self.scorer = dataclasses.replace(self.scorer, reference=reference)
         unseen = eval_data if not config.do_first_eval else None  # otherwise the first evaluation checks them
         parts = parts_to_check(
@@ -153,8 +163,8 @@ class Trainer:
                 "whether policy and reference agree is not checked"
             )
         if self.evaluator.sampler is not None:
-            self.evaluator.sampler.remember(self.policy if other is None else other)
-        del other  # unless it is a live reference
+            self.evaluator.sampler.remember(other)
+        del other, live  # a second model, unless it is a live reference
         gc.collect()  # a model refers to itself
         self.reference_seconds = time.perf_counter() - start
 
@@ -315,9 +325,13 @@ class Trainer:
         resume.must_have_states(folder)
         state = checkpoint.read_state(folder)
         resume.check_identity(self.config, state, self.identity())
-        del self.policy, self.updater  # before there are others
-        gc.collect()  # a model refers to itself
-        self.use(self.load(str(folder)))
+        if self.starting is not None:
+            adapters.load(self.policy, adapters.read(folder)[1], folder)
+            self.use(self.policy)
+        else:
+            del self.policy, self.updater  # before there are others
+            gc.collect()  # a model refers to itself
+            self.use(self.load(str(folder)))
         self.examples, self.evaluated, self.saver.saved = state["examples"], state["evaluated"], state["saved"]
         for name in ("updates", "skipped", "skipped_in_a_row"):
             setattr(self.updater, name, state[name])
@@ -473,6 +487,8 @@ def find_archives(config: Config, check: str = "fast") -> dict[str, str]:
 def with_archives(config: Config) -> Config:
     """Return the configuration with the checkpoints that LATEST names now, in all processes."""
     found = find_archives(config, config.checkpoint_check) if parallel.is_main() else {}
+    if config.adapter.stack and "model" in found and weights.base_of(found["model"]):
+        found["model"] = str(merged_folder(config, Path(found["model"])))
     for part, archive in parallel.from_main(found).items():
         config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), archive=archive)})
     return config
@@ -505,9 +521,12 @@ def build_and_fit(
         trainer = Trainer(config, load, read, tokenizer, train_data, eval_data, logger, command, stop)
         if config.checkpoint:
             trainer.resume(config.checkpoint)
-        n_parameters = sum(p.numel() for p in trainer.policy.parameters())
+        n_parameters = trainer.policy.num_parameters()
+        n_trained = trainer.policy.num_parameters(only_trainable=True)
         log(
-            f"policy: {n_parameters / 1e6:.1f}M parameters on {device} ({sharding or 'one process'}), "
+            f"policy: {n_parameters / 1e6:.1f}M parameters"
+            + (f" ({n_trained / 1e6:.2f}M of them trained, {config.adapter.peft_type})" if trainer.starting else "")
+            + f" on {device} ({sharding or 'one process'}), "
             f"a {config.model.name_or_path}, layout {trainer.scorer.how.layout}"
         )
         open_logger(logger, config, lambda: accept(funnel))

@@ -4,7 +4,7 @@ import functools
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dpo.data.records import load
 from dpo.data.sources import PAIRS, DataSettings
 from dpo.data.tokenise import own_bos
 from dpo.loss import Loss, Responses
+from dpo.model.config import AdapterConfig
 from dpo.model.logps import Computation
 from dpo.model.patches import quiet_transformers
 from dpo.reference import Wanted
@@ -167,7 +168,7 @@ def load_run(path: str | Path, **changes: Any) -> Run:
     quiet_transformers()
     folder = find_archive(str(path))
     state = read_state(folder)
-    values = dict(state["config"]) | {"loss": None}
+    values: dict[str, Any] = {"adapter": asdict(AdapterConfig.none()), **state["config"], "loss": None}
     if unknown := sorted(changes.keys() - values.keys()):
         raise UserError(f"{unknown[0]} is no key of a configuration; see config/config.yaml")
     own = {"name_or_path": str(folder), "archive": None, "tokenizer_name_or_path": None}

@@ -22,7 +22,7 @@ from dpo.utils import UserError, log
 class Evaluator:
     """Measures a policy on the run's evaluation examples and samples from it.
 
-    `load_reference` reads the reference's weights again, for the KL divergence if it is not in memory.
+    `load_reference` gives the reference for the KL divergence if it is not in memory: its weights are read again.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Evaluator:
         data: PreferenceData | None,
         tokenizer: PreTrainedTokenizerBase,
         logger: RunLogger,
-        load_reference: Callable[[], PreTrainedModel],
+        load_reference: Callable[[], LiveReference],
     ):
         self.config, self.data, self.logger = config, data, logger
         self.load_reference = load_reference
@@ -87,15 +87,14 @@ class Evaluator:
         """
         assert self.sampler is not None
         if isinstance(scorer.reference, LiveReference):
-            reference = scorer.reference.model
+            reference = scorer.reference
         else:
             try:
-                reference = self.load_reference().requires_grad_(False).eval()
+                reference = self.load_reference()
             except UserError as error:
                 if parallel.active() and not isinstance(error, weights.OtherWeights):  # others may wait inside load
                     raise
                 log(f"warning: the reference cannot be read again: {error}. This evaluation has no kl_eval")
                 return {}
         found = divergence(policy, reference, self.sampler.prompts, responses, scorer.how)
-        parallel.reshard(reference)
         return found.metrics(self.sampler.prompts)

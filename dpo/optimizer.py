@@ -74,6 +74,7 @@ class Updater:
         lr = self.config.lr * lr_factor(self.updates, total, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        parallel.sum_gradients(self.policy)
         self.scaler.unscale_(self.optimizer)
         return lr, parallel.clip_grad_norm(list(self.policy.parameters()), self.config.max_grad_norm)
 

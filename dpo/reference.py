@@ -5,6 +5,7 @@ weights and configuration, the type of matrix products, and the token ids of pro
 truncation. Another beta, loss, learning rate, seed or layout reads the same entries; nothing else can.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 
 from dpo import parallel
 from dpo.data.batching import Batch, Cut, Example, Records, Tree, make_tree, responses_of
+from dpo.model.adapters import Starting, computed_by
 from dpo.model.logps import Computation, TokenLogps, next_token_logps, response_logps
 from dpo.utils import UserError, log, make_dir, progress
 
@@ -34,25 +36,33 @@ NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype",
 
 
 class LiveReference:
-    """A second, frozen model in memory, computed on the same rows and in the same precision as the policy."""
+    """A frozen model in memory, computed on the same rows and in the same precision as the policy: a second one, or the
+    policy itself with its adapter as it was in the beginning (`starting`)."""
 
-    def __init__(self, model: PreTrainedModel, how: Computation):
-        self.model = model.requires_grad_(False).eval()
-        self.how = how
+    def __init__(self, model: PreTrainedModel, how: Computation, starting: Starting | None = None):
+        self.model = model if starting is not None else model.requires_grad_(False).eval()
+        self.how, self.starting = how, starting
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[PreTrainedModel]:
+        """Give the model inside the block. There are no gradients, as nothing requires one; under `no_grad` tensor
+        parallelism would take other kernels than the policy's."""
+        with self.starting() if self.starting is not None else contextlib.nullcontext():
+            yield self.model
+        if self.starting is None:  # else the policy's own passes follow
+            parallel.reshard(self.model)
 
     def response_logps(self, batch: Batch) -> TokenLogps:
-        """Return log-probabilities as `dpo.model.logps.response_logps` does. There are no gradients, as nothing
-        requires one; under `no_grad` tensor parallelism would take other kernels than the policy's."""
-        found = response_logps(self.model, batch, self.how)
+        """Return log-probabilities as `dpo.model.logps.response_logps` does."""
+        with self._frozen() as model:
+            found = response_logps(model, batch, self.how)
         assert not found.logps.requires_grad
-        parallel.reshard(self.model)
         return found
 
     def next_token_logps(self, batch: Batch, how: Computation) -> Tensor:
         """Return the reference's log p of every token of the vocabulary, [n, vocabulary]. `how`: the policy's."""
-        with torch.no_grad():
-            found, _ = next_token_logps(self.model, batch, how)
-        parallel.reshard(self.model)
+        with torch.no_grad(), self._frozen() as model:
+            found, _ = next_token_logps(model, batch, how)
         return found
 
 
@@ -150,14 +160,15 @@ def entry_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
 
 
 def model_key(model: PreTrainedModel, how: Computation) -> str:
-    """Return a name for what a model computes: its weights bit by bit, its configuration, and the type of matrix
-    products.
+    """Return a name for what a model computes: its weights bit by bit, an adapter's too unless it adds nothing, its
+    configuration, and the type of matrix products.
 
     A collective: process i hashes every n-th tensor. The same for any sharding.
     """
     left_out = set(model.all_tied_weights_keys or {})
     mine: dict[str, str] = {}
-    for turn, (name, tensor) in enumerate(sorted(model.state_dict().items())):
+    tensors, adapter = computed_by(model)
+    for turn, (name, tensor) in enumerate(sorted(tensors.items())):
         if name in left_out:
             continue
         whole = parallel.full(tensor)
@@ -166,7 +177,9 @@ def model_key(model: PreTrainedModel, how: Computation) -> str:
             mine[name] = f"{whole.dtype} {tuple(whole.shape)} {hashlib.blake2b(content, digest_size=32).hexdigest()}"
     weights = {name: digest for found in parallel.gather(mine) for name, digest in found.items()}
     config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_COMPUTED}
-    described = json.dumps([weights, config, str(how.dtype)], sort_keys=True, default=str)
+    described = json.dumps(
+        [weights, config, str(how.dtype), *([adapter] if adapter else [])], sort_keys=True, default=str
+    )
     return hashlib.sha256(described.encode()).hexdigest()[:24]
 
 

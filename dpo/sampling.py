@@ -16,6 +16,7 @@ from dpo.data.records import PreferenceData
 from dpo.data.tokenise import own_bos
 from dpo.model.layouts import set_attention
 from dpo.model.logps import LOGITS_AT_ONCE, Computation, autocast, input_device, next_token_logps
+from dpo.reference import LiveReference
 from dpo.utils import progress
 
 ESTIMATORS = ("plain", "rao_blackwell")
@@ -157,12 +158,12 @@ def mean_and_error(values: Sequence[float], prompts: Sequence[Any]) -> tuple[flo
 @torch.no_grad()
 def divergence(
     policy: PreTrainedModel,
-    reference: PreTrainedModel,
+    reference: LiveReference,
     prompts: Sequence[list[int]],
     responses: Sequence[list[int]],
     how: Computation,
 ) -> Divergence:
-    """Compare the models on `responses`, sampled from `policy`. A collective: the processes share the work."""
+    """Compare both on `responses`, sampled from `policy`. A collective: the processes share the work."""
     at_once = max(LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size, 1)
     sizes = [(len(prompt), [len(response)]) for prompt, response in zip(prompts, responses, strict=True)]
     ranks = parallel.data_ranks(policy)
@@ -178,12 +179,12 @@ def divergence(
 
 
 def _compare(
-    policy: PreTrainedModel, reference: PreTrainedModel, batch: Batch, how: Computation
+    policy: PreTrainedModel, reference: LiveReference, batch: Batch, how: Computation
 ) -> list[tuple[float, float]]:
     """Return (log ratio, sum of next-token divergences) of each response, in nats."""
     how = replace(how, layout="padded", flex=False)
     ours, rows = next_token_logps(policy, batch, how)
-    theirs, _ = next_token_logps(reference, batch, how)
+    theirs = reference.next_token_logps(batch, how)
     # In place, as these are large. A token that the model rules out adds nothing: 0 log 0.
     logratios = theirs.to(ours.device).neg_().add_(ours).masked_fill_(ours.isneginf(), 0.0)
     plain = logratios.gather(-1, rows.targets.to(ours.device)[:, None]).squeeze(-1)

@@ -29,6 +29,7 @@ from dpo.data.tokenise import own_bos
 from dpo.model.checks import positions
 from dpo.model.loading import load_tokenizer, pick_device
 from dpo.model.patches import quiet_transformers
+from dpo.reference import LiveReference
 from dpo.run.saved import Saved
 from dpo.run.weights import weights_identity
 from dpo.sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample
@@ -172,7 +173,7 @@ def sampled(
     """Yield the rows of `items` after the first `done`, a batch at a time: samples from both models, and their
     divergence."""
     model, tokenizer, computation = policy.open()
-    other = reference.open()[0] if reference is not None else None
+    other = LiveReference(reference.open()[0], computation) if reference is not None else None
     for start in progress(range(done, len(items), how.batch_size), desc="batches"):
         prompts, numbers = zip(*items[start : start + how.batch_size])
         ids, own = [prompt.ids for prompt in prompts], replace(how, first_batch=start // how.batch_size)
@@ -180,7 +181,9 @@ def sampled(
         columns: dict[str, Sequence[Any]] = {"prompt": [prompt.text for prompt in prompts], "sample": numbers}
         columns["policy"] = tokenizer.batch_decode(responses, skip_special_tokens=True)
         if other is not None:
-            columns["reference"] = tokenizer.batch_decode(sample(other, tokenizer, ids, own), skip_special_tokens=True)
+            columns["reference"] = tokenizer.batch_decode(
+                sample(other.model, tokenizer, ids, own), skip_special_tokens=True
+            )
             if how.own_distribution:
                 compared = divergence(model, other, ids, responses, computation)
                 columns |= {f"kl_{name}": getattr(compared, name) for name in ESTIMATORS}

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo import sampling
 from dpo.model.logps import Computation, add_token_logps
+from dpo.reference import LiveReference
 from dpo.sampling import Sampling, divergence, mean_and_error, sample
 
 EOS, VOCABULARY, LONGEST = 0, 4, 3
@@ -63,7 +64,7 @@ def exact_kl(prompt: list[int]) -> float:
 def test_both_estimators_have_the_divergence_as_their_mean(prompt: list[int]) -> None:
     """Weighed by how likely each response is, not sampled: no sampling error."""
     responses = every_response()
-    found = divergence(POLICY, REFERENCE, [prompt] * len(responses), responses, HOW)
+    found = divergence(POLICY, LiveReference(REFERENCE, HOW), [prompt] * len(responses), responses, HOW)
     with torch.no_grad():
         logps = [(slow_logp(POLICY, prompt, r), slow_logp(REFERENCE, prompt, r)) for r in responses]
     chance = [math.exp(ours) for ours, _ in logps]
@@ -86,7 +87,7 @@ def test_sampled_estimates_agree_within_their_errors() -> None:
         for prompt in PROMPTS:
             prompts = [prompt] * 500
             responses = sample(POLICY, TOKENIZER, prompts, Sampling(LONGEST, 250, 7, torch.float32))
-            metrics = divergence(POLICY, REFERENCE, prompts, responses, HOW).metrics(prompts)
+            metrics = divergence(POLICY, LiveReference(REFERENCE, HOW), prompts, responses, HOW).metrics(prompts)
             off.append((metrics[f"kl_eval/{name}"] - exact_kl(prompt), metrics[f"kl_eval/{name}_error"]))
             assert abs(off[-1][0]) < 4 * off[-1][1]
         assert max(error for _, error in off) < 0.2 * exact + 0.05
@@ -95,12 +96,12 @@ def test_sampled_estimates_agree_within_their_errors() -> None:
 def test_a_divergence_does_not_depend_on_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
     responses = every_response()
     prompts = [PROMPTS[i % 3] for i in range(len(responses))]
-    whole = divergence(POLICY, REFERENCE, prompts, responses, HOW)
+    whole = divergence(POLICY, LiveReference(REFERENCE, HOW), prompts, responses, HOW)
     monkeypatch.setattr(sampling, "LOGITS_AT_ONCE", VOCABULARY)
-    one_by_one = divergence(POLICY, REFERENCE, prompts, responses, HOW)
+    one_by_one = divergence(POLICY, LiveReference(REFERENCE, HOW), prompts, responses, HOW)
     assert one_by_one.plain == pytest.approx(whole.plain, abs=1e-5)
     assert one_by_one.rao_blackwell == pytest.approx(whole.rao_blackwell, abs=1e-5)
-    same = divergence(POLICY, POLICY, prompts, responses, HOW)
+    same = divergence(POLICY, LiveReference(POLICY, HOW), prompts, responses, HOW)
     assert set(same.plain) == set(same.rao_blackwell) == {0.0}
 
 
@@ -111,7 +112,7 @@ def test_a_token_that_the_policy_rules_out_adds_nothing() -> None:
 
     policy = small_model(0)
     policy.lm_head = torch.nn.Sequential(policy.lm_head, Ruling())
-    found = divergence(policy, policy, [[2]], [[3, 2]], HOW)
+    found = divergence(policy, LiveReference(policy, HOW), [[2]], [[3, 2]], HOW)
     assert found.rao_blackwell == [0.0] and found.plain == [0.0]
 
 

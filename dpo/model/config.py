@@ -4,13 +4,14 @@ Keys of the group `model` are explained in config/model/blank_model.yaml, the ot
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dpo.config import Component, Inherited, MayChange, Positive
+from dpo.config import AboveZero, Component, Count, Inherited, MayChange, NotNegative, Positive
 from dpo.utils import default_cache
 
 
@@ -52,10 +53,50 @@ class ReferenceConfig(Component):
 
 
 @dataclass(kw_only=True)
+class AdapterConfig(Component):
+    """The adapter that is trained instead of the model's own weights, if there is one."""
+
+    peft_type: str | None
+    rank: Positive | None
+    alpha: AboveZero | None
+    dropout: NotNegative
+    target_modules: str | list[str] | None
+    layers: list[Count] | None
+    modules_to_save: list[str] | None
+    init: bool | str | None
+    dora: bool
+    rslora: bool
+    peft_kwargs: dict[str, Any]
+    quantization: Literal["nf4", "int8"] | None
+    stack: bool
+
+    @classmethod
+    def none(cls) -> "AdapterConfig":
+        """Return what configurations mean that were made before there were adapters."""
+        off: dict[str, Any] = dict.fromkeys(field.name for field in fields(cls))
+        return cls(**off | {"dropout": 0.0, "dora": False, "rslora": False, "peft_kwargs": {}, "stack": False})
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        for field in fields(self):
+            if self.peft_type is None and (value := getattr(self, field.name)):
+                frozen = ": quantised weights cannot be trained" if field.name == "quantization" else ""
+                yield f"adapter.{field.name}={value} needs an adapter{frozen}; choose one, such as adapter=lora"
+        if self.dropout:
+            yield (
+                f"adapter.dropout={self.dropout}: policy and reference would differ by noise; leave it 0, and hold the "
+                "policy closer by loss.beta, adapter.rank or fewer epochs"
+            )
+        if self.quantization and find_spec("bitsandbytes") is None:
+            yield f"adapter.quantization={self.quantization} needs the package: pip install bitsandbytes"
+
+
+@dataclass(kw_only=True)
 class ComputeConfig(Component):
     """How log-probabilities are computed."""
 
     model: ModelConfig
+    adapter: Annotated[AdapterConfig, Inherited]
     reference: ReferenceConfig
     cache_dir: Annotated[str | None, MayChange]
     device: Annotated[str, MayChange]
@@ -82,6 +123,7 @@ class ComputeConfig(Component):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from self.model.problems()
+        yield from self.adapter.problems()
         kind, _, index = self.device.partition(":")
         if self.device not in ("auto", "cpu", "cuda", "mps") and not (kind == "cuda" and index.isdigit()):
             yield f"device={self.device} is not known; choose auto, cpu, cuda, cuda:<number> or mps"
@@ -117,6 +159,16 @@ class ParallelConfig(ComputeConfig):
         if self.trainer != "TensorParallelTrainer" and self.tensor_parallel_size is not None:
             yield f"tensor_parallel_size={self.tensor_parallel_size} needs trainer=TensorParallelTrainer"
         yield from self._group_problems() if self.needs_group else self._single_problems()
+        if self.adapter.peft_type and self.trainer == "TensorParallelTrainer":
+            yield (
+                "trainer=TensorParallelTrainer cannot train an adapter: its processes hold parts of the matrices that "
+                "the adapter adds to; use trainer=FSDPTrainer"
+            )
+        if self.adapter.quantization and self.needs_group:
+            yield (
+                f"adapter.quantization={self.adapter.quantization} is for trainer=BasicTrainer: quantised weights "
+                f"cannot be sharded; leave it null with trainer={self.trainer}"
+            )
 
     def _group_problems(self) -> Iterator[str]:
         if self.device not in ("auto", "cpu", "cuda"):

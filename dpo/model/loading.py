@@ -1,27 +1,40 @@
 """Load the tokenizer and the policy: from a model folder, a hub id, a GGUF file or an archive."""
 
 import contextlib
+import hashlib
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dpo import parallel
 from dpo.data.cache import cached
-from dpo.model import patches
+from dpo.model import adapters, patches
 from dpo.model.checks import disable_dropout, refusing
 from dpo.model.logps import add_token_logps
+from dpo.run.checkpoint import MANIFEST, read_state
 from dpo.run.config import Config
-from dpo.run.weights import Archive, find_archive, resolve_archive
+from dpo.run.weights import ADAPTER, Archive, base_of, find_archive, resolve_archive, weights_identity
 from dpo.utils import UserError, file_hash, log, visible
 
 # Buffers in files of older versions of transformers, which today's models compute: causal masks and frequencies.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 GGUF_VERSION = 2
 """Version of the folders that GGUF files are converted to. Raise it if the conversion changes."""
+MERGED_VERSION = 1
+"""Version of the folders that adapters are merged into. Raise it if merging changes."""
 
 
 def pick_device(config: Config) -> torch.device:
@@ -105,13 +118,18 @@ def load_policy(
     """
     source = local_folder(config.model.name_or_path, config.cache)
     found = resolve_archive(archive) if archive else None
+    if found is not None and trains and archive == config.model.archive:
+        log(f"starting from the weights of {found.path}{found.describe()}")
+    adapter = _adapter_in(source if found is None else found.path)
+    if adapter is not None:
+        source, found = _base_of(config, adapter, source), None
     if found is not None:
         _check_same_architecture(config, source, found)
-        if trains and archive == config.model.archive:
-            log(f"starting from the weights of {found.path}{found.describe()}")
-    model = _read_model(config, source, found, sharding)
+    model = _read_model(config, source, found, sharding, device)
+    if adapter is not None or (trains and config.adapter.peft_type):
+        _put_adapter_on(model, config, str(source if found is None else found.path), adapter, trains)
     disable_dropout(model)
-    if device.type == "cpu" or sharding is not None:
+    if (device.type == "cpu" or sharding is not None) and not config.adapter.quantization:
         # On CPUs weights are views of their files: a file that is overwritten during the run would change the model.
         model._apply(lambda tensor: tensor.clone() if tensor.device.type == "cpu" else tensor)
     if trains and config.activation_checkpointing:
@@ -125,23 +143,110 @@ def load_policy(
     if sharding is not None:
         return parallel.move_buffers(model)
     if not config.model.device_map:
-        return model.to(device)  # type: ignore[arg-type]
+        return model if config.adapter.quantization else model.to(device)  # type: ignore[arg-type]
     outside = {str(place) for place in getattr(model, "hf_device_map", {}).values()} & {"cpu", "disk"}
     if torch.cuda.is_available() and outside:
         raise UserError(f"model.device_map: the GPUs are too small; layers would be on {', '.join(outside)}")
     return model
 
 
+def _adapter_in(place: str | Path) -> Path | None:
+    return Path(place) if base_of(place) else None
+
+
+def whole_model(name: str, config: Config) -> str | Path:
+    """Return the folder or hub id of the model that `name` means: for an adapter's folder, of what it lies on."""
+    source = local_folder(name, config.cache)
+    return _base_of(config, Path(source), source) if base_of(source) else source
+
+
+def _base_of(config: Config, adapter: Path, source: str | Path) -> str | Path:
+    """Return the model that `adapter` lies on: a folder or hub id that the adapter names, or `source`, which the
+    configuration names. Raise UserError if it is not known that they belong together."""
+    name = base_of(adapter)
+    assert name is not None
+    if Path(name).is_dir() or name == str(source) or (adapter == Path(source) and not name.startswith((".", "/", "~"))):
+        return name
+    with contextlib.suppress(UserError):  # it may be an adapter of another program
+        known = read_state(adapter)["config"]["model"]
+        if not known["archive"]:  # such as a converted file, whose folder is gone
+            again = local_folder(known["name_or_path"], config.cache)
+            if str(source) in (str(adapter), str(again)):
+                return again
+    if adapter == Path(source):
+        raise UserError(f"the adapter {adapter} lies on {name}, which is gone; put it back")
+    raise UserError(
+        f"the adapter {adapter} lies on {name}, and this run's model is {source}: set model= to that model. If it is "
+        f"the same one, under another name, write that as base_model_name_or_path into its {ADAPTER}"
+    )
+
+
+def _put_adapter_on(model: PreTrainedModel, config: Config, base: str, folder: Path | None, trains: bool) -> None:
+    """Put the adapter in `folder` on the model, or a fresh one if there is none."""
+    if folder is None:
+        adapters.put_on(model, adapters.peft_config(config.adapter), base, config.seed)
+        return
+    if trains and not config.adapter.peft_type:
+        raise UserError(
+            f"{folder} is an adapter. To train it further: adapter=lora; to merge it and put a fresh one on: "
+            "adapter=lora adapter.stack=true; to train all weights: first scripts/export.py --merge"
+        )
+    found, state = adapters.read(folder)
+    if trains and found.peft_type != config.adapter.peft_type:
+        raise UserError(
+            f"adapter.peft_type={config.adapter.peft_type}, but model.archive={folder} is of {found.peft_type}, which "
+            f"goes on: set adapter.peft_type={found.peft_type}, or adapter.stack=true for a fresh one on top"
+        )
+    adapters.put_on(model, found, base, config.seed)
+    adapters.load(model, state, folder)
+
+
+def merged_folder(config: Config, adapter: Path) -> Path:
+    """Return a model folder in the cache: what `adapter` lies on, with the adapter added to its weights. Made once."""
+
+    def merge(folder: Path) -> None:
+        log(f"merging {adapter} into its base (once)")
+        merged_model(config, adapter).save_pretrained(folder)
+        for file in adapter.iterdir():
+            if file.is_file() and not file.name.startswith("adapter_") and file.name not in (MANIFEST, "README.md"):
+                shutil.copy(file, folder)  # the tokenizer, and what is known of the adapter's training
+
+    digest = hashlib.sha256(f"{weights_identity(str(adapter))} {config.model.policy_dtype}".encode()).hexdigest()
+    return cached(config.cache / "models", f"merged-{digest[:16]}-{MERGED_VERSION}", merge)
+
+
+def merged_model(config: Config, adapter: Path) -> PreTrainedModel:
+    """Return what `adapter` lies on with the adapter added to its weights, on the CPU.
+
+    Weights that were quantised when the adapter was trained are quantised, and then taken back to model.policy_dtype:
+    that is what it was trained for.
+    """
+    base = _base_of(config, adapter, local_folder(config.model.name_or_path, config.cache))
+    trained_on = config
+    with contextlib.suppress(UserError, KeyError):  # of another program
+        quantization = read_state(adapter)["config"]["adapter"]["quantization"]
+        trained_on = replace(config, adapter=replace(config.adapter, quantization=quantization))
+    model: Any = _read_model(trained_on, base, None, None, torch.device("cpu"))
+    if trained_on.adapter.quantization:
+        model = model.dequantize(getattr(torch, config.model.policy_dtype))
+        patches.forget_quantization(model)
+    return adapters.merged(model, adapter)
+
+
 def _read_model(
-    config: Config, source: str | Path, archive: Archive | None, sharding: parallel.Sharding | None
+    config: Config,
+    source: str | Path,
+    archive: Archive | None,
+    sharding: parallel.Sharding | None,
+    device: torch.device,
 ) -> PreTrainedModel:
     """Return the model of `source`, with the weights of `archive` if there is one."""
     state = archive.state if archive is not None else None
     folder = archive.path if archive is not None and state is None else source
-    if Path(folder, "adapter_config.json").is_file():
-        raise UserError(f"{folder} holds an adapter, which would be left out; merge it into the model's weights first")
     options: dict[str, Any] = {"dtype": getattr(torch, config.model.policy_dtype), "output_loading_info": True}
     options |= _own_code(config)
+    if config.adapter.quantization:
+        options |= {"quantization_config": _quantization(config), "device_map": {"": device}}
     if archive is None or state is None:
         with refusing(f"no model could be read from {folder}"):
             model, info = _from_pretrained(config, folder, None, options, sharding)
@@ -154,6 +259,17 @@ def _read_model(
         if missing or unknown:
             raise ValueError(f"it lacks {missing[:2] or 'nothing'} and has the unknown {unknown[:2] or 'nothing'}")
     return model
+
+
+def _quantization(config: Config) -> BitsAndBytesConfig:
+    if config.adapter.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=config.compute_dtype,
+    )
 
 
 def _from_pretrained(

@@ -261,6 +261,25 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
     return total
 
 
+def sum_gradients(model: torch.nn.Module) -> None:
+    """Sum the gradients of what each process holds whole (an adapter) over the data ranks of `model`. A collective.
+
+    FSDP does that for the parameters it holds.
+    """
+    mesh: DeviceMesh | None = vars(model).get(MESH_OF_MODEL)
+    if mesh is None:
+        return
+    whole = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    for parameter in whole:
+        if parameter.grad is None:  # no example of this process needed it, but those of others may have
+            parameter.grad = torch.zeros_like(parameter)
+    if whole:
+        flat = torch.cat([p.grad.flatten() for p in whole])  # type: ignore[union-attr]
+        dist.all_reduce(flat)
+        for parameter, total in zip(whole, flat.split([p.numel() for p in whole]), strict=True):
+            parameter.grad = total.view_as(parameter)
+
+
 def all_finite(model: torch.nn.Module) -> bool:
     """Return whether every weight, in every process, is finite. A collective."""
     return all(gather(all(bool(local(p).isfinite().all()) for p in model.parameters())))

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import parallel
 from dpo.files import atomic_link, atomic_write, replace_folder, set_aside, sync
+from dpo.model import adapters
 from dpo.run.tensors import RANDOM_STATE, TRAINING_STATE, needed_bytes, tensor_writer
 from dpo.utils import TakenOver, UserError, file_hash, log, redact, visible
 
@@ -454,7 +455,9 @@ class CheckpointWriter:
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
-    """Return copies of the model's configurations, as save_pretrained writes them."""
+    """Return copies of the model's configurations, as save_pretrained writes them; an adapter's, if there is one."""
+    if adapters.config_of(model) is not None:
+        return [adapters.saved_config(model)]
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__.removeprefix("FSDP")]

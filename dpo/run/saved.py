@@ -14,7 +14,7 @@ from dpo import parallel
 from dpo.data.batching import Cut
 from dpo.data.records import PreferenceData
 from dpo.model.checks import check_fits, pick_computation, refusing
-from dpo.model.loading import load_policy, load_tokenizer, local_folder, pick_device
+from dpo.model.loading import load_policy, load_tokenizer, pick_device, whole_model
 from dpo.model.logps import Computation
 from dpo.reference import Wanted, tree_logps
 from dpo.run.checkpoint import REFERENCE, START, STATE_FILE, read_state
@@ -43,7 +43,7 @@ class Saved:
         """Return the model's configuration, as transformers has it. Raise UserError if there is no such model."""
         name, own_code = self.config.model.name_or_path, self.config.model.trust_remote_code
         with refusing(f"no model could be read from {name}"):
-            return AutoConfig.from_pretrained(local_folder(name, self.config.cache), trust_remote_code=own_code)
+            return AutoConfig.from_pretrained(whole_model(name, self.config), trust_remote_code=own_code)
 
     def open(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Computation]:
         """Return the model, frozen, its tokenizer, and how its log-probabilities are computed."""

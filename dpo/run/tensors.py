@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from dpo import parallel
+from dpo.model import adapters
 from dpo.utils import UserError
 
 WeightFile = tuple[str, dict[str, Tensor] | str]
@@ -146,11 +147,16 @@ def _write_weights(files: Iterable[WeightFile], folder: Path) -> None:
 
 
 def weight_files(model: PreTrainedModel) -> Iterator[WeightFile]:
-    """Yield the files that `model.save_pretrained` of the whole model would write, byte for byte.
+    """Yield the files that `model.save_pretrained` of the whole model would write, byte for byte; of a model with an
+    adapter, the adapter's as PEFT writes it.
 
     A collective: rank i of n yields the files i, i + n, ... So no process holds more than one file of a sharded model,
     and the ranks write at the same time. transformers gathers the whole model on rank 0, and writes it there.
     """
+    if adapters.config_of(model) is not None:  # whole in each process
+        if parallel.is_main():
+            yield adapters.WEIGHTS_FILE, adapters.state_of(model)
+        return
     left_out = {*(model.all_tied_weights_keys or {}), *(model._keys_to_ignore_on_save or ())}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
     # Some models are saved under other names than they have in memory; few, under a mixture of their tensors.
@@ -192,5 +198,6 @@ def _split(model: PreTrainedModel, tensors: dict[str, Tensor], rank: int, n: int
 
 def needed_bytes(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> int:
     states = optimizer.state.values() if optimizer is not None else ()
-    values = [*model.parameters(), *(value for state in states for value in state.values())]
+    saved = (p for p in model.parameters() if p.requires_grad)
+    values = [*saved, *(value for state in states for value in state.values())]
     return sum(t.numel() * t.element_size() for t in values if isinstance(t, Tensor)) + 16 * 2**20

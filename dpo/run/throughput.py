@@ -4,6 +4,7 @@ import resource
 import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -44,15 +45,16 @@ def cost_of(batch: Batch, layout: str) -> Cost:
 def throughput(model: PreTrainedModel, cost: Cost, seconds: float) -> dict[str, float]:
     """Return metrics of a step of all processes that took `seconds`.
 
-    Operations are 6 for each weight and each token that passes through it, as usual (Kaplan et al. 2020, section 2.1):
-    those of the body for distinct tokens, those of the head for response tokens; attention scores, padding and what is
-    computed twice are left out. `mfu` is their share of the device's peak in bfloat16, if that is known.
+    Operations are 6 for each weight and each token that passes through it, as usual (Kaplan et al. 2020, section 2.1),
+    4 for a frozen weight: those of the body for distinct tokens, those of the head for response tokens; attention
+    scores, padding and what is computed twice are left out. `mfu` is their share of the device's peak in bfloat16, if
+    that is known.
     """
     total = Cost(*map(sum, zip(*parallel.gather_over_data(model, astuple(cost)))))
     ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
-    body = sum(p.numel() for p in model.parameters() if id(p) not in ends)
-    head = model.get_output_embeddings().weight.numel()
-    flops = 6 * (body * total.distinct + head * total.predicted) / seconds
+    body = sum(_operations(p) for p in model.parameters() if id(p) not in ends)
+    head = _operations(model.get_output_embeddings().weight)
+    flops = (body * total.distinct + head * total.predicted) / seconds
     device = torch.cuda.get_device_name() if parallel.device_of(next(model.parameters())).type == "cuda" else ""
     peak = next((value for name, value in PEAKS.items() if name in device), None)
     return {
@@ -63,6 +65,12 @@ def throughput(model: PreTrainedModel, cost: Cost, seconds: float) -> dict[str, 
         "peak_memory_mib": peak_memory(bool(device)),
         **({"mfu": flops / peak / parallel.world_size()} if peak else {}),
     }
+
+
+def _operations(weight: Any) -> int:
+    """Return the operations of a weight tensor for each token. One of 4-bit weights holds two of them in a number."""
+    packed = getattr(weight, "quant_state", None)
+    return (6 if weight.requires_grad else 4) * (packed.shape.numel() if packed is not None else weight.numel())
 
 
 def peak_memory(cuda: bool) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from dpo.run.checkpoint import MANIFEST, must_be_whole, newest, read_state
 from dpo.utils import UserError, file_hash
 
 T = TypeVar("T")
-DESCRIBED = ("config.json", "adapter_config.json")
+ADAPTER = "adapter_config.json"
+DESCRIBED = ("config.json", ADAPTER)
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,35 @@ def find_archive(name: str, how: str = "fast", key: str = "model.archive") -> Pa
     path = newest(path)
     if not path.exists():
         raise UserError(f"{key}={name}: there is no such file or folder")
-    if not (path / "config.json").is_file():
+    if not any((path / file).is_file() for file in DESCRIBED):
         raise UserError(
-            f"{key}={name}: {path} holds no config.json; expected a checkpoint folder (step-<n> or LATEST), a "
-            "run's folder with a LATEST, or a policy.pt of the original code"
+            f"{key}={name}: {path} holds no config.json or {ADAPTER}; expected a checkpoint folder (step-<n> or "
+            "LATEST), a run's folder with a LATEST, a PEFT adapter, or a policy.pt of the original code"
         )
     if not any(path.glob("*.safetensors")):
-        raise UserError(f"{key}={name}: {path} holds no weights (*.safetensors)")
+        pickles = sorted(file.name for file in path.glob("*.bin"))
+        advice = f", but {pickles[0]}, which could run a program when it is opened; convert it" if pickles else ""
+        raise UserError(f"{key}={name}: {path} holds no weights (*.safetensors){advice}")
     if (path / MANIFEST).exists():
         must_be_whole(path, f"{key}={name}", how)
     return path
+
+
+def base_of(folder: str | Path) -> str | None:
+    """Return the model that the adapter in `folder` lies on, as its own file names it; None if it holds no adapter.
+
+    Raise UserError if it names none.
+    """
+    file = Path(folder).expanduser() / ADAPTER
+    if not file.is_file():
+        return None
+    try:
+        name = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if isinstance(name, str) and name:
+            return name
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error})") from error
+    raise UserError(f"{file} names no base_model_name_or_path; write there which model the adapter is for")
 
 
 class OtherWeights(UserError):
@@ -127,7 +148,8 @@ def weights_identity(name: str) -> str | None:
 def weights_files(name: str) -> list[Path]:
     """Return the files that decide what a model computes: weights, configuration, code; of a folder or the hub's cache.
 
-    The optimizer's state, the tokenizer and texts are left out: a checkpoint without these is the same model.
+    An adapter's base counts too. The optimizer's state, the tokenizer and texts are left out: a checkpoint without
+    these is the same model.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -143,7 +165,8 @@ def weights_files(name: str) -> list[Path]:
     files = sorted(file for file in path.iterdir() if file.is_file())
     weights = [f for f in files if f.suffix == ".safetensors"] or [f for f in files if f.suffix == ".bin"]
     described = [f for f in files if f.name in DESCRIBED or f.name.endswith((".py", ".index.json"))]
-    return weights and weights + described
+    base = base_of(path)
+    return weights and [*weights, *described, *(weights_files(base) if base and base != name else [])]
 
 
 def _file_states(name: str) -> list[tuple[str, int, int, int, int]]:

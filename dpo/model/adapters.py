@@ -1,0 +1,243 @@
+"""Adapters: a frozen model with a few trained parameters. PEFT makes and reads them; here they are put on a model in
+place, so that it stays a model of its own class.
+
+Each process holds an adapter whole, whatever holds the frozen weights, and gradients are summed once an update.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dpo import parallel
+from dpo.model.config import AdapterConfig
+from dpo.utils import UserError, visible
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+NAME = "default"  # PEFT's own name for the one adapter of a model
+PREFIX = "base_model.model."  # in files PEFT writes names as its wrapper of a model has them
+# Initialisations that take something out of the frozen weights, and put it into the adapter. It is kept as the model's
+# attribute TAKEN: files hold what was learnt, an adapter of twice the rank on the weights as they were.
+MUTATING, TAKEN = ("pissa", "olora"), "taken_out_of_weights"
+# Entries of adapter_config.json that say nothing about what a model with the adapter computes.
+NOT_COMPUTED = ("base_model_name_or_path", "peft_version", "inference_mode", "task_type", "revision", "auto_mapping")
+
+
+# Configuration -----------------------------------------------------------------------------------------------------
+
+
+def peft_types() -> list[str]:
+    """Return the methods of PEFT that can be put on a model in place."""
+    tuners = PEFT_TYPE_TO_TUNER_MAPPING.items()
+    fit = (kind for kind, tuner in tuners if getattr(tuner, "uses_shared_state", True) is False)
+    return sorted(kind.value for kind in fit if hasattr(PEFT_TYPE_TO_CONFIG_MAPPING[kind], "target_modules"))
+
+
+def peft_config(adapter: AdapterConfig) -> peft.PeftConfig:
+    """Return PEFT's configuration for the keys of the group `adapter`. Raise UserError for what PEFT refuses."""
+    if adapter.peft_type not in peft_types():
+        raise UserError(f"adapter.peft_type={adapter.peft_type} is none of {', '.join(peft_types())}")
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(adapter.peft_type)]
+    names = [field.name for field in dataclasses.fields(kind)]
+    arguments: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    given: dict[str, tuple[Any, ...]] = {
+        "rank": (adapter.rank, "r"),
+        "alpha": (adapter.alpha, "lora_alpha", "alpha"),
+        "target_modules": (adapter.target_modules, "target_modules"),
+        "layers": (adapter.layers, "layers_to_transform"),
+        "modules_to_save": (adapter.modules_to_save, "modules_to_save"),
+        "init": (adapter.init, "init_lora_weights", "init_weights"),
+        "dora": (adapter.dora or None, "use_dora"),
+        "rslora": (adapter.rslora or None, "use_rslora"),
+    }
+    for key, (value, *theirs) in given.items():
+        name: str | None = next((name for name in theirs if name in names), None)
+        if value is not None and name is None:
+            raise UserError(f"adapter.{key}={value}: {adapter.peft_type} has no such setting; set adapter.{key}=null")
+        arguments |= {name: value} if value is not None and name is not None else {}
+    for key, value in adapter.peft_kwargs.items():
+        if key not in names or key in arguments:
+            further = ", ".join(name for name in names if name not in arguments)
+            raise UserError(f"adapter.peft_kwargs.{key}={value}: further settings of {adapter.peft_type} are {further}")
+    try:
+        return kind(**arguments, **adapter.peft_kwargs)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"adapter.peft_type={adapter.peft_type}: {error}") from error
+
+
+# Put on a model ----------------------------------------------------------------------------------------------------
+
+
+def config_of(model: torch.nn.Module) -> peft.PeftConfig | None:
+    """Return the configuration of the model's adapter; None if it has none."""
+    return getattr(model, "peft_config", {}).get(NAME)
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def put_on(model: PreTrainedModel, config: peft.PeftConfig, base: str, seed: int) -> PreTrainedModel:
+    """Put a fresh adapter on `model`, whose weights are those of `base` (a folder or hub id), and freeze the rest.
+
+    Raise UserError if the adapter does not fit the model.
+    """
+    config.base_model_name_or_path, config.inference_mode = base, False
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT then sets it right itself
+        try:
+            peft.inject_adapter_in_model(config, model, NAME)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            modules = model.named_modules()
+            linear = {name.split(".")[-1] for name, m in modules if isinstance(m, torch.nn.Linear | Conv1D)}
+            raise UserError(
+                f"the adapter does not fit {type(model).__name__}: {visible(str(error).splitlines()[0][:300])}; "
+                f"adapter.target_modules may be all-linear, or of its matrices {', '.join(sorted(linear))}"
+            ) from error
+    if not trained(model):
+        raise UserError("the adapter has nothing to train; see adapter.target_modules and adapter.modules_to_save")
+    if _changes_base(config):
+        vars(model)[TAKEN] = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+    return model
+
+
+def _changes_base(config: peft.PeftConfig) -> bool:
+    init = getattr(config, "init_lora_weights", None)
+    return isinstance(init, str) and init.startswith(MUTATING)
+
+
+def read(folder: Path) -> tuple[peft.PeftConfig, dict[str, Tensor]]:
+    """Return configuration and weights of the adapter in `folder`. Raise UserError if they cannot be read."""
+    try:
+        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = peft.PeftConfig.from_peft_type(**values)
+        state = load_file(folder / WEIGHTS_FILE)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = visible(str(error).splitlines()[0][:300])
+        raise UserError(f"{folder}: its adapter cannot be read ({type(error).__name__}: {reason})") from error
+    if getattr(config, "lora_dropout", 0):
+        config.lora_dropout = 0.0  # as a model's own dropout is switched off
+    return config, {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+
+
+def load(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
+    """Give the adapter of `model` the weights `state`, read from `folder`. Raise UserError if they are of another."""
+    wanted = {name.removeprefix(PREFIX): tensor for name, tensor in state_of(model).items()}
+    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    shapes = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
+    for names, problem in ((missing, "lacks"), (unknown, "has the unknown"), (shapes, "has another shape of")):
+        if names:
+            raise UserError(f"{folder}: the adapter does not fit {type(model).__name__}: it {problem} {names[0]}")
+    if TAKEN in vars(model):
+        halves = {name: tensor.chunk(2, _dim(name)) for name, tensor in state.items()}
+        if not all(torch.equal(half, wanted[name].chunk(2, _dim(name))[1]) for name, (_, half) in halves.items()):
+            raise UserError(
+                f"{folder}: its adapter began with other singular vectors than this machine computes of the same "
+                "weights; resume where it was begun, or start a new run from it: model.archive"
+            )
+        state = {name: half for name, (half, _) in halves.items()}
+    peft.set_peft_model_state_dict(model, state, NAME)
+
+
+def _dim(name: str) -> int:
+    """Return the dimension of a tensor of LoRA that has the size of the rank."""
+    return 0 if "lora_A" in name else 1
+
+
+def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the adapter's tensors under the names of PEFT's files, on the CPU."""
+    own = model.state_dict()
+
+    def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = peft.get_peft_model_state_dict(model, tensors, NAME, save_embedding_layers=False)
+        return {PREFIX + name: parallel.full(tensor).detach().cpu().contiguous() for name, tensor in found.items()}
+
+    state, taken = named(own), vars(model).get(TAKEN)
+    if taken is None:
+        return state
+    others = {name: -tensor if "lora_B" in name else tensor for name, tensor in named(own | taken).items()}
+    return {name: torch.cat([tensor, others[name]], _dim(name)) for name, tensor in state.items()}
+
+
+def saved_config(model: PreTrainedModel) -> peft.PeftConfig:
+    """Return the configuration that belongs to `state_of`."""
+    config: Any = copy.deepcopy(config_of(model))
+    config.inference_mode = True
+    if TAKEN in vars(model):
+        config.init_lora_weights, config.r = True, 2 * config.r
+        config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
+    return config
+
+
+# What a model with an adapter computes -----------------------------------------------------------------------------
+
+
+def adds_nothing(model: PreTrainedModel) -> bool:
+    """Return whether the model certainly computes what it does without its adapter: a product with B = 0 is added."""
+    config, parameters = config_of(model), trained(model)
+    plain = isinstance(config, peft.LoraConfig) and not config.use_dora and all("lora_" in name for name in parameters)
+    return plain and not any(bool(tensor.any()) for name, tensor in parameters.items() if "lora_B" in name)
+
+
+def computed_by(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what decides what the model computes besides its own configuration: tensors, and an adapter's settings.
+
+    With an adapter that adds nothing it is what it would be without.
+    """
+    state, config = model.state_dict(), config_of(model)
+    if config is None:
+        return state, {}
+    if adds_nothing(model):
+        names = trained(model)
+        return {name.replace(".base_layer.", "."): t for name, t in state.items() if name not in names}, {}
+    return state, {key: value for key, value in config.to_dict().items() if key not in NOT_COMPUTED}
+
+
+class Starting:
+    """The trained parameters of a model as they are now, before the first update."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.weights = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Let the model compute with these parameters inside the block, without gradients."""
+        self._swap()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in trained(self.model).items():
+            parameter.data, self.weights[name] = self.weights[name], parameter.data
+
+
+def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Return `model`, which is used up, with the adapter in `folder` added to its weights. Raise UserError if it does
+    not fit."""
+    read(folder)  # for the message, and so that no pickle is opened
+    try:
+        whole = peft.PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = visible(" ".join(str(error).split())[:300])
+        raise UserError(f"{folder}: the adapter does not fit {type(model).__name__}: {reason}") from error
+    return whole.merge_and_unload()

@@ -7,16 +7,16 @@ Each process holds an adapter whole, whatever holds the frozen weights, and grad
 import contextlib
 import copy
 import dataclasses
+import importlib
 import json
+import logging
 import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,17 +24,23 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dpo import parallel
-from dpo.model.config import AdapterConfig
+from dpo.model.config import MUTATING, AdapterConfig
 from dpo.utils import UserError, visible
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 NAME = "default"  # PEFT's own name for the one adapter of a model
 PREFIX = "base_model.model."  # in files PEFT writes names as its wrapper of a model has them
-# Initialisations that take something out of the frozen weights, and put it into the adapter. It is kept as the model's
-# attribute TAKEN: files hold what was learnt, an adapter of twice the rank on the weights as they were.
-MUTATING, TAKEN = ("pissa", "olora"), "taken_out_of_weights"
+# Attribute of a model: what a MUTATING initialisation took out of the weights. Files hold what was learnt, an adapter
+# of twice the rank on the weights as they were.
+TAKEN = "taken_out_of_weights"
 # Entries of adapter_config.json that say nothing about what a model with the adapter computes.
 NOT_COMPUTED = ("base_model_name_or_path", "peft_version", "inference_mode", "task_type", "revision", "auto_mapping")
+
+
+def _peft(module: str = "peft") -> Any:
+    """Return a module of PEFT. It is imported when it is first needed, as that takes more than a second."""
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # PEFT imports it; it tells of a kernel it lacks
+    return importlib.import_module(module)
 
 
 # Configuration -----------------------------------------------------------------------------------------------------
@@ -42,16 +48,17 @@ NOT_COMPUTED = ("base_model_name_or_path", "peft_version", "inference_mode", "ta
 
 def peft_types() -> list[str]:
     """Return the methods of PEFT that can be put on a model in place."""
-    tuners = PEFT_TYPE_TO_TUNER_MAPPING.items()
+    known = _peft("peft.mapping")
+    tuners, configs = known.PEFT_TYPE_TO_TUNER_MAPPING.items(), known.PEFT_TYPE_TO_CONFIG_MAPPING
     fit = (kind for kind, tuner in tuners if getattr(tuner, "uses_shared_state", True) is False)
-    return sorted(kind.value for kind in fit if hasattr(PEFT_TYPE_TO_CONFIG_MAPPING[kind], "target_modules"))
+    return sorted(kind.value for kind in fit if hasattr(configs[kind], "target_modules"))
 
 
-def peft_config(adapter: AdapterConfig) -> peft.PeftConfig:
+def peft_config(adapter: AdapterConfig) -> Any:
     """Return PEFT's configuration for the keys of the group `adapter`. Raise UserError for what PEFT refuses."""
     if adapter.peft_type not in peft_types():
         raise UserError(f"adapter.peft_type={adapter.peft_type} is none of {', '.join(peft_types())}")
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(adapter.peft_type)]
+    kind = _peft("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING[adapter.peft_type]
     names = [field.name for field in dataclasses.fields(kind)]
     arguments: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     given: dict[str, tuple[Any, ...]] = {
@@ -82,7 +89,7 @@ def peft_config(adapter: AdapterConfig) -> peft.PeftConfig:
 # Put on a model ----------------------------------------------------------------------------------------------------
 
 
-def config_of(model: torch.nn.Module) -> peft.PeftConfig | None:
+def config_of(model: torch.nn.Module) -> Any:
     """Return the configuration of the model's adapter; None if it has none."""
     return getattr(model, "peft_config", {}).get(NAME)
 
@@ -92,17 +99,20 @@ def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def put_on(model: PreTrainedModel, config: peft.PeftConfig, base: str, seed: int) -> PreTrainedModel:
+def put_on(model: PreTrainedModel, config: Any, base: str, seed: int) -> PreTrainedModel:
     """Put a fresh adapter on `model`, whose weights are those of `base` (a folder or hub id), and freeze the rest.
 
     Raise UserError if the adapter does not fit the model.
     """
     config.base_model_name_or_path, config.inference_mode = base, False
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    looks = getattr(config, "use_dora", False) or getattr(config, "modules_to_save", None) or _changes_base(config)
+    model.requires_grad_(False)
+    with parallel.whole_weights(model, bool(looks)), torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT then sets it right itself
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT asks for it by its old name
         try:
-            peft.inject_adapter_in_model(config, model, NAME)
+            _peft().inject_adapter_in_model(config, model, NAME)
         except (ValueError, TypeError, NotImplementedError) as error:
             modules = model.named_modules()
             linear = {name.split(".")[-1] for name, m in modules if isinstance(m, torch.nn.Linear | Conv1D)}
@@ -117,16 +127,16 @@ def put_on(model: PreTrainedModel, config: peft.PeftConfig, base: str, seed: int
     return model
 
 
-def _changes_base(config: peft.PeftConfig) -> bool:
+def _changes_base(config: Any) -> bool:
     init = getattr(config, "init_lora_weights", None)
     return isinstance(init, str) and init.startswith(MUTATING)
 
 
-def read(folder: Path) -> tuple[peft.PeftConfig, dict[str, Tensor]]:
+def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     """Return configuration and weights of the adapter in `folder`. Raise UserError if they cannot be read."""
     try:
         values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        config = peft.PeftConfig.from_peft_type(**values)
+        config = _peft().PeftConfig.from_peft_type(**values)
         state = load_file(folder / WEIGHTS_FILE)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = visible(str(error).splitlines()[0][:300])
@@ -152,7 +162,7 @@ def load(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None
                 "weights; resume where it was begun, or start a new run from it: model.archive"
             )
         state = {name: half for name, (half, _) in halves.items()}
-    peft.set_peft_model_state_dict(model, state, NAME)
+    _peft().set_peft_model_state_dict(model, state, NAME)
 
 
 def _dim(name: str) -> int:
@@ -165,7 +175,7 @@ def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
     own = model.state_dict()
 
     def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = peft.get_peft_model_state_dict(model, tensors, NAME, save_embedding_layers=False)
+        found = _peft().get_peft_model_state_dict(model, tensors, NAME, save_embedding_layers=False)
         return {PREFIX + name: parallel.full(tensor).detach().cpu().contiguous() for name, tensor in found.items()}
 
     state, taken = named(own), vars(model).get(TAKEN)
@@ -175,7 +185,7 @@ def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: torch.cat([tensor, others[name]], _dim(name)) for name, tensor in state.items()}
 
 
-def saved_config(model: PreTrainedModel) -> peft.PeftConfig:
+def saved_config(model: PreTrainedModel) -> Any:
     """Return the configuration that belongs to `state_of`."""
     config: Any = copy.deepcopy(config_of(model))
     config.inference_mode = True
@@ -191,7 +201,7 @@ def saved_config(model: PreTrainedModel) -> peft.PeftConfig:
 def adds_nothing(model: PreTrainedModel) -> bool:
     """Return whether the model certainly computes what it does without its adapter: a product with B = 0 is added."""
     config, parameters = config_of(model), trained(model)
-    plain = isinstance(config, peft.LoraConfig) and not config.use_dora and all("lora_" in name for name in parameters)
+    plain = config.peft_type == "LORA" and not config.use_dora and all("lora_" in name for name in parameters)
     return plain and not any(bool(tensor.any()) for name, tensor in parameters.items() if "lora_B" in name)
 
 
@@ -236,7 +246,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     not fit."""
     read(folder)  # for the message, and so that no pickle is opened
     try:
-        whole = peft.PeftModel.from_pretrained(model, str(folder))
+        whole = _peft().PeftModel.from_pretrained(model, str(folder))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = visible(" ".join(str(error).split())[:300])
         raise UserError(f"{folder}: the adapter does not fit {type(model).__name__}: {reason}") from error

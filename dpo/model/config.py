@@ -52,6 +52,10 @@ class ReferenceConfig(Component):
     archive: str | None
 
 
+# Initialisations of an adapter that take something out of the frozen weights, and put it into the adapter.
+MUTATING = ("pissa", "olora")
+
+
 @dataclass(kw_only=True)
 class AdapterConfig(Component):
     """The adapter that is trained instead of the model's own weights, if there is one."""
@@ -163,6 +167,11 @@ class ParallelConfig(ComputeConfig):
             yield (
                 "trainer=TensorParallelTrainer cannot train an adapter: its processes hold parts of the matrices that "
                 "the adapter adds to; use trainer=FSDPTrainer"
+            )
+        if self.adapter.peft_type and self.needs_group and str(self.adapter.init).startswith(MUTATING):
+            yield (
+                f"adapter.init={self.adapter.init} changes the weights, of which each process of {self.trainer} holds "
+                "a part: use trainer=BasicTrainer, or another init"
             )
         if self.adapter.quantization and self.needs_group:
             yield (

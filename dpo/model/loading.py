@@ -14,14 +14,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from dpo import parallel
 from dpo.data.cache import cached
-from dpo.model import adapters, patches
+from dpo.model import adapters, patches, quantization
 from dpo.model.checks import disable_dropout, refusing
 from dpo.model.logps import add_token_logps
 from dpo.run.checkpoint import MANIFEST, read_state
@@ -122,7 +121,10 @@ def load_policy(
         log(f"starting from the weights of {found.path}{found.describe()}")
     adapter = _adapter_in(source if found is None else found.path)
     if adapter is not None:
-        source, found = _base_of(config, adapter, source), None
+        base = _base_of(config, adapter, source)
+        if str(adapter) != str(source):
+            _check_same_architecture(config, source, Archive(Path(base), None, {}))
+        source, found = base, None
     if found is not None:
         _check_same_architecture(config, source, found)
     model = _read_model(config, source, found, sharding, device)
@@ -192,10 +194,11 @@ def _put_adapter_on(model: PreTrainedModel, config: Config, base: str, folder: P
             "adapter=lora adapter.stack=true; to train all weights: first scripts/export.py --merge"
         )
     found, state = adapters.read(folder)
-    if trains and found.peft_type != config.adapter.peft_type:
+    kind = str(found.peft_type).removeprefix("PeftType.")
+    if trains and kind != config.adapter.peft_type:
         raise UserError(
-            f"adapter.peft_type={config.adapter.peft_type}, but model.archive={folder} is of {found.peft_type}, which "
-            f"goes on: set adapter.peft_type={found.peft_type}, or adapter.stack=true for a fresh one on top"
+            f"adapter.peft_type={config.adapter.peft_type}, but model.archive={folder} is of {kind}, which "
+            f"goes on: set adapter.peft_type={kind}, or adapter.stack=true for a fresh one on top"
         )
     adapters.put_on(model, found, base, config.seed)
     adapters.load(model, state, folder)
@@ -224,12 +227,11 @@ def merged_model(config: Config, adapter: Path) -> PreTrainedModel:
     base = _base_of(config, adapter, local_folder(config.model.name_or_path, config.cache))
     trained_on = config
     with contextlib.suppress(UserError, KeyError):  # of another program
-        quantization = read_state(adapter)["config"]["adapter"]["quantization"]
-        trained_on = replace(config, adapter=replace(config.adapter, quantization=quantization))
+        stored = read_state(adapter)["config"]["adapter"]["quantization"]
+        trained_on = replace(config, adapter=replace(config.adapter, quantization=stored))
     model: Any = _read_model(trained_on, base, None, None, torch.device("cpu"))
     if trained_on.adapter.quantization:
         model = model.dequantize(getattr(torch, config.model.policy_dtype))
-        patches.forget_quantization(model)
     return adapters.merged(model, adapter)
 
 
@@ -246,12 +248,13 @@ def _read_model(
     options: dict[str, Any] = {"dtype": getattr(torch, config.model.policy_dtype), "output_loading_info": True}
     options |= _own_code(config)
     if config.adapter.quantization:
-        options |= {"quantization_config": _quantization(config), "device_map": {"": device}}
+        reading = quantization.loading(config.adapter.quantization, config.compute_dtype)
+        options |= {"quantization_config": reading, "device_map": {"": device}}
     if archive is None or state is None:
         with refusing(f"no model could be read from {folder}"):
             model, info = _from_pretrained(config, folder, None, options, sharding)
             _check_complete(info, f"the weights of {folder}", "is the folder complete, and of a causal language model?")
-        return model
+        return quantization.compute_alike(model, config.compute_dtype) if config.adapter.quantization else model
     with refusing(f"model.archive={archive.path} is of another architecture"):
         state = {name: tensor for name, tensor in state.items() if not name.endswith(OLD_BUFFERS)}
         model, info = _from_pretrained(config, folder, state, options, sharding)
@@ -259,17 +262,6 @@ def _read_model(
         if missing or unknown:
             raise ValueError(f"it lacks {missing[:2] or 'nothing'} and has the unknown {unknown[:2] or 'nothing'}")
     return model
-
-
-def _quantization(config: Config) -> BitsAndBytesConfig:
-    if config.adapter.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=config.compute_dtype,
-    )
 
 
 def _from_pretrained(

@@ -261,6 +261,30 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
     return total
 
 
+@contextlib.contextmanager
+def whole_weights(model: torch.nn.Module, read: bool) -> Iterator[None]:
+    """Let the modules of a model that FSDP holds have their weights whole inside the block, for what looks at them.
+
+    `read`: they are gathered, all at once, a collective; otherwise only their shapes are right.
+    """
+    units = list(fsdp_modules(model)) if read else []
+    held: list[tuple[torch.nn.Module, str, Any]] = []
+    for module in model.modules() if not read else ():
+        held += [(module, name, p) for name, p in module._parameters.items() if isinstance(p, DTensor)]
+    for unit in units:
+        unit.unshard()
+    for module, name, parameter in held:
+        placeholder = torch.empty((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+        module._parameters[name] = torch.nn.Parameter(placeholder, requires_grad=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+        for module, name, parameter in held:
+            module._parameters[name] = parameter
+
+
 def sum_gradients(model: torch.nn.Module) -> None:
     """Sum the gradients of what each process holds whole (an adapter) over the data ranks of `model`. A collective.
 

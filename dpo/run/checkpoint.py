@@ -288,7 +288,7 @@ class CheckpointWriter:
         batch: str | None = None,
     ) -> None:
         """Write `<run folder>/<name>`, by default step-<examples>, which LATEST then names. `state` says how the
-        weights came about; see `_card`. `batch` is the text of batch.json, if there is to be one. Without an optimizer
+        weights came about; see `card`. `batch` is the text of batch.json, if there is to be one. Without an optimizer
         it is a checkpoint of weights only.
 
         A collective: every process writes its part. Raise UserError in all processes if this checkpoint or the pending
@@ -470,7 +470,7 @@ def _write_texts(
     for config in configs:
         config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(visible(redact(_card(state))), encoding="utf-8")
+    (folder / "README.md").write_text(card(state), encoding="utf-8")
     (folder / STATE_FILE).write_text(redact(json.dumps(state, indent=2)), encoding="utf-8")
 
 
@@ -487,22 +487,31 @@ def point(run_dir: Path, link: str, name: str) -> None:
     atomic_link(run_dir / link, name)
 
 
-def _card(state: dict[str, Any]) -> str:
-    """Return a model card (Markdown with the hub's front matter) from a checkpoint's state."""
+def card(state: dict[str, Any], merged: bool = False) -> str:
+    """Return a model card (Markdown with the hub's front matter) from a checkpoint's state. `merged`: an adapter of the
+    checkpoint has been added to the weights."""
     n = f", n = {state['eval_examples']}" if state.get("eval_examples") else ""
     metrics = "\n".join(f"| {name} | {value:.5g} |" for name, value in state["metrics"].items())
     config = state["config"]
     model, name = config["model"], config["loss"]["name"]
     start = f"`{model['name_or_path']}`" + (f", from the weights of `{model['archive']}`" if model["archive"] else "")
-    return f"""---
-library_name: transformers
-tags: [{name}]
+    settings = config.get("adapter") or {}
+    adapter = settings.get("peft_type")
+    facts = [f"{key} {settings[key]}" for key in ("rank", "alpha", "quantization") if settings.get(key)]
+    done = ", merged into the weights" if merged else ""
+    described = f"\n- adapter: {', '.join([adapter, *facts])}{done}" if adapter else ""
+    library = "peft" if adapter and not merged else "transformers"
+    hub_id = model["archive"] is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model["name_or_path"])
+    base = f"\nbase_model: {model['name_or_path']}" if hub_id and not Path(model["name_or_path"]).exists() else ""
+    text = f"""---
+library_name: {library}{base}
+tags: [{name}{f", {adapter.lower()}" if adapter else ""}]
 ---
 # {Path(model["name_or_path"]).name} after {name}
 
 - base model: {start}
 - data: {", ".join(f"`{data}`" for data in config["datasets"])}, seed {config["seed"]}
-- loss: `{state.get("loss") or name}`
+- loss: `{state.get("loss") or name}`{described}
 - trained for {state["examples"]} examples in {state["updates"]} updates
 - command: `{state["command"]}`
 
@@ -510,3 +519,4 @@ tags: [{name}]
 |---|---|
 {metrics or "| none measured | |"}
 """
+    return visible(redact(text))

@@ -68,6 +68,7 @@ def _package_file(package: str, file: str) -> str:
 def _run_name(swept: str) -> str:
     """Return the name of a run's folder in a sweep, made of its overrides, such as loss.beta-0.1_seed-2. Signs that do
     not suit the name of a folder, or an override that names it, are replaced; a hash then keeps names apart."""
+    swept = swept.replace("++loss.", "loss.")  # of commandline.arranged
     name = re.sub(r"[^\w.+-]", "_", swept)[:LONGEST_NAME]
     if not swept:
         return "run"
@@ -256,18 +257,23 @@ def check_command(overrides: list[str]) -> list[Override]:
 
 
 def _check_loss_keys(given: dict[str, list[str]]) -> None:
-    """Raise UserError for a key that only losses have that were not chosen."""
+    """Raise UserError for a key that a chosen loss does not have, and others have."""
     default = next(part["loss"] for part in OmegaConf.load(CONFIG_DIR / "config.yaml").defaults if "loss" in part)
     if "experiment" in given and "loss" not in given:  # the recipe chooses the loss
         return
     chosen, known = given.get("loss", [default]), loss_keys()
     for key in given:
         having = [loss for loss, names in known.items() if key.removeprefix("loss.") in names]
-        if key.startswith("loss.") and having and all(loss in known and loss not in having for loss in chosen):
-            run = f"loss={','.join(chosen)}" + ("" if "loss" in given else ", the default")
+        lacking = [loss for loss in chosen if loss in known and loss not in having]
+        if key.startswith("loss.") and having and lacking:
             having.sort(key=lambda loss: loss != "dpo")
             theirs = " or ".join(f"loss={loss}" for loss in having[:3]) + (" and others" if len(having) > 3 else "")
-            raise UserError(f"{key} is for {theirs}, and this run has {run}: add loss={having[0]}")
+            run = f"this run has loss={lacking[0]}" + ("" if "loss" in given else ", the default")
+            advice = f"add loss={having[0]}"
+            if len(chosen) > 1:
+                run = f"this sweep has loss={','.join(lacking)}"
+                advice = f"sweep losses that have it, or leave {key} out"
+            raise UserError(f"{key} is for {theirs}, and {run}: {advice}")
 
 
 def _values(override: Override) -> list[str]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dpo.data.sources import DataSettings
 
 LONGEST_NAME = 120
+MIXED = ", or add terms to a loss of pairs: loss=mix 'loss.terms={bco: 1, nll: 1}'"
 LOSS_NAMES = ("name", "kind")  # what a loss is called, and its class
 
 
@@ -263,17 +264,23 @@ def _check_loss_keys(given: dict[str, list[str]]) -> None:
         return
     chosen, known = given.get("loss", [default]), loss_keys()
     for key in given:
-        having = [loss for loss, names in known.items() if key.removeprefix("loss.") in names]
+        part = key.removeprefix("loss.")
+        having = sorted((loss for loss, names in known.items() if part in names), key=lambda loss: loss != "dpo")
         lacking = [loss for loss in chosen if loss in known and loss not in having]
-        if key.startswith("loss.") and having and lacking:
-            having.sort(key=lambda loss: loss != "dpo")
-            theirs = " or ".join(f"loss={loss}" for loss in having[:3]) + (" and others" if len(having) > 3 else "")
-            run = f"this run has loss={lacking[0]}" + ("" if "loss" in given else ", the default")
-            advice = f"add loss={having[0]}"
-            if len(chosen) > 1:
-                run = f"this sweep has loss={','.join(lacking)}"
-                advice = f"sweep losses that have it, or leave {key} out"
-            raise UserError(f"{key} is for {theirs}, and {run}: {advice}")
+        if not key.startswith("loss.") or not having or not lacking:
+            continue
+        theirs = " or ".join(f"loss={loss}" for loss in having[:3]) + (" and others" if len(having) > 3 else "")
+        run = f"loss={','.join(lacking)} has no such key"
+        if "loss" not in given:
+            run = f"this run has loss={default}, the default: add loss={having[0]}"
+        elif len(chosen) > 1:
+            run += f": sweep losses that have it, or leave {key} out"
+        elif "settings" in known[lacking[0]]:
+            run += f": a term's own keys stand in 'loss.settings={{{having[0]}: {{{part}: <value>}}}}'"
+        else:
+            mixed = part in known["pairs"] and part != "beta"
+            run += f": leave it out, or choose a loss that has it{MIXED if mixed else ''}"
+        raise UserError(f"{key} is for {theirs}, and {run}")
 
 
 def _values(override: Override) -> list[str]:

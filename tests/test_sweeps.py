@@ -187,7 +187,7 @@ def test_runs_are_named_by_what_is_swept() -> None:
         (["exp_name=../x", "seed=0,1"], r"exp_name='\.\./x' must be a name"),
         (["exp_name=x", "seed=0,1", "--learning_rate=3"], "here that is lr="),
         (["exp_name=x", "seed=[1"], "cannot be read"),
-        (["exp_name=x", "loss=dpo,sft", "loss.beta=1"], "this sweep has loss=sft: sweep losses that have it"),
+        (["exp_name=x", "loss=dpo,sft", "loss.beta=1"], "loss=sft has no such key: sweep losses that have it"),
         (["exp_name=x", "loss=dpo,ipo", "loss.bata=1"], "did you mean 'loss.beta'?"),
     ],
 )

@@ -639,7 +639,7 @@ class Mix(Loss, name="mix"):
         if problems:
             raise ValueError("; ".join(problems))
         losses = self.parts.values()
-        self._set(columns=tuple(dict.fromkeys(c for loss in losses for c in loss.columns)))
+        self._set(columns=tuple(dict.fromkeys(c for loss in losses for c in loss.columns)), term_names=(*self.terms,))
         for need in ("needs_reference", "needs_tokens", "needs_squares", "needs_kl", "needs_statistics"):
             self._set(**{need: any(getattr(loss, need) for loss in losses)})
 
@@ -664,8 +664,11 @@ class Mix(Loss, name="mix"):
         return parts, problems
 
     def __call__(self, examples: Examples) -> Tensor:
-        losses = [self.terms[name] * loss(self._seen(name, examples)) for name, loss in self.parts.items()]
+        losses = [self.terms[name] * loss for name, loss in self.term_losses(examples).items()]
         return torch.stack(losses).sum(0)
+
+    def term_losses(self, examples: Examples) -> dict[str, Tensor]:
+        return {name: loss(self._seen(name, examples)) for name, loss in self.parts.items()}
 
     def _seen(self, name: str, examples: Examples) -> Examples:
         """Return what a term sees: its own statistics and state."""

@@ -299,6 +299,14 @@ def test_statistics_are_those_of_the_global_batch(
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+def test_a_sum_is_that_of_its_terms() -> None:
+    loss = build("mix", {"terms": {"dpo": 0.8, "mix": 2.0}, "beta": 0.3, "settings": {"mix": {"terms": {"nll": 1}}}})
+    examples = draw()[0]
+    terms = loss.term_losses(examples)
+    assert loss.term_names == tuple(terms) == ("dpo", "mix") and DPO(0.3).term_names == ()
+    torch.testing.assert_close(0.8 * terms["dpo"] + 2 * terms["mix"], loss(examples))
+
+
 def test_equal_examples_share_their_ranks() -> None:
     """Of a policy that equals the reference all log-ratios are 0, and their order is arbitrary."""
     side = torch.zeros(4, dtype=torch.float64)

@@ -8,6 +8,7 @@ keys; their types and bounds stand here. docs/losses.md lists all losses with pa
 import functools
 import importlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dpo.config import build
+from dpo.hints import meant
 from dpo.loss import Examples, Loss, Responses
 from dpo.utils import UserError
 from utils import CONFIG_DIR, loss_values
@@ -612,6 +614,9 @@ class TDPO(LogRatioRewards, Loss, name="tdpo"):
         return F.sigmoid(-self._margin(examples).detach())
 
 
+LIKE = {"sft": "nll", "kto": "bco", "listwise": "dpo"}  # losses that are no terms, and what is
+
+
 @dataclass(frozen=True)
 class Mix(Loss, name="mix"):
     """A weighted sum of losses of pairs, such as MPO (Wang et al. 2024, arXiv:2411.10442): `terms` gives the weight of
@@ -634,7 +639,7 @@ class Mix(Loss, name="mix"):
         if problems:
             raise ValueError("; ".join(problems))
         losses = self.parts.values()
-        self._set(columns=tuple(dict.fromkeys(c for loss in losses for c in loss.columns)))
+        self._set(columns=tuple(dict.fromkeys(c for loss in losses for c in loss.columns)), term_names=(*self.terms,))
         for need in ("needs_reference", "needs_tokens", "needs_squares", "needs_kl", "needs_statistics"):
             self._set(**{need: any(getattr(loss, need) for loss in losses)})
 
@@ -651,15 +656,19 @@ class Mix(Loss, name="mix"):
         for name in self.terms:
             given = (self.settings or {}).get(name, {})
             loss, found = make({"name": name, **given}, {} if self.beta is None else {"beta": self.beta})
-            problems += [f"loss.terms, {name}: {problem}" for problem in found]
-            if loss is not None and loss.rows != "pairs":
-                problems.append(f"loss.terms, {name}: it is no loss of pairs; of the chosen response: nll")
+            if name in LIKE or (loss is not None and loss.rows != "pairs"):
+                like = f"; the term most like it is {LIKE[name]}" if name in LIKE else ""
+                found = [f"it does not learn from pairs, and all terms do{like}"]
+            problems += [_of_a_term(name, given, problem) for problem in found]
             parts |= {name: loss} if loss is not None else {}
         return parts, problems
 
     def __call__(self, examples: Examples) -> Tensor:
-        losses = [self.terms[name] * loss(self._seen(name, examples)) for name, loss in self.parts.items()]
+        losses = [self.terms[name] * loss for name, loss in self.term_losses(examples).items()]
         return torch.stack(losses).sum(0)
+
+    def term_losses(self, examples: Examples) -> dict[str, Tensor]:
+        return {name: loss(self._seen(name, examples)) for name, loss in self.parts.items()}
 
     def _seen(self, name: str, examples: Examples) -> Examples:
         """Return what a term sees: its own statistics and state."""
@@ -691,6 +700,19 @@ class Mix(Loss, name="mix"):
     @property
     def weighs_gradients(self) -> bool:
         return any(loss.weighs_gradients for loss in self.parts.values())
+
+
+def _of_a_term(name: str, given: Mapping[str, Any], problem: str) -> str:
+    """Return a problem of a term's keys, `given` by loss.settings, in words of the sum's keys."""
+    found = re.match(r"loss\.(\w+)(?:: no such key$| is missing: pass )", problem)
+    if found is None:
+        return f"loss.terms, {name}: {problem}"
+    key = found[1]
+    if key in given:
+        near = "" if key in loss_values("pairs") else meant(key, loss_values(name).keys()).replace("loss.", "")
+        return f"loss.settings={{{name}: {{{key}: {given[key]}}}}}: loss={name} has no such key{near}"
+    beta = "loss.beta=<value> for all terms, or " if key == "beta" else ""
+    return f"loss.terms, {name}: {key} is missing: pass {beta}'loss.settings={{{name}: {{{key}: <value>}}}}'"
 
 
 def _of(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

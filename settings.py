@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dpo.data.sources import DataSettings
 
 LONGEST_NAME = 120
+MIXED = ", or add terms to a loss of pairs: loss=mix 'loss.terms={bco: 1, nll: 1}'"
 LOSS_NAMES = ("name", "kind")  # what a loss is called, and its class
 
 
@@ -68,6 +69,7 @@ def _package_file(package: str, file: str) -> str:
 def _run_name(swept: str) -> str:
     """Return the name of a run's folder in a sweep, made of its overrides, such as loss.beta-0.1_seed-2. Signs that do
     not suit the name of a folder, or an override that names it, are replaced; a hash then keeps names apart."""
+    swept = swept.replace("++loss.", "loss.")  # of commandline.arranged
     name = re.sub(r"[^\w.+-]", "_", swept)[:LONGEST_NAME]
     if not swept:
         return "run"
@@ -259,18 +261,29 @@ def check_command(overrides: list[str]) -> list[Override]:
 
 
 def _check_loss_keys(given: dict[str, list[str]]) -> None:
-    """Raise UserError for a key that only losses have that were not chosen."""
+    """Raise UserError for a key that a chosen loss does not have, and others have."""
     default = next(part["loss"] for part in OmegaConf.load(CONFIG_DIR / "config.yaml").defaults if "loss" in part)
     if "experiment" in given and "loss" not in given:  # the recipe chooses the loss
         return
     chosen, known = given.get("loss", [default]), loss_keys()
     for key in given:
-        having = [loss for loss, names in known.items() if key.removeprefix("loss.") in names]
-        if key.startswith("loss.") and having and all(loss in known and loss not in having for loss in chosen):
-            run = f"loss={','.join(chosen)}" + ("" if "loss" in given else ", the default")
-            having.sort(key=lambda loss: loss != "dpo")
-            theirs = " or ".join(f"loss={loss}" for loss in having[:3]) + (" and others" if len(having) > 3 else "")
-            raise UserError(f"{key} is for {theirs}, and this run has {run}: add loss={having[0]}")
+        part = key.removeprefix("loss.")
+        having = sorted((loss for loss, names in known.items() if part in names), key=lambda loss: loss != "dpo")
+        lacking = [loss for loss in chosen if loss in known and loss not in having]
+        if not key.startswith("loss.") or not having or not lacking:
+            continue
+        theirs = " or ".join(f"loss={loss}" for loss in having[:3]) + (" and others" if len(having) > 3 else "")
+        run = f"loss={','.join(lacking)} has no such key"
+        if "loss" not in given:
+            run = f"this run has loss={default}, the default: add loss={having[0]}"
+        elif len(chosen) > 1:
+            run += f": sweep losses that have it, or leave {key} out"
+        elif "settings" in known[lacking[0]]:
+            run += f": a term's own keys stand in 'loss.settings={{{having[0]}: {{{part}: <value>}}}}'"
+        else:
+            mixed = part in known["pairs"] and part != "beta"
+            run += f": leave it out, or choose a loss that has it{MIXED if mixed else ''}"
+        raise UserError(f"{key} is for {theirs}, and {run}")
 
 
 def _values(override: Override) -> list[str]:

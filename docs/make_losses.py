@@ -51,7 +51,8 @@ MIX = """## Sums of losses
 
 `loss=mix loss.beta=0.1 'loss.terms={dpo: 0.8, bco: 0.2, nll: 1.0}'` adds weighted losses of pairs; `loss=mpo` is
 this one. Keys of one term: `'loss.settings={simpo: {gamma: 0.5}}'`. Rewards are those of the first term that has
-some.
+some. Metrics: `loss_train/dpo`, `loss_eval/dpo` and so on are each term's loss before its weight, and `loss/train` is
+their weighted sum.
 """
 
 # (loss here, what others compute under the name, what gives their numbers here). TRL: 1.16, from its numbers; the

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 
 from dpo.hints import meant
 from dpo.run.config import name_problem
@@ -43,7 +43,7 @@ def arranged(arguments: list[str], check: Callable[[list[str]], list[Override]],
     if multirun and (known.cfg or known.info):
         raise UserError("--cfg and --info show one run's configuration: leave -m out, and give each key one value")
     naming = _naming(overrides) if multirun else []
-    return [*known.overrides, *naming, *options]
+    return [*(_swept(known.overrides, overrides) if multirun else known.overrides), *naming, *options]
 
 
 def _refuse(message: str) -> NoReturn:
@@ -64,6 +64,14 @@ def _check_plugins(arguments: list[str]) -> None:
             raise UserError(f"{argument} is not known; choose from: {', '.join(PLUGINS[kind])}")
         if not installed:
             raise UserError(f"{argument} is not installed: pip install -r requirements-sweeps.txt")
+
+
+def _swept(arguments: Sequence[str], overrides: Sequence[Override]) -> list[str]:
+    """Return a sweep's settings, with ++ before keys of a loss that is swept itself: Hydra first composes them with the
+    default loss, which may not have these keys."""
+    any_loss = any(each.key_or_group in ("loss", "experiment") and each.is_sweep_override() for each in overrides)
+    plain = [each.type == OverrideType.CHANGE and each.key_or_group.startswith("loss.") for each in overrides]
+    return [f"++{argument}" if any_loss and key else argument for argument, key in zip(arguments, plain, strict=True)]
 
 
 def _naming(overrides: Sequence[Override]) -> list[str]:

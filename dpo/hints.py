@@ -59,6 +59,7 @@ ELSEWHERE = {
     "sppo_hard": "loss=sppo loss.pair_weight=2",
     "aot_pair": "loss=aot_unpaired (loss=aot is their aot)",
     "kto_pair": "loss=kto, on rows with a label",
+    "apo": "loss=apo_zero or loss=apo_down",
     "loss_weights": "loss=mix 'loss.terms={dpo: 0.8, nll: 1.0}'",
     "precompute_ref_log_probs": "reference.mode=<stored or live>",
     "max_seq_length max_seq_len seq_length model_max_length": "max_length=<tokens of prompt and response>",

@@ -106,6 +106,7 @@ class Loss:
     needs_statistics = False
     observes_mismatched = False  # `observe` sees each prompt of the global batch with another prompt's response
     columns: tuple[str, ...] = ()  # numeric columns of the data, one value per example
+    term_names: tuple[str, ...] = ()  # of a sum of losses: the keys of `term_losses`
 
     def __init_subclass__(cls, name: str | None = None) -> None:
         if "needs_rejected" in vars(cls):
@@ -136,6 +137,10 @@ class Loss:
     def __call__(self, examples: Examples) -> Tensor:
         """Return the loss of each example, shape [n]."""
         raise NotImplementedError
+
+    def term_losses(self, examples: Examples) -> dict[str, Tensor]:
+        """Return each term of a sum of losses before its weight, shape [n], for metrics."""
+        return {}
 
     def rewards(self, responses: Responses) -> Tensor | None:
         """Return the implicit reward of each response, shape [n]; None if the loss defines none."""

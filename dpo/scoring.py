@@ -35,6 +35,7 @@ class Scored:
     rounding: Tensor  # of the reward margin: a smaller margin counts as a tie
     slack: Tensor  # rounding of the chosen response's log-probability, in nats
     gradient_weight: Tensor  # see Loss.gradient_weight
+    terms: Mapping[str, Tensor] = field(default_factory=dict)  # see Loss.term_losses
 
     @property
     def margin(self) -> Tensor:
@@ -53,6 +54,10 @@ class Metric:
 
 def _metric(value: Callable[[Scored], Tensor], *needs: str) -> Metric:
     return Metric(value, frozenset(needs))
+
+
+def _term(name: str) -> Metric:
+    return _metric(lambda s: s.terms[name])
 
 
 # Name -> metric; {} is "train" or "eval". Names are those of the original code. Log-probabilities are sums in nats.
@@ -76,7 +81,8 @@ def measured(loss: Loss, split: str) -> dict[str, Metric]:
     facts = {"pairs": loss.needs_rejected, "rejected": loss.needs_rejected or loss.rows == LABELLED}
     facts |= {"reference": loss.needs_reference, "rewards": loss.gives_rewards}
     facts |= {"gradient_weight": loss.weighs_gradients}
-    return {name.format(split): m for name, m in METRICS.items() if all(facts[need] for need in m.needs)}
+    found = {name.format(split): m for name, m in METRICS.items() if all(facts[need] for need in m.needs)}
+    return found | {f"loss_{split}/{term}": _term(term) for term in loss.term_names}
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,9 @@ class Scorer:
             rounding = (slopes[0][0] * slack[batch.chosen]).abs() + (slopes[1][0] * slack[batch.rejected]).abs()
         weight = self.loss.gradient_weight(examples)
         weight = losses if weight is None else weight
-        return Scored(losses, chosen, rejected, ours, theirs, rounding, slack[batch.chosen], weight)
+        with torch.no_grad():
+            terms = self.loss.term_losses(examples)
+        return Scored(losses, chosen, rejected, ours, theirs, rounding, slack[batch.chosen], weight, terms)
 
     @torch.no_grad()
     def prepare(

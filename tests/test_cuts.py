@@ -68,7 +68,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def must_be_equal(folders: list[Path], name: str) -> None:
     first, *others = [updates_in(folder) for folder in folders]
-    names = [n for n in first[0] if n.startswith(("loss/", "logps", "rewards", "grad", "logratios", "chosen_fell"))]
+    names = [n for n in first[0] if n.startswith(("loss", "logps", "rewards", "grad", "logratios", "chosen_fell"))]
     assert len(first) == 2 and len(names) >= 3
     slack = STEEP.get(name, 1e-5)
     for folder, updates in zip(folders[1:], others):

@@ -299,6 +299,14 @@ def test_statistics_are_those_of_the_global_batch(
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+def test_a_sum_is_that_of_its_terms() -> None:
+    loss = build("mix", {"terms": {"dpo": 0.8, "mix": 2.0}, "beta": 0.3, "settings": {"mix": {"terms": {"nll": 1}}}})
+    examples = draw()[0]
+    terms = loss.term_losses(examples)
+    assert loss.term_names == tuple(terms) == ("dpo", "mix") and DPO(0.3).term_names == ()
+    torch.testing.assert_close(0.8 * terms["dpo"] + 2 * terms["mix"], loss(examples))
+
+
 def test_equal_examples_share_their_ranks() -> None:
     """Of a policy that equals the reference all log-ratios are 0, and their order is arbitrary."""
     side = torch.zeros(4, dtype=torch.float64)
@@ -485,13 +493,24 @@ MISUSE = [
     (["loss=dpo", "loss.beta=1", "loss.tau=2"], "loss.tau=2.0 is for loss.link=discopop, not loss.link=logistic"),
     (["loss=nll", "loss.nll_weight=0"], "leave nothing to learn"),
     (["loss=dpo", "loss.beta=1", "loss.link=cubic"], "loss.link=cubic is not known; choose from: logistic, hinge"),
-    (["loss=mix", "loss.terms={dpo: 1}"], "loss.terms, dpo: loss.beta is missing"),
+    (["loss=mix", "loss.terms={dpo: 1}"], "or 'loss.settings={dpo: {beta: <value>}}'"),
+    (["loss=mix", "loss.terms={mix: 1}"], "mix: terms is missing: pass 'loss.settings={mix: {terms: <value>}}'"),
+    (
+        ["loss=mix", "loss.beta=1", "loss.terms={dpo: 1}", "loss.settings={dpo: {bata: 0.2}}"],
+        "loss.settings={dpo: {bata: 0.2}}: loss=dpo has no such key; did you mean 'beta'?",
+    ),
+    (
+        ["loss=mix", "loss.beta=1", "loss.terms={bco: 1}", "loss.settings={bco: {gamma: 1}}"],
+        "loss.settings={bco: {gamma: 1}}: loss=bco has no such key",
+    ),
+    (["loss=mix", "loss.terms={kto: 1}"], "loss.terms, kto: it does not learn from pairs, and all terms do; the term"),
     (["loss=mix", "loss.terms={dpoo: 1}"], "loss.name=dpoo is not known; choose from: aot, aot_unpaired, apo_down"),
-    (["loss=mix", "loss.terms={sft: 1}"], "loss.terms, sft: it is no loss of pairs; of the chosen response: nll"),
+    (["loss=mix", "loss.terms={sft: 1}"], "and all terms do; the term most like it is nll"),
     (["loss=mix", "loss.terms={nll: 1}", "loss.settings={dpo: {beta: 1}}"], "loss.settings.dpo is no term"),
     (["loss=mix", "loss.terms={}"], "loss.terms={} names no loss"),
     (["loss=tdpo", "loss.beta=1"], "loss=tdpo needs the reference's whole distribution: set reference.mode=live"),
     (["loss=simpo", "reference.mode=live"], "reference.mode=live, but loss=simpo needs no reference"),
+    (["loss=sft", "reference.mode=live"], "reference.mode=live, but loss=sft needs no reference: leave reference.mode"),
 ]
 
 
@@ -502,3 +521,7 @@ def test_misuse_is_one_clear_line(given: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(["exp_name=x", *given])
     assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_sft_may_keep_a_live_reference_for_its_kl() -> None:
+    assert load_config(["exp_name=x", "loss=sft", "reference.mode=live", "kl_during_eval=true"]).loss == SFT()

@@ -523,8 +523,8 @@ def test_columns_of_csv_and_parquet(settings: DataSettings, tokenizer: Any, tmp_
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({}, "missing field: 'weight'"),
-        ({"weight": None}, "null field: 'weight'"),
+        ({}, r"missing field: 'weight'; the row has .*\. loss\.weighting=none of losses of pairs does without it"),
+        ({"weight": None}, r"null field: 'weight'\. loss\.weighting=none of losses of pairs does without it"),
         ({"weight": "1"}, "wrong type: 'weight' is str"),
         ({"weight": True}, "wrong type: 'weight' is bool"),
         ({"weight": math.inf}, "number not finite: 'weight' is inf"),
@@ -539,6 +539,8 @@ def test_a_column_without_a_number_is_named(
     path = write_rows(tmp_path / "x.jsonl", [good, bad])
     with pytest.raises(UserError, match=rf"x\.jsonl:2: {message}"):
         load_file(settings, path, tokenizer, pair_columns=("weight",))
+    with pytest.raises(UserError, match=r"missing field: 'margin'; the row has .*\. loss\.margin=none of losses of"):
+        load_file(settings, path, tokenizer, pair_columns=("margin",))
     data = load_file(settings, path, tokenizer, pair_columns=("weight",), drop_bad_rows=True)
     assert len(data) == 1 and data.funnel[str(path)][f"rows dropped: {message.partition(':')[0]}"] == 1
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from dpo.config import keys
 from dpo.run.config import Config
 from dpo.utils import UserError
-from settings import CONFIG_DIR, build_config, load_config
+from settings import CONFIG_DIR, build_config, check_command, load_config
 from utils import loss_values
 
 MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
@@ -206,6 +206,24 @@ def test_bad_values_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(["exp_name=x", *overrides])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("loss=apo", "; here that is loss=apo_zero or loss=apo_down"),
+        ("loss.beta=1", "this run has loss=sft, the default: add loss=dpo"),
+        ("loss=sft loss.beta=1", "loss=sft has no such key: leave it out, or choose a loss that has it"),
+        ("loss=kto loss.nll_weight=1", "or add terms to a loss of pairs: loss=mix 'loss.terms={bco: 1, nll: 1}'"),
+        ("loss=bco loss.nll_weight=1", "loss=bco has no such key: leave it out, or choose a loss that has it, or add"),
+        ("loss=mpo loss.gamma=1", "a term's own keys stand in 'loss.settings={dpo: {gamma: <value>}}'"),
+        ("loss=dpo,sft,ipo loss.beta=1", "loss=sft has no such key: sweep losses that have it, or leave loss.beta out"),
+    ],
+)
+def test_losses_and_their_keys_are_answered_before_hydra(command: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_command(command.split())
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
 def test_all_problems_are_listed_at_once() -> None:

@@ -165,6 +165,10 @@ def test_runs_are_named_by_what_is_swept() -> None:
         assert naming == ['hydra.job.config.override_dirname.exclude_keys=["dataset_sources.hh", "exp_name", "loss"]']
     one = ["exp_name=x", "loss=dpo", "loss.beta=0.1"]
     assert arranged(one) == one
+    assert "loss.beta=0.1" in arranged([*one, "seed=0,1", "-m"])
+    several = ["exp_name=x", "loss=dpo,ipo", "loss.beta=0.1", "-m"]  # composed with the default loss at first
+    assert arranged(several)[:3] == ["exp_name=x", "loss=dpo,ipo", "++loss.beta=0.1"]
+    assert settings._run_name("++loss.beta-0.1_loss-dpo") == "loss.beta-0.1_loss-dpo"
 
 
 @pytest.mark.parametrize(
@@ -183,6 +187,8 @@ def test_runs_are_named_by_what_is_swept() -> None:
         (["exp_name=../x", "seed=0,1"], r"exp_name='\.\./x' must be a name"),
         (["exp_name=x", "seed=0,1", "--learning_rate=3"], "here that is lr="),
         (["exp_name=x", "seed=[1"], "cannot be read"),
+        (["exp_name=x", "loss=dpo,sft", "loss.beta=1"], "loss=sft has no such key: sweep losses that have it"),
+        (["exp_name=x", "loss=dpo,ipo", "loss.bata=1"], "did you mean 'loss.beta'?"),
     ],
 )
 def test_sweeps_that_cannot_be(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +201,16 @@ def test_sweeps_that_cannot_be(arguments: list[str], message: str, monkeypatch: 
     sweep = ["-m", "exp_name=x", "loss=dpo"]
     assert len(arranged([*sweep, "loss.beta=choice(0.1)"])) == 5
     assert len(arranged([*sweep, "loss.beta=interval(0.1,1)", "hydra/sweeper=optuna"])) == 6
+
+
+@pytest.mark.full
+def test_losses_are_swept_with_keys_that_the_default_loss_lacks(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "exp_name=x", f"local_dirs=[{tmp_path}]", "n_epochs=0"]
+    command += ["loss=dpo,ipo", "loss.beta=0.1,-1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    runs = sorted(folder.name for folder in tmp_path.glob("*/x/*/"))
+    assert runs == [f"loss.beta-{beta}_loss-{loss}" for beta in ("-1", "0.1") for loss in ("dpo", "ipo")], done.stderr
+    assert done.stderr.count("n_epochs=0 must be") == 4 and done.stderr.count("loss.beta=-1 must be more") == 2
 
 
 def test_names_of_runs_suit_folders() -> None:

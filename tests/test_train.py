@@ -69,6 +69,22 @@ def test_sft_then_dpo_as_processes(train_process: RunTrain, tmp_path: Path) -> N
         assert fact in card
 
 
+def test_each_term_of_a_sum_of_losses_is_logged(overrides: Overrides, tmp_path: Path) -> None:
+    given = ("loss=mpo", "loss.beta=0.1", "n_eval_examples=8", "eval_every=12", "lr=1e-3", "sample_during_eval=false")
+    train_here(overrides(*given, "keep_best=loss_eval/dpo"))
+    events = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    for split in ("train", "eval"):
+        rows = [e for e in events if f"loss/{split}" in e]
+        assert len(rows) == {"train": 6, "eval": 3}[split]
+        for row in rows:
+            dpo, bco, nll = (row[f"loss_{split}/{term}"] for term in ("dpo", "bco", "nll"))
+            assert row[f"loss/{split}"] == pytest.approx(0.8 * dpo + 0.2 * bco + nll, rel=1e-5)
+    found = {e["counters/examples"]: e["loss_eval/dpo"] for e in events if "loss_eval/dpo" in e}
+    assert found.pop(0) == pytest.approx(math.log(2), rel=1e-5) and len(set(found.values())) == 2
+    best = min(found, key=lambda examples: found[examples])  # of a term, too, the lowest is best
+    assert (tmp_path / "run" / "BEST").resolve().name == f"step-{best}"
+
+
 @pytest.mark.full
 def test_kl_is_seen_while_training(overrides: Overrides, tmp_path: Path) -> None:
     given = ("n_eval_examples=8", "n_eval_model_samples=4", "n_eval_samples_per_prompt=3", "lr=1e-3", "eval_every=12")

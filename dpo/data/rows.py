@@ -114,9 +114,18 @@ def get(row: Row, name: str, *types: type) -> Any:
     return value
 
 
+ASKED_BY = {"margin": "loss.margin", "weight": "loss.weighting"}  # numeric column: the key that asks for it
+
+
 def number(row: Row, name: str) -> float:
     """Return the field `name` of `row`, which must be a number within the range of a float. Raises BadRow."""
-    value = get(row, name, int, float)
+    try:
+        value = get(row, name, int, float)
+    except BadRow as bad:
+        if name not in ASKED_BY or row.get(name) is not None:
+            raise
+        advice = f"{ASKED_BY[name]}=none of losses of pairs does without it"
+        raise BadRow(bad.reason, f"{str(bad).removeprefix(f'{bad.reason}: ')}. {advice}") from bad
     if not -sys.float_info.max <= value <= sys.float_info.max:
         raise BadRow("number not finite", f"'{name}' is {str(value)[:40]}")
     return value

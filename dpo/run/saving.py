@@ -101,7 +101,8 @@ class Saver:
             log(f"warning: this evaluation has no {metric} (keep_best): its examples are all of the other kind")
             return False
         value = metrics[metric]
-        better = self.best is None or (value < self.best if metric.startswith("loss/") else value > self.best)
+        falls = metric.startswith(("loss/", "loss_eval/"))
+        better = self.best is None or (value < self.best if falls else value > self.best)
         self.best = value if better else self.best
         return better
 

@@ -617,7 +617,7 @@ class Mix(Loss, name="mix"):
     """A weighted sum of losses of pairs, such as MPO (Wang et al. 2024, arXiv:2411.10442): `terms` gives the weight of
     each, by name. `beta` is for all that have one, `settings` gives a term other keys: {simpo: {gamma: 0.5}}.
 
-    Rewards, and gradient weights, are those of the first term that has some.
+    Rewards, and gradient weights, are those of the first term that has some, without its weight.
     """
 
     terms: dict[str, Beta]

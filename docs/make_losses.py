@@ -50,8 +50,8 @@ Contradictions are refused.
 MIX = """## Sums of losses
 
 `loss=mix loss.beta=0.1 'loss.terms={dpo: 0.8, bco: 0.2, nll: 1.0}'` adds weighted losses of pairs; `loss=mpo` is
-this one. Keys of one term: `'loss.settings={simpo: {gamma: 0.5}}'`. Rewards are those of the first term that has
-some.
+this one. Keys of one term: `'loss.settings={simpo: {gamma: 0.5}}'`. Rewards and
+`gradient_weight_*` are those of the first term that has some, without its weight.
 """
 
 # (loss here, what others compute under the name, what gives their numbers here). TRL: 1.16, from its numbers; the

@@ -158,7 +158,7 @@ class Loss:
 
     def gradient_weight(self, examples: Examples) -> Tensor | None:
         """Return how much each example still pushes, shape [n]: -d loss / d reward of the chosen response, such as
-        sigmoid(-margin) of DPO. None if the loss does not say."""
+        sigmoid(-margin) of DPO. Those of different losses cannot be compared. None if the loss does not say."""
         return None
 
     @property

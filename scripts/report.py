@@ -54,7 +54,7 @@ PANELS = {
     "Reward margin": "rewards_{}/margins",
     "Implicit reward of chosen": "rewards_{}/chosen",
     "Implicit reward of rejected": "rewards_{}/rejected",
-    "Gradient weight: how much pairs still push": "gradient_weight_{}",
+    "Gradient weight: how much pairs still push (compare runs of one loss)": "gradient_weight_{}",
     "Chosen responses less likely than under the reference, share": "chosen_fell_{}",
     "Change of chosen, nats a token": "logratios_per_token_{}/chosen",
     "KL to the reference, nats a response": "kl_{}/rao_blackwell",

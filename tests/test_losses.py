@@ -412,6 +412,10 @@ def clipped(p: Pair) -> float:
         (DPO(0.05, divergence="chi2_kl", clip=0.01), lambda p: clipped(p) * sigma(-clipped_margin(p))),
         (DPO(0.3, margin="column"), lambda p: sigma(p.margin - 0.3 * p.d)),
         (build("apo_zero", {"beta": 0.3}), lambda p: sigma(0.3 * p.u_w) * sigma(-0.3 * p.u_w)),
+        (
+            Mix({"nll": 1.0, "dpo": 0.8, "simpo": 0.5}, beta=0.3),
+            lambda p: sigma(-0.3 * p.d),
+        ),  # of the first that has some
     ],
 )
 def test_gradient_weights_are_slopes_in_the_chosen_reward(loss: Loss, weight: Callable[[Pair], Tensor]) -> None:

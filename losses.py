@@ -55,6 +55,7 @@ class SFT(Loss, name="sft"):
     needs_reference = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._set(needs_tokens=self.dft)
 
     def __call__(self, examples: Examples) -> Tensor:
@@ -214,6 +215,7 @@ class Pairs(Loss, name="pairs"):
     name: str = field(default="pairs", kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if problems := [message for wrong, message in self._contradictions() if wrong]:
             raise ValueError("; ".join(problems))
         columns = (("margin",) if self.margin == "column" else ()) + (("weight",) if self.weighting == "column" else ())
@@ -229,11 +231,8 @@ class Pairs(Loss, name="pairs"):
 
     def _contradictions(self) -> list[tuple[Any, str]]:
         """Return (whether it holds, message) of what keys contradict."""
-        link, named, smoothing = (
-            LINKS[self.link],
-            f"loss.link={self.link}",
-            f"loss.label_smoothing={self.label_smoothing}",
-        )
+        link, named = LINKS[self.link], f"loss.link={self.link}"
+        smoothing = f"loss.label_smoothing={self.label_smoothing}"
         shifted = self.dpop_weight or self.gamma or self.margin != "none" or self.clip is not None
         by_length, length = self.margin == "length", "loss.margin=length and loss.margin_alpha=<number> need each other"
         alpha = "loss.divergence=alpha and loss.divergence_alpha=<number> need each other"
@@ -626,6 +625,7 @@ class Mix(Loss, name="mix"):
     name: str = field(default="mix", kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = self._built[1].copy()
         if unknown := [name for name in self.settings or {} if name not in self.terms]:
             problems.append(f"loss.settings.{unknown[0]} is no term; loss.terms has {', '.join(self.terms)}")

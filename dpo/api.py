@@ -90,8 +90,7 @@ class Run:
             raise UserError("prompts holds no prompt, or an empty one; give texts of at least one token")
         room = max_new_tokens or max(self.config.max_length - max(map(len, ids)), 1)
         how = Sampling(room, self.config.eval_batch_size, seed, self._policy[2].dtype, temperature, top_p)
-        responses = sample(self.policy, self.tokenizer, ids, how)
-        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return self.tokenizer.batch_decode(sample(self.policy, self.tokenizer, ids, how), skip_special_tokens=True)
 
     def score(self, pairs: Sequence[Mapping[str, Any]], loss: Loss | None = None) -> list[dict[str, Any]]:
         """Return, for each pair {prompt, chosen, rejected}, the log-probabilities of both responses in nats.
@@ -100,6 +99,8 @@ class Run:
         the run's. A result has `chosen` and `rejected`, each {policy, reference, log_ratio, n_tokens} and with `loss`
         also `reward`; and `margin`: the reward (or log-ratio) of the chosen response minus that of the rejected one.
         """
+        if not isinstance(loss, Loss | None):
+            raise UserError(f"loss={loss!r} is no loss; give an object, such as losses.DPO(beta=0.1), or None")
         if not pairs:
             return []
         wanted = self._pairs(pairs)

@@ -65,11 +65,7 @@ def sample(
     mine: list[list[list[int]]] = []
     rng_devices = [device] if device.type == "cuda" else []
     try:
-        with (
-            torch.random.fork_rng(rng_devices),
-            autocast(model, how.dtype),
-            parallel.whole_logits(model),
-        ):
+        with torch.random.fork_rng(rng_devices), autocast(model, how.dtype), parallel.whole_logits(model):
             for start in progress(range(0, len(batches), ranks), desc="sampling", leave=False):
                 turn = start + parallel.data_rank(model)
                 some = batches[turn] if turn < len(batches) else batches[start]

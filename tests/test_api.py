@@ -79,6 +79,10 @@ SAME = [{"prompt": "a", "chosen": "b", "rejected": "b"}]
         (lambda load, run_dir: load(run_dir, device="cpu").sample("a"), "give a list of texts"),
         (lambda load, run_dir: load(run_dir, device="cpu").score([{"prompt": "a"}]), "pairs.jsonl:1"),
         (lambda load, run_dir: load(run_dir, device="cpu").score(SAME), "pair"),
+        (
+            lambda load, run_dir: load(run_dir, device="cpu").score(PAIRS, "dpo"),
+            "loss='dpo' is no loss; give an object",
+        ),
     ],
 )
 def test_misuse(call, message: str, run_dir: Path) -> None:

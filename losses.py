@@ -568,7 +568,7 @@ class Listwise(LogRatioRewards, Loss, name="listwise"):
     """Plackett-Luce likelihood of a ranking, Rafailov et al. 2023 (arXiv:2305.18290), appendix A.3.
 
     -sum_k log(exp(r_k) / sum_{j >= k} exp(r_j)) over all but the last of the ranked responses, r = beta log pi/ref.
-    For two responses it is DPO.
+    For two responses it is DPO. Metrics of pairs compare the best response with the worst.
     """
 
     beta: Beta

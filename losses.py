@@ -57,6 +57,7 @@ class SFT(Loss, name="sft"):
     needs_reference = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._set(needs_tokens=self.dft)
 
     def __call__(self, examples: Examples) -> Tensor:
@@ -216,6 +217,7 @@ class Pairs(Loss, name="pairs"):
     name: str = field(default="pairs", kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if problems := [message for wrong, message in self._contradictions() if wrong]:
             raise ValueError("; ".join(problems))
         columns = (("margin",) if self.margin == "column" else ()) + (("weight",) if self.weighting == "column" else ())
@@ -231,11 +233,8 @@ class Pairs(Loss, name="pairs"):
 
     def _contradictions(self) -> list[tuple[Any, str]]:
         """Return (whether it holds, message) of what keys contradict."""
-        link, named, smoothing = (
-            LINKS[self.link],
-            f"loss.link={self.link}",
-            f"loss.label_smoothing={self.label_smoothing}",
-        )
+        link, named = LINKS[self.link], f"loss.link={self.link}"
+        smoothing = f"loss.label_smoothing={self.label_smoothing}"
         shifted = self.dpop_weight or self.gamma or self.margin != "none" or self.clip is not None
         by_length, length = self.margin == "length", "loss.margin=length and loss.margin_alpha=<number> need each other"
         alpha = "loss.divergence=alpha and loss.divergence_alpha=<number> need each other"
@@ -571,7 +570,7 @@ class Listwise(LogRatioRewards, Loss, name="listwise"):
     """Plackett-Luce likelihood of a ranking, Rafailov et al. 2023 (arXiv:2305.18290), appendix A.3.
 
     -sum_k log(exp(r_k) / sum_{j >= k} exp(r_j)) over all but the last of the ranked responses, r = beta log pi/ref.
-    For two responses it is DPO.
+    For two responses it is DPO. Metrics of pairs compare the best response with the worst.
     """
 
     beta: Beta
@@ -622,7 +621,7 @@ class Mix(Loss, name="mix"):
     """A weighted sum of losses of pairs, such as MPO (Wang et al. 2024, arXiv:2411.10442): `terms` gives the weight of
     each, by name. `beta` is for all that have one, `settings` gives a term other keys: {simpo: {gamma: 0.5}}.
 
-    Rewards, and gradient weights, are those of the first term that has some.
+    Rewards, and gradient weights, are those of the first term that has some, without its weight.
     """
 
     terms: dict[str, Beta]
@@ -631,6 +630,7 @@ class Mix(Loss, name="mix"):
     name: str = field(default="mix", kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = self._built[1].copy()
         if unknown := [name for name in self.settings or {} if name not in self.terms]:
             problems.append(f"loss.settings.{unknown[0]} is no term; loss.terms has {', '.join(self.terms)}")

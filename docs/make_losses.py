@@ -47,12 +47,20 @@ each of them: `loss=simpo loss.nll_weight=0.1`, `loss=dpo loss.length_normalized
 Contradictions are refused.
 """
 
+RANKINGS = """## Rankings
+
+A ranking of two responses is a pair, and its Plackett-Luce likelihood DPO's loss: on rows of pairs `loss=listwise`
+trains as `loss=dpo` does, but takes one row of each prompt. It is for rankings of three or more. Metrics of pairs
+(`rewards_*/margins`, `rewards_*/accuracies`, and all called chosen and rejected) compare the best response of a
+ranking with the worst.
+"""
+
 MIX = """## Sums of losses
 
 `loss=mix loss.beta=0.1 'loss.terms={dpo: 0.8, bco: 0.2, nll: 1.0}'` adds weighted losses of pairs; `loss=mpo` is
-this one. Keys of one term: `'loss.settings={simpo: {gamma: 0.5}}'`. Rewards are those of the first term that has
-some. Metrics: `loss_train/dpo`, `loss_eval/dpo` and so on are each term's loss before its weight, and `loss/train` is
-their weighted sum.
+this one. Keys of one term: `'loss.settings={simpo: {gamma: 0.5}}'`. Rewards and `gradient_weight_*` are those of the
+first term that has some, without its weight. Metrics: `loss_train/dpo`, `loss_eval/dpo` and so on are each term's loss
+before its weight, and `loss/train` is their weighted sum.
 """
 
 # (loss here, what others compute under the name, what gives their numbers here). TRL: 1.16, from its numbers; the
@@ -188,6 +196,7 @@ def text() -> str:
             table(["`loss=`", "what it is", "needs", "values", "rewards"], rows),
             PARTS,
             table(["`loss.<key>`", "DPO", "meaning"], keys),
+            RANKINGS,
             MIX,
             "## Same name, different loss\n",
             table(["here", "elsewhere", "their numbers here"], [list(row) for row in DEVIATIONS]),

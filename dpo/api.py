@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,9 +27,10 @@ from dpo.run.config import Config
 from dpo.run.saved import Saved, reference_of, token_logps
 from dpo.run.weights import find_archive
 from dpo.sampling import Sampling, sample
-from dpo.utils import UserError
+from dpo.utils import LOGGER, UserError, be_quiet, log
 
 NUMBER = "pair_number"  # column by which a row is found again
+NO_PAIR = "has no two responses of its own: give prompt, chosen and rejected"
 Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase, Computation]
 
 
@@ -91,8 +93,7 @@ class Run:
             raise UserError("prompts holds no prompt, or an empty one; give texts of at least one token")
         room = max_new_tokens or max(self.config.max_length - max(map(len, ids)), 1)
         how = Sampling(room, self.config.eval_batch_size, seed, self._policy[2].dtype, temperature, top_p)
-        responses = sample(self.policy, self.tokenizer, ids, how)
-        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return self.tokenizer.batch_decode(sample(self.policy, self.tokenizer, ids, how), skip_special_tokens=True)
 
     def score(self, pairs: Sequence[Mapping[str, Any]], loss: Loss | None = None) -> list[dict[str, Any]]:
         """Return, for each pair {prompt, chosen, rejected}, the log-probabilities of both responses in nats.
@@ -101,6 +102,8 @@ class Run:
         the run's. A result has `chosen` and `rejected`, each {policy, reference, log_ratio, n_tokens} and with `loss`
         also `reward`; and `margin`: the reward (or log-ratio) of the chosen response minus that of the rejected one.
         """
+        if not isinstance(loss, Loss | None):
+            raise UserError(f"loss={loss!r} is no loss; give an object, such as losses.DPO(beta=0.1), or None")
         if not pairs:
             return []
         wanted = self._pairs(pairs)
@@ -122,16 +125,24 @@ class Run:
         numbers = {row: number for number, row in enumerate(dict.fromkeys(rows))}
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "pairs.jsonl")
-            file.write_text(
-                "".join(f"{json.dumps(json.loads(r) | {NUMBER: n})}\n" for r, n in numbers.items()), "utf-8"
-            )
-            settings = replace(
-                DataSettings.of(config, cache_dir=folder, rows=PAIRS, pair_columns=(NUMBER,)),
-                names=(str(file),),
-                holdout_fraction=0.0,
-                num_proc=1,
-            )
-            data = load(settings, self.tokenizer, "train")  # stays readable when its files are gone
+            lines = (json.dumps(json.loads(row) | {NUMBER: number}) + "\n" for row, number in numbers.items())
+            file.write_text("".join(lines), "utf-8")
+            own = DataSettings.of(config, cache_dir=folder, rows=PAIRS, pair_columns=(NUMBER,))
+            settings = replace(own, names=(str(file),), holdout_fraction=0.0, num_proc=1)
+            level = LOGGER.level
+            be_quiet()  # about a file that no user knows
+            try:
+                data = load(settings, self.tokenizer, "train")  # stays readable when its files are gone
+            except UserError as error:
+                found = re.search(rf"{re.escape(str(file))}:(\d+)(.*)", str(error))
+                text = f"pairs[{rows.index([*numbers][int(found[1]) - 1])}]{found[2]}" if found else str(error)
+                text = text.replace(f", {NUMBER!r}; accepted are", "; give prompt, chosen and rejected")
+                raise UserError(f"pairs[0] {NO_PAIR}" if str(file) in text else text) from None
+            finally:
+                LOGGER.setLevel(level)
+        for note, n in data.notes[str(file)].items():
+            log(f"warning: pairs: {note} ({n} rows)")
+        data.names = ("pairs",)
         places = {
             int(number): (i, [*pair])
             for i, record in enumerate(data[i] for i in range(len(data)))
@@ -139,7 +150,7 @@ class Run:
         }
         for number, row in enumerate(rows):
             if numbers[row] not in places:
-                raise UserError(f"pairs[{number}] has no two responses of its own: give prompt, chosen and rejected")
+                raise UserError(f"pairs[{number}] {NO_PAIR}")
         return [(data, *places[numbers[row]]) for row in rows]
 
     def _responses(self, opened: Opened, wanted: Sequence[Wanted]) -> list[list[tuple[float, int]]]:
@@ -151,13 +162,9 @@ class Run:
 
 def _score(policy: tuple[float, int], reference: tuple[float, int], loss: Loss | None) -> dict[str, Any]:
     score: dict[str, Any] = {"policy": policy[0], "reference": reference[0], "log_ratio": policy[0] - reference[0]}
-    score["n_tokens"] = policy[1]
-    if loss is not None and loss.gives_rewards:
-        response = Responses(*(torch.tensor([value], dtype=torch.float64) for value in (*policy, reference[0])))
-        reward = loss.rewards(response)
-        assert reward is not None
-        score["reward"] = reward.item()
-    return score
+    response = Responses(*(torch.tensor([value], dtype=torch.float64) for value in (*policy, reference[0])))
+    reward = loss.rewards(response) if loss is not None else None
+    return score | {"n_tokens": policy[1]} | ({"reward": reward.item()} if reward is not None else {})
 
 
 def load_run(path: str | Path, **changes: Any) -> Run:
@@ -171,8 +178,7 @@ def load_run(path: str | Path, **changes: Any) -> Run:
     values: dict[str, Any] = {"adapter": asdict(AdapterConfig.none()), **state["config"], "loss": None}
     if unknown := sorted(changes.keys() - values.keys()):
         raise UserError(f"{unknown[0]} is no key of a configuration; see config/config.yaml")
-    own = {"name_or_path": str(folder), "archive": None, "tokenizer_name_or_path": None}
-    values["model"] = values["model"] | own
+    values["model"] = values["model"] | {"name_or_path": str(folder), "archive": None, "tokenizer_name_or_path": None}
     config, problems = build(Config, values | {"trainer": "BasicTrainer", "compile": False} | changes)
     if problems:
         raise UserError("\n".join(problems))

@@ -106,12 +106,8 @@ def _said(error: Any, prefix: str) -> str:
     place = [part for part in place if part not in ("str", "int", "float", "bool", "literal")]
     name, context = prefix + ".".join(place), error.get("ctx", {})
     value = json.dumps(error["input"]) if error["input"] in (None, True, False) else error["input"]
-    bounds = {
-        "greater_than_equal": ("at least", "ge"),
-        "greater_than": ("more than", "gt"),
-        "less_than_equal": ("at most", "le"),
-        "less_than": ("less than", "lt"),
-    }
+    bounds = {"greater_than_equal": ("at least", "ge"), "greater_than": ("more than", "gt")}
+    bounds |= {"less_than_equal": ("at most", "le"), "less_than": ("less than", "lt")}
     if error["type"] in bounds:
         words, bound = bounds[error["type"]]
         return f"{name}={value} must be {words} {context[bound]:g}"

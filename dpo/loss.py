@@ -1,11 +1,13 @@
 """The seam between losses and the rest: what a loss sees of a batch, and what it says about itself."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
+
+from dpo.config import build
 
 
 def sum_tokens(token_logps: Tensor, mask: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ class Loss:
 
     `class MyLoss(Loss, name="mine")` is found by that name in losses.py; without a name, as module.MyLoss in any
     module that can be imported. What a loss needs are facts of the class, or of the object: `__post_init__` may `_set`
-    them.
+    them, after the base's.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
@@ -114,6 +116,15 @@ class Loss:
         if cls.rows == "labelled" and "label" not in cls.columns:
             raise TypeError(f"{cls.__qualname__}: rows = 'labelled' needs columns = ('label',)")
         cls.kind = name or f"{cls.__module__}.{cls.__qualname__}"
+
+    def __post_init__(self) -> None:
+        """Check the keys of a loss that is made in Python as those of a file are. Raise ValueError."""
+        hints = get_type_hints(type(self), include_extras=True)
+        kind = make_dataclass("Keys", hints.items(), namespace={"__pydantic_config__": self.__pydantic_config__})
+        values, problems = build(kind, {key.name: getattr(self, key.name) for key in fields(kind)}, "loss.")
+        if problems:
+            raise ValueError("; ".join(problems))
+        self._set(**vars(values))
 
     @property
     def needs_rejected(self) -> bool:
@@ -163,7 +174,7 @@ class Loss:
 
     def gradient_weight(self, examples: Examples) -> Tensor | None:
         """Return how much each example still pushes, shape [n]: -d loss / d reward of the chosen response, such as
-        sigmoid(-margin) of DPO. None if the loss does not say."""
+        sigmoid(-margin) of DPO. Those of different losses cannot be compared. None if the loss does not say."""
         return None
 
     @property
@@ -186,8 +197,7 @@ def reward_slopes(loss: Loss, responses: Responses) -> tuple[Tensor, Tensor] | N
     policy = responses.sum.detach().requires_grad_()
     given = responses.reference_sum
     reference = (torch.zeros_like(policy) if given is None else given.detach()).requires_grad_()
-    used = None if given is None else reference
-    rewards = loss.rewards(replace(responses, sum=policy, reference_sum=used))
+    rewards = loss.rewards(replace(responses, sum=policy, reference_sum=None if given is None else reference))
     if rewards is None:
         return None
     slopes = torch.autograd.grad(rewards.sum(), (policy, reference), allow_unused=True, materialize_grads=True)

@@ -66,11 +66,7 @@ def sample(
     mine: list[list[list[int]]] = []
     rng_devices = [device] if device.type == "cuda" else []
     try:
-        with (
-            torch.random.fork_rng(rng_devices),
-            autocast(model, how.dtype),
-            parallel.whole_logits(model),
-        ):
+        with torch.random.fork_rng(rng_devices), autocast(model, how.dtype), parallel.whole_logits(model):
             for start in progress(range(0, len(batches), ranks), desc="sampling", leave=False):
                 turn = start + parallel.data_rank(model)
                 some = batches[turn] if turn < len(batches) else batches[start]
@@ -112,8 +108,7 @@ def _until_end(ids: list[int], end: int) -> list[int]:
 
 def prompts_of(data: PreferenceData, examples: Iterable[Example], n: int) -> list[list[int]]:
     """Return the first `n` distinct prompts of `examples`."""
-    records = list(dict.fromkeys(record for record, _ in examples))[:n]
-    return [data[record].prompt for record in records]
+    return [data[record].prompt for record in list(dict.fromkeys(record for record, _ in examples))[:n]]
 
 
 @dataclass(frozen=True)

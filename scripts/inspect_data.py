@@ -94,10 +94,8 @@ def show_record(record: Record, tokenizer: Any, colours: bool) -> str:
     lines = [f"prompt, {len(record.prompt)} tokens, no loss:", show_tokens(record.prompt, tokenizer, dim)]
     for number, (response, mask) in enumerate(zip(record.responses, masks_of(record), strict=True)):
         lost = "" if response[-1] == tokenizer.eos_token_id else ", cut: no EOS"
-        lines += [
-            f"response {number}, {len(response)} tokens{lost}:",
-            show_response(response, mask, tokenizer, colours),
-        ]
+        shown = show_response(response, mask, tokenizer, colours)
+        lines += [f"response {number}, {len(response)} tokens{lost}:", shown]
     last = len(record.responses) - 1
     if last > 1 and record.pairs == [(0, last)]:
         lines.append("ranking: " + " > ".join(map(str, range(last + 1))))

@@ -58,8 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("overrides", nargs="*", help="of the configuration, such as mixed_precision=null")
-    arguments = parser.parse_args()
-    replay(arguments.folder, arguments.overrides)
+    replay(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

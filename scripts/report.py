@@ -37,7 +37,6 @@ from results import (
     Point,
     Run,
     as_text,
-    differences,
     frontier,
     load_runs,
     reference_rewards,
@@ -55,7 +54,7 @@ PANELS = {
     "Reward margin": "rewards_{}/margins",
     "Implicit reward of chosen": "rewards_{}/chosen",
     "Implicit reward of rejected": "rewards_{}/rejected",
-    "Gradient weight: how much pairs still push": "gradient_weight_{}",
+    "Gradient weight: how much pairs still push (compare runs of one loss)": "gradient_weight_{}",
     "Chosen responses less likely than under the reference, share": "chosen_fell_{}",
     "Change of chosen, nats a token": "logratios_per_token_{}/chosen",
     "KL to the reference, nats a response": "kl_{}/rao_blackwell",
@@ -133,8 +132,9 @@ def table_of(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> dict[str
     """Return the page's table: `columns`, (run, cells) of each run, and the settings that all runs share."""
     names = [name for name in rows[0] if not name.endswith("_error")]
     cells = [[with_error(row, name) for name in names[1:]] for row in rows]
-    differing, config = differences(runs), runs[0].config
-    shared = [f"{key}: {as_text(config[key])}" for key in MAIN_KEYS if key in config and key not in differing]
+    config = runs[0].config
+    same = [key for key in MAIN_KEYS if key in config and len({repr(run.config.get(key)) for run in runs}) == 1]
+    shared = [f"{key}: {as_text(config[key])}" for key in same]
     return {"columns": names, "table": list(zip(runs, cells, strict=True)), "shared": shared}
 
 
@@ -244,10 +244,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.samples < 0:
         raise UserError(f"--samples {arguments.samples} must be 0 or more prompts")
-    runs = load_runs(arguments.runs)
-    out = make_dir(arguments.out, "--out")
-    command = shlex.join(["python", "scripts/report.py", *sys.argv[1:]])
-    rows = write_report(runs, out, arguments.samples, command)
+    runs, out = load_runs(arguments.runs), make_dir(arguments.out, "--out")
+    rows = write_report(runs, out, arguments.samples, shlex.join(["python", "scripts/report.py", *sys.argv[1:]]))
     log(text_table(rows, shutil.get_terminal_size((120, 24)).columns))
     log(f"written: {out / 'report.csv'}, {out / 'report.html'}")
 

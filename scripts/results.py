@@ -31,13 +31,14 @@ from dpo.run.config import Config
 from dpo.run.resume import flat
 from dpo.sampling import mean_and_error
 from dpo.utils import UserError, visible
-from utils import HelpFormatter, run_main
+from utils import CONFIG_DIR, HelpFormatter, loss_values, run_main
 
 EXAMPLES = "counters/examples"
 Z95 = 1.96
 # Metric -> its name in the printed table.
 REWARDS = [f"rewards_eval/{name}" for name in ("chosen", "rejected", "margins")]
 SHORT = {"loss/eval": "loss", "rewards_eval/accuracies": "accuracy", "rewards_eval/margins": "margin"}
+ALWAYS = ["run", "loss.name", *SHORT]  # columns of that table at any width
 SHORT |= {"kl_eval/rao_blackwell": "KL", "true_reward": "reward", "samples_eval/policy_length": "length"}
 # At least 3:1 on white and on browsers' dark backgrounds; with the marks, 36 runs can be told apart.
 COLOURS = ["#2b7bd9", "#d9541e", "#1e9461", "#b34fc4", "#a67c00", "#d6407f", "#0f93a8", "#7a7f3c", "#7d6ae0"]
@@ -252,10 +253,13 @@ def reference_rewards(runs: Sequence[Run]) -> list[Interval]:
 
 def differences(runs: Sequence[Run]) -> list[str]:
     """Return the configuration's keys whose values differ, without keys that do not change the training. A missing key
-    counts as null."""
-    free = set(config_keys(Config, MayChange))
-    keys = dict.fromkeys(key for run in runs for key in run.config if not {key, key.split(".")[0]} & free)
-    return [key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1]
+    counts as null, and so does a key of the loss that has its file's value: the loss's name tells it."""
+    free, given = set(config_keys(Config, MayChange)), [run.config for run in runs]
+    names = {path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml")} & {str(c.get("loss.name")) for c in given}
+    presets = {name: flat({"loss": loss_values(name) | {"name": None}}).items() for name in names}
+    own = [{k: v for k, v in c.items() if (k, v) not in presets.get(str(c.get("loss.name")), ())} for c in given]
+    keys = dict.fromkeys(key for config in given for key in config if not {key, key.split(".")[0]} & free)
+    return [k for k in keys if all(len({repr(c.get(k)) for c in configs}) > 1 for configs in (given, own))]
 
 
 def reward_kind(run: Run) -> str:
@@ -280,8 +284,7 @@ def table_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         final = run.evaluations[-1] if run.evaluations else {}
         row |= {"examples": run.metrics[-1][EXAMPLES] if run.metrics else 0, "evaluated_after": final.get(EXAMPLES)}
         kind = f" [{reward_kind(run)}]" if mixed else ""
-        kinds = {name: kind for name in REWARDS if name in final}
-        row |= {name + kinds.get(name, ""): value for name, value in final.items() if "eval" in name}
+        row |= {name + kind * (name in REWARDS): value for name, value in final.items() if "eval" in name}
         reward = sentiment_rewards(run.samples).get(final.get(EXAMPLES, -1)) if run.rewarded else None
         if reward:
             row |= {"true_reward": reward.mean, "true_reward_error": reward.half_width / Z95, "prompts": reward.prompts}
@@ -304,23 +307,27 @@ def as_text(value: Any) -> str:
 
 
 def with_error(row: Mapping[str, Any], name: str) -> str:
-    """Return a cell as text, with its 95 % interval if the standard error is known."""
-    value, error = row[name], row.get(f"{name}_error")
+    """Return a cell (of rewards: that of the row's own kind) as text, with its 95 % interval if the error is known."""
+    own = next((key for key, value in row.items() if key.partition(" [")[0] == name and value is not None), name)
+    value, error = row.get(own), row.get(f"{own}_error")
     text = f"{value:.4g}" if isinstance(value, float) else as_text(value)
     return text + (f" ± {Z95 * error:.2g}" if error is not None else "")
 
 
 def text_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
-    """Return aligned columns, the most important first, as many as fit into `width` characters."""
+    """Return aligned columns: ALWAYS, then the most important ones, as many as fit into `width` characters."""
     names = list(rows[0])
-    settings = names[2 : names.index("examples")]
-    names = ["run", "status", *settings[:2], "examples", *(n for n in SHORT if n in names), *settings[2:]]
+    settings, known = names[2 : names.index("examples")], {name.partition(" [")[0] for name in names}
+    some = [*ALWAYS, "status", *settings[:2], "examples", *SHORT, *settings[2:]]
+    names = [name for name in dict.fromkeys(some) if name in known]
     columns = [[SHORT.get(name, name), *(with_error(row, name) for row in rows)] for name in names]
     widths = [max(map(len, column)) for column in columns]
-    n_fitting = max(2, sum(end <= width for end in accumulate(widths, lambda end, added: end + 2 + added)))
+    ends = accumulate(widths, lambda end, added: end + 2 + added)
+    n_fitting = max(len(known & {*ALWAYS}), sum(end <= width for end in ends))
     padded = [[text.ljust(size) for text in column] for column, size in zip(columns[:n_fitting], widths)]
     left_out = ", ".join(column[0] for column in columns[n_fitting:])
     note = "\n± is a 95 % interval" + (f"; no room for {left_out}: see report.csv" if left_out else "")
+    note += "; margins are of rewards of different kinds" if known - {*rows[0]} else ""
     return "\n".join("  ".join(line).rstrip() for line in zip(*padded)) + note
 
 

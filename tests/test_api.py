@@ -66,7 +66,17 @@ def test_rewards_are_those_of_the_loss(run_dir: Path) -> None:
         assert score["margin"] == pytest.approx(score["chosen"]["reward"] - score["rejected"]["reward"])
 
 
+def test_scoring_speaks_of_pairs_only(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import dpo
+
+    dpo.load_run(run_dir, device="cpu").score([PAIRS[0] | {"extra": 1}])
+    said = capsys.readouterr()
+    assert said.out == "warning: pairs: column 'extra' is not used (1 rows)\n" and "pairs.jsonl" not in said.err
+
+
+NUMBER = {"prompt": "a", "chosen": 1, "rejected": "b"}
 SAME = [{"prompt": "a", "chosen": "b", "rejected": "b"}]
+LABELLED = [{"prompt": "a", "completion": "b", "label": True}]
 
 
 @pytest.mark.parametrize(
@@ -77,8 +87,23 @@ SAME = [{"prompt": "a", "chosen": "b", "rejected": "b"}]
         (lambda load, run_dir: load(run_dir, layout="wide"), "layout=wide is not known"),
         (lambda load, run_dir: load(run_dir, device="cpu").sample([]), "holds no prompt"),
         (lambda load, run_dir: load(run_dir, device="cpu").sample("a"), "give a list of texts"),
-        (lambda load, run_dir: load(run_dir, device="cpu").score([{"prompt": "a"}]), "pairs.jsonl:1"),
-        (lambda load, run_dir: load(run_dir, device="cpu").score(SAME), "pair"),
+        (
+            lambda load, run_dir: load(run_dir, device="cpu").score([{"prompt": "a"}]),
+            r"^pairs\[0\]: columns fit no known form: 'prompt'; give prompt, chosen and rejected$",
+        ),
+        (
+            lambda load, run_dir: load(run_dir, device="cpu").score([*PAIRS[:1] * 2, NUMBER]),
+            r"^pairs\[2\]: wrong type: 'chosen' is int",
+        ),
+        (lambda load, run_dir: load(run_dir, device="cpu").score(SAME), r"^pairs\[0\] has no two responses"),
+        (
+            lambda load, run_dir: load(run_dir, device="cpu").score(LABELLED),
+            r"^pairs\[0\] has no two responses.*chosen",
+        ),
+        (
+            lambda load, run_dir: load(run_dir, device="cpu").score(PAIRS, "dpo"),
+            "loss='dpo' is no loss; give an object",
+        ),
     ],
 )
 def test_misuse(call, message: str, run_dir: Path) -> None:

@@ -48,6 +48,8 @@ def test_labelled_completions_are_all_used(tmp_path: Path) -> None:
     assert batch.columns == {"label": [1.0, 0.0, 0.0, 1.0]} and batch.rejected is None
     assert texts([r for tree in batch.trees for r in tree.responses]) == [row["completion"] for row in LABELLED]
     assert data.notes == {data.names[0]: {}}
+    funnel = data.funnel[data.names[0]]
+    assert funnel["completions"] == 4 and "prompts" not in funnel  # of 3 prompts
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Losses and their gradients against formulas written out from the papers in float64, one pair at a time."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -420,6 +421,7 @@ def clipped(p: Pair) -> float:
         (DPO(0.05, divergence="chi2_kl", clip=0.01), lambda p: clipped(p) * sigma(-clipped_margin(p))),
         (DPO(0.3, margin="column"), lambda p: sigma(p.margin - 0.3 * p.d)),
         (build("apo_zero", {"beta": 0.3}), lambda p: sigma(0.3 * p.u_w) * sigma(-0.3 * p.u_w)),
+        (Mix({"nll": 1.0, "dpo": 0.8, "simpo": 0.5}, beta=0.3), lambda p: sigma(-0.3 * p.d)),
     ],
 )
 def test_gradient_weights_are_slopes_in_the_chosen_reward(loss: Loss, weight: Callable[[Pair], Tensor]) -> None:
@@ -465,6 +467,27 @@ def test_unlikelihood_and_sft_need_no_reference() -> None:
 
 
 # --- Misuse ---
+
+
+@pytest.mark.parametrize(
+    ("make_loss", "message"),
+    [
+        (lambda: DPO(beta=-1), "loss.beta=-1 must be more than 0"),
+        (lambda: KTO(True), "loss.beta=true: input should be a number"),
+        (lambda: BCO(math.nan), "loss.beta=nan must be a finite number"),
+        (lambda: Pairs(0.1, link="hinje", tau=0), "loss.link=hinje is not known; choose from: logistic, hinge"),
+        (lambda: Pairs(0.1, link="hinje", tau=0), "; loss.tau=0 must be more than 0"),
+        (lambda: DPO(0.1, robust=True), "loss.robust=true needs loss.label_smoothing above 0"),
+        (lambda: SFT(dft="perhaps"), "loss.dft=perhaps: input should be a valid boolean"),
+        (lambda: Mix({"dpo": 1.0, "nll": 0}, beta=0.1), "loss.terms.nll=0 must be more than 0"),
+        (lambda: Mix({"dpo": 1.0}, beta=-1), "loss.beta=-1 must be more than 0"),
+    ],
+)
+def test_a_loss_made_in_python_is_checked(make_loss: Callable[[], Loss], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        make_loss()
+    assert len(str(error.value).splitlines()) == 1
+
 
 MISUSE = [
     (["loss=dpo", "loss.beta=0"], "loss.beta=0 must be more than 0"),

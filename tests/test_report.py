@@ -15,6 +15,8 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import report
 from dpo.utils import UserError
+from results import differences
+from utils import loss_values
 
 PROMPTS = ["The film was", "I found the plot", "Its music"]
 TEXTS = [" a great joy.", " terrible and dull.", " fine, I loved it!", ""]
@@ -83,20 +85,35 @@ def test_the_table(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert page.count("unfinished, 150 examples") == 1
     assert "0.4 ± 0.49" in page  # the KL, and 1.96 times its standard error
     printed = capsys.readouterr().out
-    assert re.search(r"beta=0\.5 +unfinished, 150 examples +0\.5 +150 +0\.6 +0\.6 +1 +1 ± 0\.49", printed)
+    assert re.search(r"beta=0\.5 +0\.6 +0\.6 +1 +unfinished, 150 examples +0\.5 +150 +1 ± 0\.49", printed)
     monkeypatch.setenv("COLUMNS", "60")
     make(monkeypatch, sweep)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines()[:3])) <= 60
-    assert "no room for loss, accuracy, margin, KL, reward: see report.csv" in printed
+    assert "no room for loss.beta, examples, KL, reward: see report.csv" in printed
 
 
 def test_only_what_differs(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(sweep / "deeper" / "other", seed=1, local_run_dir="/elsewhere", wandb={"enabled": True})
     _, rows = make(monkeypatch, sweep)
-    assert report.differences(report.load_runs([sweep])) == ["loss.beta", "seed"]
+    assert differences(report.load_runs([sweep])) == ["loss.beta", "seed"]
     assert {"lr", "exp_name", "local_run_dir", "wandb.enabled"}.isdisjoint(rows[0])
     assert rows[2]["run"] == "deeper/other" and rows[2]["seed"] == "1"
+
+
+def test_of_different_losses_their_names_and_what_was_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed: dict[str, dict[str, Any]] = {"dpo": {"beta": 0.1, "dpop_weight": 5}, "hinge": {"beta": 0.1}, "simpo": {}}
+    for name, own in (changed | {"kto": {"beta": 0.1}, "mpo": {"beta": 0.1}, "../x": {}, "sft": {}}).items():
+        make_run(tmp_path / "losses" / name.strip("./"), loss=loss_values(name) | {"name": name} | own)
+    assert differences(report.load_runs([tmp_path / "losses"])) == ["loss.beta", "loss.dpop_weight", "loss.name"]
+    monkeypatch.setenv("COLUMNS", "40")
+    page, rows = make(monkeypatch, tmp_path / "losses")
+    assert {row["run"]: row["loss.beta"] for row in rows}["simpo"] == "2.0" and "loss.beta: " not in page
+    printed = capsys.readouterr().out
+    assert re.search(r"^run +loss\.name +loss +accuracy +margin$", printed, re.M) and "; margins are of" in printed
+    assert re.search(r"^simpo +simpo +0\.5 +0\.7 +2$", printed, re.M)
 
 
 def test_one_run_shows_its_settings(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:

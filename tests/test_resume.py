@@ -676,6 +676,7 @@ def test_warnings_of_a_jump_and_of_falling_chosen_responses(capsys: pytest.Captu
     first, second, jump = sorted(capsys.readouterr().out.splitlines())
     assert "in the last 64 updates (after 107" in first + second and "in the evaluation (after 202" in first + second
     assert "loss 2.6 after 150 examples, 4.3 times" in jump
+    assert "Look at samples (sample_during_eval=true)" in first and "samples.jsonl" not in first  # there may be none
 
 
 def test_secrets_reach_no_file(overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

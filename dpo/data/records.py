@@ -91,8 +91,7 @@ def in_test_split(hashes: np.ndarray, fraction: float | None) -> np.ndarray:
         n_below = max(len(distinct) // 100, min(50, len(distinct) // 10))
     else:
         n_below = int(np.searchsorted(distinct, np.uint64(int(fraction * 2**64))))
-    n_test = min(max(n_below, 1), len(distinct) - 1)
-    return hashes < distinct[n_test]
+    return hashes < distinct[min(max(n_below, 1), len(distinct) - 1)]
 
 
 def parser_identity(parse: Callable[..., ParsedRow]) -> list[Any]:
@@ -170,7 +169,7 @@ class Loader:
 
     def _no_example(self, funnel: dict[str, int], notes: Mapping[str, int]) -> UserError:
         hint = ""
-        if self.split == "test" and self.source.held_out and funnel.get("prompts", 0) < 2:
+        if self.split == "test" and self.source.held_out and funnel.get("prompts", funnel.get("completions", 0)) < 2:
             hint = "\nToo few prompts to hold one out for evaluation: add rows, or set n_eval_examples=0."
         elif UNDESIRED in notes:
             hint = "\nThe rows are completions with labels, which state no preferences: loss=kto learns from them."
@@ -209,8 +208,8 @@ class Loader:
         (folder / "funnel.json").write_text(json.dumps(told), encoding="utf-8")
 
     def _groups(self, table: ArrowRows, told: dict[str, Any]) -> tuple[dict[str, int], list[np.ndarray]]:
-        """Return the funnel's counts of rows and prompts, and the numbers of each prompt's rows, of this split."""
-        dropped = told["dropped"]
+        """Return the funnel's counts of rows and prompts (or completions) of this split, and the rows of each."""
+        dropped, unit = told["dropped"], "completions" if self.settings.rows == LABELLED else "prompts"
         funnel = {"rows": len(table) + sum(dropped.values())}
         funnel |= {f"rows dropped: {reason}": count for reason, count in dropped.items()}
         order, starts, ends = group_rows(table)
@@ -227,12 +226,12 @@ class Loader:
             wanted = ~undesired[order[starts]]  # each demonstration is a group of its own
             funnel[f"rows dropped: {UNDESIRED}"] = int(undesired.sum())
             starts, ends = starts[wanted], ends[wanted]
-        funnel |= {"rows kept": int((ends - starts).sum()), "prompts": len(starts)}
+        funnel |= {"rows kept": int((ends - starts).sum()), unit: len(starts)}
         if self.source.held_out:
             test = in_test_split(table.table["key"].to_numpy()[order[starts]], self.settings.holdout_fraction)
             wanted = test if self.split == "test" else ~test
             other = "held out for evaluation" if self.split == "train" else "used for training"
-            funnel[f"prompts dropped: {other}"] = int((~wanted).sum())
+            funnel[f"{unit} dropped: {other}"] = int((~wanted).sum())
             starts, ends = starts[wanted], ends[wanted]
         return funnel, [order[start:end] for start, end in zip(starts, ends, strict=True)]
 

@@ -68,7 +68,7 @@ class Watch:
             log(
                 f"warning: chosen responses have become less likely than under the reference by {-change:.3g} nats per "
                 f"token in {where} (after {examples} examples): only the margin is trained, and the text may get "
-                "worse. Look at samples.jsonl; a larger loss.beta or a smaller lr holds the policy closer"
+                "worse. Look at samples (sample_during_eval=true); to hold the policy back, raise loss.beta or lower lr"
             )
         self.fell = falls
 
@@ -81,8 +81,7 @@ def broken_examples(data: PreferenceData, examples: Sequence[Example], losses: S
 
 
 def _first(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    return ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
 
 
 def name_of(data: PreferenceData, example: Example) -> str:

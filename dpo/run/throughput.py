@@ -33,11 +33,7 @@ def cost_of(batch: Batch, layout: str) -> Cost:
     """Return the tokens of `batch` under `layout`."""
     trees = [n_tokens(len(tree.prompt), map(len, tree.responses)) for tree in batch.trees]
     rows = [n_tokens(len(tree.prompt), [len(r)]) for tree in batch.trees for r in tree.responses]
-    computed = {
-        "packed": packed_width(sum(trees)),
-        "tree": len(trees) * max(trees),
-        "padded": len(rows) * max(rows),
-    }
+    computed = {"packed": packed_width(sum(trees)), "tree": len(trees) * max(trees), "padded": len(rows) * max(rows)}
     predicted = sum(len(response) for tree in batch.trees for response in tree.responses)
     return Cost(sum(trees), computed[layout], sum(rows), predicted)
 

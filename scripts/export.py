@@ -114,10 +114,9 @@ def push(folder: Path, name: str) -> None:
         hub.create_repo(name, private=True, exist_ok=True)
         log(f"uploaded: {hub.upload_folder(repo_id=name, folder_path=folder)}")
     except Exception as error:  # the hub's client raises exceptions of many libraries
-        reason = visible(str(error).strip().splitlines()[0][:300]) if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"--push {name}: {reason}. The export is whole in {folder}; log in with `hf auth login`"
-        ) from error
+        reason = visible((str(error).strip() or type(error).__name__).splitlines()[0][:300]).rstrip(".")
+        advice = f"the export is whole in {folder}; log in with `hf auth login`"
+        raise UserError(f"--push {name}: {reason}; {advice}") from error
 
 
 def main() -> None:

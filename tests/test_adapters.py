@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import COSTS, make_model, make_tokenizer, read_jsonl, train_here
+from conftest import COSTS, ROOT, make_model, make_tokenizer, read_jsonl, train_here
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -207,8 +209,16 @@ def test_peft_opens_a_checkpoint_and_merging_keeps_its_log_probabilities(
     assert abs(scores[0]["margin"]) > 1e-3
 
 
-def test_fsdp_equals_one_process(trained: Callable[..., Path]) -> None:
-    given = [*LORA, "optimizer=SGD", "lr=0.5", "n_examples=24", "reference.mode=live"]
+FSDP = [
+    LORA,
+    pytest.param(("adapter=dora", "adapter.modules_to_save=[lm_head]"), marks=pytest.mark.full),
+    pytest.param((*LORA, "kl_during_eval=true", "sample_during_eval=true"), marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize("adapter", FSDP)
+def test_fsdp_equals_one_process(adapter: tuple[str, ...], trained: Callable[..., Path]) -> None:
+    given = [*adapter, "optimizer=SGD", "lr=0.5", "n_examples=24", "reference.mode=live"]
     one, two = trained("one", *given), trained("two", *given, "trainer=FSDPTrainer", "nproc=2")
     for a, b in zip(updates(one), updates(two), strict=True):
         for name in ("loss/train", "grad_norm", "rewards_train/margins"):
@@ -217,6 +227,63 @@ def test_fsdp_equals_one_process(trained: Callable[..., Path]) -> None:
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-5, atol=1e-5)
     assert all(row["rewards_eval/margins"] == 0 for row in (evaluations(one)[0], evaluations(two)[0]))
+
+
+SAME = ["layout=padded", "layout=packed", "activation_checkpointing=true", "gradient_accumulation_steps=4"]
+
+
+@pytest.mark.parametrize("given", [*SAME, pytest.param("compile=true", marks=pytest.mark.full)])
+def test_ways_to_compute_agree(given: str, trained: Callable[..., Path]) -> None:
+    shared = [*LORA, "optimizer=SGD", "lr=0.5", "sample_during_eval=true", "kl_during_eval=true"]
+    rows = [read_jsonl(trained(name, *shared, *more) / "metrics.jsonl") for name, *more in (("one",), ("two", given))]
+    for one, two in zip(*rows, strict=True):
+        for name in (one.keys() & two.keys()) - COSTS:
+            assert one[name] == pytest.approx(two[name], rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize("given", ["loss=sft", "mixed_precision=bfloat16", "model.policy_dtype=bfloat16", "loss=simpo"])
+def test_other_losses_and_types(given: str, trained: Callable[..., Path]) -> None:
+    more = ["loss.beta="] if given == "loss=sft" else []
+    run = trained("run", *LORA, given, *more)
+    assert all(
+        tensor.dtype == torch.float32 for tensor in load_file(run / "LATEST" / "adapter_model.safetensors").values()
+    )
+    first, last = evaluations(run)[0]["loss/eval"], evaluations(run)[-1]["loss/eval"]
+    assert last != first
+
+
+@pytest.mark.parametrize("start", ["base", "checkpoint", "continued", "stacked", "qlora", "stacked qlora", "pissa"])
+def test_a_trained_adapter_is_scored_against_where_it_began(
+    start: str, trained: Callable[..., Path], run_dir: Path, pairs_dir: Path, tmp_path: Path
+) -> None:
+    archive = {"checkpoint": run_dir}.get(start, tmp_path / "first")
+    if start.split()[0] in ("continued", "stacked"):
+        trained("first", *LORA, *(["adapter=qlora"] if "qlora" in start else []))
+    given = [f"model.archive={archive}"] if start not in ("base", "qlora", "pissa") else []
+    given += ["adapter.stack=true"] if "stacked" in start else []
+    kind = "qlora" if "qlora" in start else "pissa" if start == "pissa" else "lora"
+    run = trained("run", *LORA, f"adapter={kind}", *given)
+    final = evaluations(run)[-1]
+    pairs = [{side: row[side] for side in ("chosen", "rejected")} for row in read_jsonl(pairs_dir / "test.jsonl")]
+    scores = dpo.load_run(run).score(pairs)
+    margin = 0.5 * sum(score["margin"] for score in scores) / len(scores)
+    assert margin == pytest.approx(final["rewards_eval/margins"], rel=1e-4, abs=1e-4) and abs(margin) > 1e-2
+    if start in ("continued", "stacked qlora"):  # the scripts find the reference by themselves
+        command = [
+            sys.executable,
+            str(ROOT / "scripts" / "score.py"),
+            str(run),
+            "--data",
+            str(pairs_dir / "test.jsonl"),
+        ]
+        command += ["--out", str(tmp_path / "scores.jsonl"), "device=cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+        rewards = [[response["reward"] for response in row["responses"]] for row in rows]
+        assert len(rows) == len(pairs)
+        found = sum(abs(a - b) for a, b in rewards) / len(rewards)
+        assert found == pytest.approx(sum(abs(s["margin"]) for s in scores) / len(scores) / 2, rel=1e-4)
 
 
 REFUSED = {

@@ -113,6 +113,7 @@ def put_on(model: PreTrainedModel, config: Any, base: str, seed: int) -> PreTrai
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT asks for it by its old name
         try:
             _peft().inject_adapter_in_model(config, model, NAME)
+            _peft("peft.tuners.tuners_utils").cast_adapter_dtype(model, NAME)  # to float32: steps are small
         except (ValueError, TypeError, NotImplementedError) as error:
             modules = model.named_modules()
             linear = {name.split(".")[-1] for name, m in modules if isinstance(m, torch.nn.Linear | Conv1D)}

@@ -261,7 +261,8 @@ def test_every_key_is_declared_once_and_has_a_value_in_the_yaml() -> None:
     composed = OmegaConf.load(CONFIG_DIR / "config.yaml")
     given = {key for key in composed if key not in ("defaults", "hydra", "wandb", "reference")}
     given |= {f"{group}.{key}" for group in ("wandb", "reference") for key in composed[group]}
-    given |= {f"model.{key}" for key in OmegaConf.load(CONFIG_DIR / "model" / "blank_model.yaml")}
+    for group, file in (("model", "blank_model"), ("adapter", "none")):
+        given |= {f"{group}.{key}" for key in OmegaConf.load(CONFIG_DIR / group / f"{file}.yaml")}
     assert given == set(keys(Config)) - {"loss"}
     declared = [name for kind in Config.__mro__ for name in vars(kind).get("__annotations__", {})]
     assert len(declared) == len(set(declared))

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import COSTS, ROOT, make_model, make_tokenizer, read_jsonl, train_here
+from conftest import COSTS, ROOT, first_fast, make_model, make_tokenizer, read_jsonl, train_here
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,7 +76,7 @@ def folder_of(kind: str, tmp_path: Path, hidden: int = 32) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen3"])
+@pytest.mark.parametrize("kind", first_fast(["llama", "gpt_neox", "gpt2", "qwen3"]))
 def test_three_steps_equal_peft_and_a_plain_loop(
     kind: str, overrides: Overrides, pairs_dir: Path, tmp_path: Path
 ) -> None:
@@ -121,13 +121,12 @@ def test_three_steps_equal_peft_and_a_plain_loop(
         torch.testing.assert_close(found[name].double(), tensor.detach(), rtol=1e-5, atol=1e-5)
 
 
-STARTS = ["base", "checkpoint", "continued", "stacked", "qlora", "int8", "dora", "rslora", "pissa", "ia3"]
+STARTS = ["base", "continued", "stacked", "qlora", "pissa", "checkpoint", "int8", "dora", "rslora", "ia3"]
 IA3 = "adapter=peft adapter.peft_type=IA3 adapter.target_modules=[k_proj,down_proj]".split()
 IA3 += ["+adapter.peft_kwargs.feedforward_modules=[down_proj]"]
 
 
-@pytest.mark.parametrize("mode", ["stored", "live"])
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(("start", "mode"), first_fast(((s, m) for m in ("live", "stored") for s in STARTS), 5))
 def test_rewards_are_0_before_the_first_update(
     start: str, mode: str, trained: Callable[..., Path], run_dir: Path, tmp_path: Path
 ) -> None:
@@ -171,7 +170,7 @@ def test_a_fresh_adapter_shares_the_stored_reference_of_its_base(trained: Callab
     assert len(list((tmp_path / "cache" / "reference").iterdir())) == 3
 
 
-@pytest.mark.parametrize("adapter", ["lora", "qlora", "dora", "pissa"])
+@pytest.mark.parametrize("adapter", first_fast(["pissa", "lora", "qlora", "dora"]))
 def test_resuming_is_bit_exact(adapter: str, trained: Callable[..., Path]) -> None:
     given = [f"adapter={adapter}", "n_examples=24", "save_every=8", "do_final_eval=false", "optimizer=AdamW"]
     whole, parts = trained("whole", *given), trained("parts", *given, "n_examples=8")
@@ -182,7 +181,7 @@ def test_resuming_is_bit_exact(adapter: str, trained: Callable[..., Path]) -> No
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("adapter", ["lora", "qlora", "dora", "pissa", "modules_to_save"])
+@pytest.mark.parametrize("adapter", first_fast(["pissa", "modules_to_save", "lora", "qlora", "dora"], 2))
 def test_peft_opens_a_checkpoint_and_merging_keeps_its_log_probabilities(
     adapter: str, trained: Callable[..., Path], tiny_model_dir: Path, pairs_dir: Path
 ) -> None:
@@ -229,10 +228,10 @@ def test_fsdp_equals_one_process(adapter: tuple[str, ...], trained: Callable[...
     assert all(row["rewards_eval/margins"] == 0 for row in (evaluations(one)[0], evaluations(two)[0]))
 
 
-SAME = ["layout=padded", "layout=packed", "activation_checkpointing=true", "gradient_accumulation_steps=4"]
+SAME = ["activation_checkpointing=true", "layout=padded", "layout=packed", "compile=true", "microbatch_tokens=100"]
 
 
-@pytest.mark.parametrize("given", [*SAME, pytest.param("compile=true", marks=pytest.mark.full)])
+@pytest.mark.parametrize("given", first_fast(SAME))
 def test_ways_to_compute_agree(given: str, trained: Callable[..., Path]) -> None:
     shared = [*LORA, "optimizer=SGD", "lr=0.5", "sample_during_eval=true", "kl_during_eval=true"]
     rows = [read_jsonl(trained(name, *shared, *more) / "metrics.jsonl") for name, *more in (("one",), ("two", given))]
@@ -241,7 +240,10 @@ def test_ways_to_compute_agree(given: str, trained: Callable[..., Path]) -> None
             assert one[name] == pytest.approx(two[name], rel=1e-5, abs=1e-5), name
 
 
-@pytest.mark.parametrize("given", ["loss=sft", "mixed_precision=bfloat16", "model.policy_dtype=bfloat16", "loss=simpo"])
+OTHERS = ["model.policy_dtype=bfloat16", "loss=sft", "mixed_precision=bfloat16", "loss=simpo"]
+
+
+@pytest.mark.parametrize("given", first_fast(OTHERS))
 def test_other_losses_and_types(given: str, trained: Callable[..., Path]) -> None:
     more = ["loss.beta="] if given == "loss=sft" else []
     run = trained("run", *LORA, given, *more)
@@ -252,7 +254,10 @@ def test_other_losses_and_types(given: str, trained: Callable[..., Path]) -> Non
     assert last != first
 
 
-@pytest.mark.parametrize("start", ["base", "checkpoint", "continued", "stacked", "qlora", "stacked qlora", "pissa"])
+SCORED = ["stacked qlora", "continued", "base", "checkpoint", "stacked", "qlora", "pissa"]
+
+
+@pytest.mark.parametrize("start", first_fast(SCORED))
 def test_a_trained_adapter_is_scored_against_where_it_began(
     start: str, trained: Callable[..., Path], run_dir: Path, pairs_dir: Path, tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 """Configuration keys of models, of how they are computed, and of the processes that hold them.
 
-Keys of the group `model` are explained in config/model/blank_model.yaml, those of `adapter` in config/adapter/none.yaml,
-the others in config/config.yaml.
+Keys of the group `model` are explained in config/model/blank_model.yaml, those of `adapter` in
+config/adapter/none.yaml, the others in config/config.yaml.
 """
 
 from collections.abc import Iterator

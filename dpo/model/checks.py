@@ -221,8 +221,9 @@ def head_difference(model: PreTrainedModel, dtype: torch.dtype) -> float:
     ids = list(range(8))
     found = _logps(model, Computation(dtype), Tree(ids[:1], [ids[1:]])).logps
     with autocast(model, dtype):
-        logits = model(input_ids=torch.tensor([ids], device=input_device(model)), use_cache=False).logits
-    return _distance(found, parallel.label_logps(logits[:, :-1], torch.tensor([ids[1:]], device=logits.device)))
+        # As many tokens as the row above has: matrix products of another shape round otherwise, which models amplify.
+        logits = model(input_ids=torch.tensor([ids[:-1]], device=input_device(model)), use_cache=False).logits
+    return _distance(found, parallel.label_logps(logits, torch.tensor([ids[1:]], device=logits.device)))
 
 
 @torch.no_grad()

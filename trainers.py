@@ -363,6 +363,7 @@ class Trainer:
             "eval_examples": len(self.evaluator.examples),
             "command": self.command,
             "loss": str(self.config.loss),
+            "adapter": adapters.described(self.policy) if self.starting is not None else None,
             "scaler": updater.scaler.state_dict(),
             "loss_state": dict(self.scorer.state),
             "config": self.config.to_dict(),
@@ -487,9 +488,13 @@ def find_archives(config: Config, check: str = "fast") -> dict[str, str]:
 def with_archives(config: Config) -> Config:
     """Return the configuration with the checkpoints that LATEST names now, in all processes."""
     found = find_archives(config, config.checkpoint_check) if parallel.is_main() else {}
-    if config.adapter.stack and "model" in found and weights.base_of(found["model"]):
-        found["model"] = str(merged_folder(config, Path(found["model"])))
-    for part, archive in parallel.from_main(found).items():
+    found = parallel.from_main(found)
+    if config.adapter.stack:
+        if not weights.base_of(found.get("model", "")):
+            raise UserError(f"adapter.stack=true merges an adapter, and model.archive={config.model.archive} is none")
+        with parallel.one_per_machine_first():
+            found["model"] = str(merged_folder(config, Path(found["model"])))
+    for part, archive in found.items():
         config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), archive=archive)})
     return config
 

@@ -177,9 +177,8 @@ def model_key(model: PreTrainedModel, how: Computation) -> str:
             mine[name] = f"{whole.dtype} {tuple(whole.shape)} {hashlib.blake2b(content, digest_size=32).hexdigest()}"
     weights = {name: digest for found in parallel.gather(mine) for name, digest in found.items()}
     config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_COMPUTED}
-    described = json.dumps(
-        [weights, config, str(how.dtype), *([adapter] if adapter else [])], sort_keys=True, default=str
-    )
+    parts = [weights, config, str(how.dtype), *([adapter] if adapter else [])]
+    described = json.dumps(parts, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
     return hashlib.sha256(described.encode()).hexdigest()[:24]
 
 

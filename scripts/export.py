@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from dpo.run.checkpoint import card
 from dpo.run.saved import Saved
 from dpo.run.weights import ADAPTER, base_of
 from dpo.sampling import Sampling, sample
-from dpo.utils import UserError, log, visible
+from dpo.utils import UserError, log, make_dir, visible
 from opening import find_saved, take_overrides
 from utils import HelpFormatter, run_main
 
@@ -140,12 +141,13 @@ def main() -> None:
         raise UserError(f"--merge: {source} is no adapter; leave --merge out")
     if adapter is not None and not given.merge and (given.gguf or given.dtype):
         raise UserError(f"{source} is an adapter, which --gguf and --dtype cannot be for; add --merge")
+    if given.push and adapter is not None and not given.merge and Path(str(base_of(adapter))).exists():
+        raise UserError(f"--push: the adapter's base {base_of(adapter)} is a folder of this machine; add --merge")
     dtype = getattr(torch, given.dtype) if given.dtype else None
     trees, trained = samples_of(saved)
     gc.collect()  # a model refers to itself
-    folder = given.out.with_name(f".{given.out.name}-new")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    make_dir(given.out.parent, "--out")
+    folder = Path(tempfile.mkdtemp(prefix=f".{given.out.name}-", dir=given.out.parent))
     try:
         if adapter is not None and not given.merge:
             write_adapter(adapter, folder)
@@ -156,10 +158,11 @@ def main() -> None:
         compare(saved, folder, dtype, trees, trained)
         if converter is not None:
             outfile = folder / f"{given.out.name}.gguf"
-            kind = {"float32": "f32", "float16": "f16"}.get(given.dtype, "bf16")
+            kind = {"float32": "f32", "float16": "f16"}.get(given.dtype or saved.config.model.policy_dtype, "bf16")
             command = [sys.executable, str(converter), str(folder), "--outfile", str(outfile), "--outtype", kind]
             if subprocess.run(command, check=False).returncode or not outfile.is_file():
                 raise UserError(f"--gguf: {converter} failed, see above; it may not know this architecture")
+        folder.chmod(0o755)
         replace_folder(folder, given.out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Adapters: what they learn, what the reference is, and what is saved, against PEFT and plain loops."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -212,12 +213,13 @@ FSDP = [
     LORA,
     pytest.param(("adapter=dora", "adapter.modules_to_save=[lm_head]"), marks=pytest.mark.full),
     pytest.param((*LORA, "kl_during_eval=true", "sample_during_eval=true"), marks=pytest.mark.full),
+    pytest.param(("adapter=dora", "reference.mode=stored"), marks=pytest.mark.full),
 ]
 
 
 @pytest.mark.parametrize("adapter", FSDP)
 def test_fsdp_equals_one_process(adapter: tuple[str, ...], trained: Callable[..., Path]) -> None:
-    given = [*adapter, "optimizer=SGD", "lr=0.5", "n_examples=24", "reference.mode=live"]
+    given = ["reference.mode=live", *adapter, "optimizer=SGD", "lr=0.5", "n_examples=24"]
     one, two = trained("one", *given), trained("two", *given, "trainer=FSDPTrainer", "nproc=2")
     for a, b in zip(updates(one), updates(two), strict=True):
         for name in ("loss/train", "grad_norm", "rewards_train/margins"):
@@ -292,10 +294,16 @@ def test_a_trained_adapter_is_scored_against_where_it_began(
 
 
 REFUSED = {
-    "adapter.target_modules=[query]": r"does not fit LlamaForCausalLM: Target modules .*query.* down_proj, .*q_proj",
+    "adapter.target_modules=[query]": r"whose matrices are down_proj, .*q_proj, .*Target modules .*query.* not found",
+    'adapter.target_modules="q_proj["': r"whose matrices are down_proj, .*: unterminated character set",
+    "adapter.init=loftq": "adapter.init=loftq is not known; choose from: true, gaussian, pissa",
+    "adapter=pissa adapter.modules_to_save=[lm_head]": "saved as LoRA of twice the rank, so it goes with neither dora",
+    "adapter=pissa adapter.quantization=nf4": "changes the weights, and adapter.quantization rounds them",
+    "adapter.stack=true": "merges an adapter, and model.archive=None is none",
+    "+adapter.peft_kwargs.alora_invocation_tokens=[3]": "takes effect in PEFT's own wrapper only",
     "adapter.rank=0": "adapter.rank=0 must be at least 1",
     "adapter.dropout=0.1": "adapter.dropout=0.1: policy and reference would differ by noise",
-    "adapter.peft_type=LORRA": "adapter.peft_type=LORRA is none of ADALORA, .*LORA",
+    "adapter.peft_type=LORRA": "adapter.peft_type=LORRA is none of ADAMSS, .*LORA",
     "adapter.peft_type=IA3": r"adapter.rank=4: IA3 has no such setting; set adapter.rank=null",
     "+adapter.peft_kwargs.bais=all": "adapter.peft_kwargs.bais=all: further settings of LORA are .*bias",
     "adapter=none": "adapter.rank=4 needs an adapter; choose one, such as adapter=lora",
@@ -311,6 +319,48 @@ def test_misuse_is_one_line(given: str, trained: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=REFUSED[given]) as error:
         trained("run", *LORA, *given.split())
     assert "\n" not in str(error.value)
+
+
+KEY = """
+import sys
+import torch
+from dpo.model import adapters
+from dpo.model.logps import Computation
+from dpo.reference import model_key
+from settings import load_config
+from transformers import AutoModelForCausalLM
+folder, *given = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder)
+adapters.put_on(model, adapters.peft_config(load_config(["exp_name=x", *given]).adapter), folder, 0)
+print(adapters.adds_nothing(model), model_key(model, Computation(torch.float32)))
+"""
+
+
+@pytest.mark.full
+def test_a_stored_reference_has_one_name_in_every_process(tiny_model_dir: Path) -> None:
+    """Names of modules are a set in PEFT, in an order of chance."""
+
+    def found(*given: str, seed: str = "1") -> list[str]:
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", KEY, str(tiny_model_dir), *given]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()[-2:]
+
+    assert found("adapter=dora") == found("adapter=dora", seed="2") and found("adapter=dora")[0] == "False"
+    assert found("adapter=lora")[0] == "True"
+    embedding = found("adapter=lora", "adapter.target_modules=[embed_tokens]")
+    assert embedding[0] == "False" and embedding[1] != found("adapter=lora")[1]
+
+
+def test_adapters_that_would_come_apart_are_refused(trained: Callable[..., Path], tmp_path: Path) -> None:
+    tied = f"model.name_or_path={folder_of('qwen3', tmp_path)}"
+    with pytest.raises(UserError, match="are one matrix: with an adapter on one of them the merged model"):
+        trained("run", tied, *LORA, "adapter.target_modules=[embed_tokens,q_proj]")
+    wide = f"model.name_or_path={folder_of('llama', tmp_path, 64)}"
+    archive = f"model.archive={trained('first', 'adapter=qlora', 'adapter.rank=2')}"
+    with pytest.raises(UserError, match=r"was trained with nf4: on other weights .*Set adapter.quantization=nf4"):
+        trained("run", *LORA, wide, archive)
+    config = json.loads((trained("on", "adapter=qlora", archive) / "LATEST" / "adapter_config.json").read_text())
+    assert config["r"] == 2  # its own, not the preset's
 
 
 def test_a_package_that_is_missing_is_named(trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,7 @@ def test_gguf_goes_through_the_converter_of_llama_cpp(adapter: Path, call: Call,
         (["{base}", "--merge"], "is no adapter"),
         (["{out}"], "is there already; give a folder that is not"),
         (["/nowhere"], "/nowhere"),
+        (["{adapter}", "--push", "org/name"], "is a folder of this machine; add --merge"),
     ],
 )
 def test_misuse(given: list[str], message: str, adapter: Path, run_dir: Path, call: Call, tmp_path: Path) -> None:
@@ -118,5 +119,5 @@ def test_misuse(given: list[str], message: str, adapter: Path, run_dir: Path, ca
 def test_an_upload_that_fails_keeps_the_export(adapter: Path, call: Call, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(script, "HfApi", lambda: HfApi("http://127.0.0.1:9"))  # nobody listens there
     with pytest.raises(UserError, match=r"--push org/name: .*the export is whole in") as error:
-        call(adapter, "--push", "org/name")
-    assert "\n" not in str(error.value) and (tmp_path / "exported" / "adapter_model.safetensors").is_file()
+        call(adapter, "--merge", "--push", "org/name")
+    assert "\n" not in str(error.value) and (tmp_path / "exported" / "model.safetensors").is_file()

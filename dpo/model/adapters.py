@@ -11,25 +11,28 @@ import importlib
 import json
 import logging
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dpo import parallel
+from dpo.model.checks import refusing
 from dpo.model.config import MUTATING, AdapterConfig
-from dpo.utils import UserError, visible
+from dpo.utils import UserError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 NAME = "default"  # PEFT's own name for the one adapter of a model
 PREFIX = "base_model.model."  # in files PEFT writes names as its wrapper of a model has them
+# Methods that need more than parameters in the model: a schedule of ranks and a term of the loss, or a choice of tasks.
+NOT_IN_PLACE = ("ADALORA", "POLY", "SHADOW", "XLORA")
 # Attribute of a model: what a MUTATING initialisation took out of the weights. Files hold what was learnt, an adapter
 # of twice the rank on the weights as they were.
 TAKEN = "taken_out_of_weights"
@@ -51,7 +54,7 @@ def peft_types() -> list[str]:
     known = _peft("peft.mapping")
     tuners, configs = known.PEFT_TYPE_TO_TUNER_MAPPING.items(), known.PEFT_TYPE_TO_CONFIG_MAPPING
     fit = (kind for kind, tuner in tuners if getattr(tuner, "uses_shared_state", True) is False)
-    return sorted(kind.value for kind in fit if hasattr(configs[kind], "target_modules"))
+    return sorted(k.value for k in fit if hasattr(configs[k], "target_modules") and k.value not in NOT_IN_PLACE)
 
 
 def peft_config(adapter: AdapterConfig) -> Any:
@@ -80,10 +83,8 @@ def peft_config(adapter: AdapterConfig) -> Any:
         if key not in names or key in arguments:
             further = ", ".join(name for name in names if name not in arguments)
             raise UserError(f"adapter.peft_kwargs.{key}={value}: further settings of {adapter.peft_type} are {further}")
-    try:
+    with refusing(f"adapter.peft_type={adapter.peft_type}"):
         return kind(**arguments, **adapter.peft_kwargs)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"adapter.peft_type={adapter.peft_type}: {error}") from error
 
 
 # Put on a model ----------------------------------------------------------------------------------------------------
@@ -102,30 +103,61 @@ def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def put_on(model: PreTrainedModel, config: Any, base: str, seed: int) -> PreTrainedModel:
     """Put a fresh adapter on `model`, whose weights are those of `base` (a folder or hub id), and freeze the rest.
 
-    Raise UserError if the adapter does not fit the model.
+    Raise UserError if the adapter does not fit the model, or would not compute the same after merging.
     """
-    config.base_model_name_or_path, config.inference_mode = base, False
-    looks = getattr(config, "use_dora", False) or getattr(config, "modules_to_save", None) or _changes_base(config)
+    modules = model.named_modules()
+    linear = {name.split(".")[-1] for name, m in modules if isinstance(m, torch.nn.Linear | Conv1D)}
+    if problem := next(_problems(config, parallel.data_ranks(model) > 1), None):
+        raise UserError(f"the adapter cannot be used: {problem}")
+    # A folder's name is made absolute: the checkpoint may be opened elsewhere.
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    config.inference_mode = False
     model.requires_grad_(False)
-    with parallel.whole_weights(model, bool(looks)), torch.random.fork_rng(), warnings.catch_warnings():
+    message = f"the adapter does not fit {type(model).__name__}, whose matrices are {', '.join(sorted(linear))}"
+    with (
+        parallel.whole_weights(model, _looks_at_weights(config)),
+        torch.random.fork_rng(),
+        warnings.catch_warnings(),
+        refusing(message),
+    ):
         torch.manual_seed(seed)
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT then sets it right itself
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT asks for it by its old name
-        try:
-            _peft().inject_adapter_in_model(config, model, NAME)
-            _peft("peft.tuners.tuners_utils").cast_adapter_dtype(model, NAME)  # to float32: steps are small
-        except (ValueError, TypeError, NotImplementedError) as error:
-            modules = model.named_modules()
-            linear = {name.split(".")[-1] for name, m in modules if isinstance(m, torch.nn.Linear | Conv1D)}
-            raise UserError(
-                f"the adapter does not fit {type(model).__name__}: {visible(str(error).splitlines()[0][:300])}; "
-                f"adapter.target_modules may be all-linear, or of its matrices {', '.join(sorted(linear))}"
-            ) from error
+        _peft().inject_adapter_in_model(config, model, NAME)
+        _peft("peft.tuners.tuners_utils").cast_adapter_dtype(model, NAME)  # to float32: steps are small
     if not trained(model):
         raise UserError("the adapter has nothing to train; see adapter.target_modules and adapter.modules_to_save")
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if model.all_tied_weights_keys and any(f".{NAME}" in name for end in ends for name, _ in end.named_parameters()):
+        raise UserError(
+            f"the embeddings and the output layer of {type(model).__name__} are one matrix: with an adapter on one of "
+            "them the merged model would be another; leave them out of adapter.target_modules and modules_to_save"
+        )
     if _changes_base(config):
         vars(model)[TAKEN] = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
     return model
+
+
+def _problems(config: Any, sharded: bool) -> Iterator[str]:
+    """Yield what an adapter's configuration asks for that does not work here."""
+    if getattr(config, "alora_invocation_tokens", None):
+        yield "alora_invocation_tokens takes effect in PEFT's own wrapper only"
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if getattr(config, key, None)]
+    if _changes_base(config) and (config.use_dora or config.modules_to_save or config.bias != "none" or patterns):
+        yield (
+            f"init={config.init_lora_weights} is saved as LoRA of twice the rank, so it goes with neither dora, "
+            "modules_to_save, bias, rank_pattern nor alpha_pattern"
+        )
+    if sharded and getattr(config, "bias", "none") not in ("none", False):
+        yield f"bias={config.bias} trains a part of the weights, which FSDPTrainer holds in shards; use BasicTrainer"
+
+
+def _looks_at_weights(config: Any) -> bool:
+    """Return whether making the adapter may read the weights, not only their shapes."""
+    if config.peft_type == "IA3":
+        return bool(config.modules_to_save)
+    plain = config.peft_type == "LORA" and config.init_lora_weights in (True, "gaussian")
+    return not plain or config.use_dora or bool(config.modules_to_save)
 
 
 def _changes_base(config: Any) -> bool:
@@ -135,13 +167,12 @@ def _changes_base(config: Any) -> bool:
 
 def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     """Return configuration and weights of the adapter in `folder`. Raise UserError if they cannot be read."""
-    try:
+    with refusing(f"{folder}: its adapter cannot be read"):
         values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         config = _peft().PeftConfig.from_peft_type(**values)
         state = load_file(folder / WEIGHTS_FILE)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        reason = visible(str(error).splitlines()[0][:300])
-        raise UserError(f"{folder}: its adapter cannot be read ({type(error).__name__}: {reason})") from error
+    if config.peft_type not in peft_types():
+        raise UserError(f"{folder} is an adapter of {config.peft_type}, which cannot be put on a model in place")
     if getattr(config, "lora_dropout", 0):
         config.lora_dropout = 0.0  # as a model's own dropout is switched off
     return config, {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
@@ -190,20 +221,37 @@ def saved_config(model: PreTrainedModel) -> Any:
     """Return the configuration that belongs to `state_of`."""
     config: Any = copy.deepcopy(config_of(model))
     config.inference_mode = True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # the same file each time
     if TAKEN in vars(model):
         config.init_lora_weights, config.r = True, 2 * config.r
         config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
     return config
 
 
+def described(model: PreTrainedModel) -> str:
+    """Return the adapter's kind, rank and scale, for people."""
+    config = config_of(model).to_dict()
+    kind = str(config["peft_type"]).removeprefix("PeftType.")
+    facts = (("r", "rank"), ("lora_alpha", "alpha"), ("use_dora", "DoRA"), ("use_rslora", "rsLoRA"))
+    return ", ".join([kind, *(f"{word} {config[key]}" for key, word in facts if config.get(key))])
+
+
 # What a model with an adapter computes -----------------------------------------------------------------------------
+
+
+def _added(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the tensors of the model's state that the adapter added, and those besides that are trained."""
+    state = model.state_dict()
+    return {name: state[name] for name in state if f".{NAME}" in name} | trained(model)
 
 
 def adds_nothing(model: PreTrainedModel) -> bool:
     """Return whether the model certainly computes what it does without its adapter: a product with B = 0 is added."""
-    config, parameters = config_of(model), trained(model)
-    plain = config.peft_type == "LORA" and not config.use_dora and all("lora_" in name for name in parameters)
-    return plain and not any(bool(tensor.any()) for name, tensor in parameters.items() if "lora_B" in name)
+    added = _added(model)
+    factors = {name: tensor for name, tensor in added.items() if re.search(rf"\.lora_[AB]\.{NAME}\.weight$", name)}
+    products = [tensor for name, tensor in factors.items() if ".lora_B." in name]
+    return bool(products) and factors.keys() == added.keys() and not any(bool(b.any()) for b in products)
 
 
 def computed_by(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -215,7 +263,7 @@ def computed_by(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, An
     if config is None:
         return state, {}
     if adds_nothing(model):
-        names = trained(model)
+        names = _added(model)
         return {name.replace(".base_layer.", "."): t for name, t in state.items() if name not in names}, {}
     return state, {key: value for key, value in config.to_dict().items() if key not in NOT_COMPUTED}
 
@@ -245,10 +293,6 @@ class Starting:
 def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Return `model`, which is used up, with the adapter in `folder` added to its weights. Raise UserError if it does
     not fit."""
-    read(folder)  # for the message, and so that no pickle is opened
-    try:
-        whole = _peft().PeftModel.from_pretrained(model, str(folder))
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = visible(" ".join(str(error).split())[:300])
-        raise UserError(f"{folder}: the adapter does not fit {type(model).__name__}: {reason}") from error
-    return whole.merge_and_unload()
+    read(folder)  # so that no pickle is opened
+    with refusing(f"{folder}: the adapter does not fit {type(model).__name__}"):
+        return _peft().PeftModel.from_pretrained(model, str(folder)).merge_and_unload()

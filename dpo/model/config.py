@@ -4,6 +4,7 @@ Keys of the group `model` are explained in config/model/blank_model.yaml, those 
 config/adapter/none.yaml, the others in config/config.yaml.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -92,6 +93,10 @@ class AdapterConfig(Component):
                 f"adapter.dropout={self.dropout}: policy and reference would differ by noise; leave it 0, and hold the "
                 "policy closer by loss.beta, adapter.rank or fewer epochs"
             )
+        if isinstance(self.init, str) and not re.fullmatch(r"gaussian|olora|pissa(_niter_\d+)?", self.init):
+            yield f"adapter.init={self.init} is not known; choose from: true, gaussian, pissa, pissa_niter_<n>, olora"
+        if self.quantization and str(self.init).startswith(MUTATING):
+            yield f"adapter.init={self.init} changes the weights, and adapter.quantization rounds them; leave one out"
         if self.quantization and find_spec("bitsandbytes") is None:
             yield f"adapter.quantization={self.quantization} needs the package: pip install bitsandbytes"
 
@@ -173,6 +178,14 @@ class ParallelConfig(ComputeConfig):
             yield (
                 f"adapter.init={self.adapter.init} changes the weights, of which each process of {self.trainer} holds "
                 "a part: use trainer=BasicTrainer, or another init"
+            )
+        if self.adapter.peft_type and self.fsdp_cpu_offload:
+            yield "fsdp_cpu_offload=true is not for adapters, which lie whole on each GPU; leave it out"
+        other_type = self.mixed_precision not in (None, self.model.policy_dtype)
+        if self.adapter.modules_to_save and self.needs_group and other_type:
+            yield (
+                f"adapter.modules_to_save={self.adapter.modules_to_save} and mixed_precision={self.mixed_precision}: "
+                f"with {self.trainer} these modules would have another type than their input; leave one of them out"
             )
         if self.adapter.quantization and self.needs_group:
             yield (

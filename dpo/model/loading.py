@@ -20,10 +20,11 @@ from transformers import (
 
 from dpo import parallel
 from dpo.data.cache import cached
+from dpo.data.checks import TRAINED_ON
 from dpo.model import adapters, patches, quantization
 from dpo.model.checks import disable_dropout, refusing
 from dpo.model.logps import add_token_logps
-from dpo.run.checkpoint import MANIFEST, read_state
+from dpo.run.checkpoint import STATE_FILE, read_state
 from dpo.run.config import Config
 from dpo.run.weights import ADAPTER, Archive, base_of, find_archive, resolve_archive, weights_identity
 from dpo.utils import UserError, file_hash, log, visible
@@ -128,6 +129,8 @@ def load_policy(
     if found is not None:
         _check_same_architecture(config, source, found)
     model = _read_model(config, source, found, sharding, device)
+    if adapters.config_of(model) is not None:  # transformers puts it on by itself
+        raise UserError(f"{source} is an adapter on the hub, or holds one; download it, and give its folder")
     if adapter is not None or (trains and config.adapter.peft_type):
         _put_adapter_on(model, config, str(source if found is None else found.path), adapter, trains)
     disable_dropout(model)
@@ -167,16 +170,21 @@ def _base_of(config: Config, adapter: Path, source: str | Path) -> str | Path:
     configuration names. Raise UserError if it is not known that they belong together."""
     name = base_of(adapter)
     assert name is not None
+    if base_of(name):
+        raise UserError(f"the adapter {adapter} lies on {name}, which is an adapter itself; merge that one first")
     if Path(name).is_dir() or name == str(source) or (adapter == Path(source) and not name.startswith((".", "/", "~"))):
         return name
     with contextlib.suppress(UserError):  # it may be an adapter of another program
         known = read_state(adapter)["config"]["model"]
         if not known["archive"]:  # such as a converted file, whose folder is gone
             again = local_folder(known["name_or_path"], config.cache)
-            if str(source) in (str(adapter), str(again)):
+            if str(source) in (str(adapter), str(again)) and Path(again).name == Path(name).name:
                 return again
     if adapter == Path(source):
-        raise UserError(f"the adapter {adapter} lies on {name}, which is gone; put it back")
+        raise UserError(
+            f"the adapter {adapter} lies on {name}, which is gone; put it back. A merged model in the cache is made "
+            "again by the command that made it (adapter.stack=true)"
+        )
     raise UserError(
         f"the adapter {adapter} lies on {name}, and this run's model is {source}: set model= to that model. If it is "
         f"the same one, under another name, write that as base_model_name_or_path into its {ADAPTER}"
@@ -194,6 +202,13 @@ def _put_adapter_on(model: PreTrainedModel, config: Config, base: str, folder: P
             "adapter=lora adapter.stack=true; to train all weights: first scripts/export.py --merge"
         )
     found, state = adapters.read(folder)
+    known, stored = stored_quantization(folder)
+    if trains and known and stored != config.adapter.quantization:
+        raise UserError(
+            f"adapter.quantization={config.adapter.quantization}, but model.archive={folder} was trained with "
+            f"{stored}: on other weights it is another policy. Set adapter.quantization={stored or 'null'}, or "
+            "adapter.stack=true to merge it first"
+        )
     kind = str(found.peft_type).removeprefix("PeftType.")
     if trains and kind != config.adapter.peft_type:
         raise UserError(
@@ -202,6 +217,15 @@ def _put_adapter_on(model: PreTrainedModel, config: Config, base: str, folder: P
         )
     adapters.put_on(model, found, base, config.seed)
     adapters.load(model, state, folder)
+    if trains:
+        log(f"the adapter of {folder} is trained further, with its own settings: {adapters.described(model)}")
+
+
+def stored_quantization(folder: Path) -> tuple[bool, Any]:
+    """Return whether it is known how the weights were quantised when the adapter in a folder was trained, and how."""
+    with contextlib.suppress(UserError, KeyError):  # of another program
+        return (True, read_state(folder)["config"]["adapter"]["quantization"]) if base_of(folder) else (False, None)
+    return False, None
 
 
 def merged_folder(config: Config, adapter: Path) -> Path:
@@ -210,11 +234,14 @@ def merged_folder(config: Config, adapter: Path) -> Path:
     def merge(folder: Path) -> None:
         log(f"merging {adapter} into its base (once)")
         merged_model(config, adapter).save_pretrained(folder)
-        for file in adapter.iterdir():
-            if file.is_file() and not file.name.startswith("adapter_") and file.name not in (MANIFEST, "README.md"):
-                shutil.copy(file, folder)  # the tokenizer, and what is known of the adapter's training
+        load_tokenizer(config).save_pretrained(folder)
+        for file in (STATE_FILE, TRAINED_ON):  # what is known of the adapter's training
+            if (adapter / file).is_file():
+                (folder / file).parent.mkdir(exist_ok=True)
+                shutil.copy(adapter / file, folder / file)
 
-    digest = hashlib.sha256(f"{weights_identity(str(adapter))} {config.model.policy_dtype}".encode()).hexdigest()
+    content = weights_identity(str(adapter)), config.model.policy_dtype, stored_quantization(adapter)
+    digest = hashlib.sha256(str(content).encode()).hexdigest()
     return cached(config.cache / "models", f"merged-{digest[:16]}-{MERGED_VERSION}", merge)
 
 
@@ -225,10 +252,8 @@ def merged_model(config: Config, adapter: Path) -> PreTrainedModel:
     that is what it was trained for.
     """
     base = _base_of(config, adapter, local_folder(config.model.name_or_path, config.cache))
-    trained_on = config
-    with contextlib.suppress(UserError, KeyError):  # of another program
-        stored = read_state(adapter)["config"]["adapter"]["quantization"]
-        trained_on = replace(config, adapter=replace(config.adapter, quantization=stored))
+    stored = stored_quantization(adapter)[1]
+    trained_on = replace(config, adapter=replace(config.adapter, quantization=stored))
     model: Any = _read_model(trained_on, base, None, None, torch.device("cpu"))
     if trained_on.adapter.quantization:
         model = model.dequantize(getattr(torch, config.model.policy_dtype))

@@ -263,45 +263,43 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
 
 @contextlib.contextmanager
 def whole_weights(model: torch.nn.Module, read: bool) -> Iterator[None]:
-    """Let the modules of a model that FSDP holds have their weights whole inside the block, for what looks at them.
+    """Let the modules of a sharded model have their weights whole inside the block, for what looks at them.
 
-    `read`: they are gathered, all at once, a collective; otherwise only their shapes are right.
+    `read`: all are gathered, a collective; otherwise only their shapes are right.
     """
-    units = list(fsdp_modules(model)) if read else []
     held: list[tuple[torch.nn.Module, str, Any]] = []
-    for module in model.modules() if not read else ():
+    for module in model.modules():
         held += [(module, name, p) for name, p in module._parameters.items() if isinstance(p, DTensor)]
-    for unit in units:
-        unit.unshard()
     for module, name, parameter in held:
-        placeholder = torch.empty((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
-        module._parameters[name] = torch.nn.Parameter(placeholder, requires_grad=False)
+        shape, like = parameter.shape, {"dtype": parameter.dtype, "device": parameter.device}
+        whole = full(parameter.detach()) if read else torch.empty((), **like).expand(shape)
+        module._parameters[name] = torch.nn.Parameter(whole, requires_grad=False)
     try:
         yield
     finally:
-        for unit in units:
-            unit.reshard()
         for module, name, parameter in held:
             module._parameters[name] = parameter
 
 
 def sum_gradients(model: torch.nn.Module) -> None:
-    """Sum the gradients of what each process holds whole (an adapter) over the data ranks of `model`. A collective.
+    """Sum the gradients of an adapter, which each process of a sharded model holds whole, over the processes. A
+    collective.
 
-    FSDP does that for the parameters it holds.
+    FSDP does that for the parameters it holds. Under tensor parallelism, which has no adapters, what is whole in each
+    process has a gradient that is whole already.
     """
     mesh: DeviceMesh | None = vars(model).get(MESH_OF_MODEL)
-    if mesh is None:
+    if mesh is None or mesh["tensor"].size() > 1:
         return
     whole = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
     for parameter in whole:
         if parameter.grad is None:  # no example of this process needed it, but those of others may have
             parameter.grad = torch.zeros_like(parameter)
     if whole:
-        flat = torch.cat([p.grad.flatten() for p in whole])  # type: ignore[union-attr]
+        flat = torch.cat([p.grad.flatten().float() for p in whole])  # type: ignore[union-attr]
         dist.all_reduce(flat)
         for parameter, total in zip(whole, flat.split([p.numel() for p in whole]), strict=True):
-            parameter.grad = total.view_as(parameter)
+            parameter.grad = total.view_as(parameter).to(parameter.dtype)
 
 
 def all_finite(model: torch.nn.Module) -> bool:

@@ -495,17 +495,15 @@ def card(state: dict[str, Any], merged: bool = False) -> str:
     config = state["config"]
     model, name = config["model"], config["loss"]["name"]
     start = f"`{model['name_or_path']}`" + (f", from the weights of `{model['archive']}`" if model["archive"] else "")
-    settings = config.get("adapter") or {}
-    adapter = settings.get("peft_type")
-    facts = [f"{key} {settings[key]}" for key in ("rank", "alpha", "quantization") if settings.get(key)]
-    done = ", merged into the weights" if merged else ""
-    described = f"\n- adapter: {', '.join([adapter, *facts])}{done}" if adapter else ""
+    adapter, quantization = state.get("adapter"), (config.get("adapter") or {}).get("quantization")
+    facts = [*filter(None, (adapter, quantization)), *(["merged into the weights"] if merged else [])]
+    described = f"\n- adapter: {', '.join(facts)}" if adapter else ""
     library = "peft" if adapter and not merged else "transformers"
     hub_id = model["archive"] is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model["name_or_path"])
     base = f"\nbase_model: {model['name_or_path']}" if hub_id and not Path(model["name_or_path"]).exists() else ""
     text = f"""---
 library_name: {library}{base}
-tags: [{name}{f", {adapter.lower()}" if adapter else ""}]
+tags: [{name}{f", {config['adapter']['peft_type'].lower()}" if adapter else ""}]
 ---
 # {Path(model["name_or_path"]).name} after {name}
 

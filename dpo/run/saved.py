@@ -14,7 +14,7 @@ from dpo import parallel
 from dpo.data.batching import Cut
 from dpo.data.records import PreferenceData
 from dpo.model.checks import check_fits, pick_computation, refusing
-from dpo.model.loading import load_policy, load_tokenizer, pick_device, whole_model
+from dpo.model.loading import load_policy, load_tokenizer, pick_device, stored_quantization, whole_model
 from dpo.model.logps import Computation
 from dpo.reference import Wanted, tree_logps
 from dpo.run.checkpoint import REFERENCE, START, STATE_FILE, read_state
@@ -98,6 +98,8 @@ def load_reference(
         return load_policy(config, device, sharding, name, trains=False, compiled=compiled)
     ours = theirs = load_tokenizer(config)
     config = replace(config, model=replace(config.model, name_or_path=name, archive=None, tokenizer_name_or_path=None))
+    quantization = stored_quantization(Path(name).expanduser())[1]  # of the other model, not of this run
+    config = replace(config, adapter=replace(config.adapter, quantization=quantization))
     with contextlib.suppress(UserError):  # it may have no tokenizer of its own; its embeddings are checked below
         theirs = load_tokenizer(config)
     if theirs.get_vocab() != ours.get_vocab():

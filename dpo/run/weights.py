@@ -166,7 +166,8 @@ def weights_files(name: str) -> list[Path]:
     weights = [f for f in files if f.suffix == ".safetensors"] or [f for f in files if f.suffix == ".bin"]
     described = [f for f in files if f.name in DESCRIBED or f.name.endswith((".py", ".index.json"))]
     base = base_of(path)
-    return weights and [*weights, *described, *(weights_files(base) if base and base != name else [])]
+    under = weights_files(base) if base and not base_of(base) else []
+    return [*weights, *described, *under] if weights and (under or not base) else []
 
 
 def _file_states(name: str) -> list[tuple[str, int, int, int, int]]:

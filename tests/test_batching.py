@@ -192,6 +192,21 @@ def test_dealing_gives_every_example_once_and_every_process_as_many_passes(
     assert sorted(example for shares in dealt for share in shares for example in share) == sorted(examples)
 
 
+@pytest.mark.parametrize("tokens", [1200, 2048, 4096, 16_384, None])
+def test_eight_processes_have_about_the_same_work(tokens: int | None) -> None:
+    """Lengths as those of dialogues: log-normal, mean about 200 tokens a tree."""
+    lengths = np.random.default_rng(0).lognormal(4.2, 0.6, (20, 64, 3)).astype(int) + 2
+    for batch in lengths:
+        sizes = [(int(prompt), [int(n) for n in rest]) for prompt, *rest in batch]
+        work = [sum(prompt + sum(n - 1 for n in rest) for prompt, rest in [size]) for size in sizes]
+        dealt = Cut("packed", 8, 1, tokens).deal(sizes)
+        loads = [[sum(work[i] for i in share) for share in shares] for shares in dealt]
+        assert sorted(i for shares in dealt for share in shares for i in share) == list(range(64))
+        assert sum(work) >= 0.95 * 8 * sum(map(max, loads))
+        assert tokens is None or max(map(max, loads)) <= tokens
+        assert min(map(min, loads)) > 0 or all(len(share) < 2 for shares in dealt for share in shares)
+
+
 def test_dealing_balances_tokens_not_examples() -> None:
     lengths = [100, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10]
     data = Data([Record([1], [[2] * n], []) for n in lengths], np.zeros(len(lengths), dtype=int))

@@ -1,5 +1,6 @@
 """From records to batches: the stateless order of examples, prompt trees, and how batches are cut."""
 
+import heapq
 import itertools
 import math
 import sys
@@ -271,8 +272,8 @@ class Cut:
     def deal(self, sizes: Sequence[tuple[int, list[int]]]) -> list[list[list[int]]]:
         """Return [pass][rank] -> indices of `sizes`, each the length of a prompt and those of its responses.
 
-        Sorting by length makes the rows of a micro-batch about equally long, and the micro-batches of a pass about
-        equal work. An empty micro-batch still takes part in its pass. A tree of more than `tokens` is left whole.
+        The micro-batches of a pass are about equal work, and the rows of one about equally long. An empty micro-batch
+        still takes part in its pass. A tree of more than `tokens` is left whole.
         """
         if self.layout == "padded":
             items = [_Item(i, len(rest), n_tokens(prompt, [max(rest)])) for i, (prompt, rest) in enumerate(sizes)]
@@ -281,13 +282,28 @@ class Cut:
             # A packed row has no padding: each token counts as a row of length 1.
             items = [_Item(i, n, 1) if self.layout == "packed" else _Item(i, 1, n) for i, n in enumerate(trees)]
         items.sort(key=lambda item: (-item.length, -item.rows))
-        limit = self.tokens
-        if limit is None or self.passes > 1:
-            limit = min(limit or sys.maxsize, _smallest_limit(items, self.passes * self.ranks))
-        parts = _fill(items, limit) if self.tokens is None else _least_padding(items, limit)
+        limit = self.tokens or sys.maxsize
+        if self.ranks == 1 and self.tokens is not None:
+            parts = _least_padding(
+                items, limit if self.passes == 1 else min(limit, _smallest_limit(items, self.passes))
+            )
+        else:
+            passes = max(self.passes, -(-len(_fill(items, limit)) // self.ranks))
+            parts = self._share_out(items, limit, passes)
         parts.sort(key=lambda part: -_tokens(part))
         indices = [[item.index for item in part] for part in parts]
         return [[*ranks, *([[]] * (self.ranks - len(ranks)))] for ranks in chunks(indices, self.ranks)]
+
+    def _share_out(self, items: Sequence["_Item"], limit: int, passes: int) -> list[list["_Item"]]:
+        """Cut `items` (longest first) into about `passes` micro-batches for each rank, of about equal tokens, up to
+        `limit`."""
+        if self.layout != "packed":  # neighbours in length go together, for little padding
+            return _fill(items, min(limit, _smallest_limit(items, passes * self.ranks)))
+        while True:
+            parts = _even(items, passes * self.ranks)
+            if all(_tokens(part) <= limit for part in parts if len(part) > 1):
+                return parts
+            passes += 1
 
 
 def deal(data: Records, examples: Sequence[Example], cut: Cut) -> list[list[list[Example]]]:
@@ -315,6 +331,17 @@ class _Item:
 def _tokens(part: Sequence[_Item]) -> int:
     """Return the tokens of a micro-batch with padding. Its first item is the longest."""
     return sum(item.rows for item in part) * part[0].length
+
+
+def _even(items: Sequence[_Item], n: int) -> list[list[_Item]]:
+    """Put each item, largest first, into the emptiest of `n` micro-batches. Return those that got one."""
+    parts: list[list[_Item]] = [[] for _ in range(n)]
+    loads = [(0, number) for number in range(n)]
+    for item in items:
+        load, number = heapq.heappop(loads)
+        parts[number].append(item)
+        heapq.heappush(loads, (load + item.rows * item.length, number))
+    return [part for part in parts if part]
 
 
 def _smallest_limit(items: Sequence[_Item], most: int) -> int:

@@ -144,7 +144,7 @@ def load_policy(
         add_token_logps(model)
     if config.compile and compiled:
         for block in parallel.blocks(model, config.model.block_name or config.model.block):
-            block.compile(dynamic=True)
+            block.forward = torch.compile(block.forward, dynamic=True)  # without hooks, which are FSDP's
     if sharding is not None:
         return parallel.move_buffers(model)
     if not config.model.device_map:

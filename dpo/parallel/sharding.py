@@ -140,7 +140,7 @@ def fsdp_modules(model: torch.nn.Module) -> Iterator[FSDPModule]:
 def blocks(model: PreTrainedModel, name: str | None) -> list[torch.nn.Module]:
     """Return the model's repeated blocks: the modules of class `name`; None: of the classes that the model names."""
     names = {name} if name else set(getattr(model, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
+    found = [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
     if not found:
         lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
         classes = sorted({type(module).__name__ for modules in lists for module in modules})

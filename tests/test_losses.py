@@ -533,7 +533,6 @@ MISUSE = [
     (["loss=mix", "loss.terms={}"], "loss.terms={} names no loss"),
     (["loss=tdpo", "loss.beta=1"], "loss=tdpo needs the reference's whole distribution: set reference.mode=live"),
     (["loss=simpo", "reference.mode=live"], "reference.mode=live, but loss=simpo needs no reference"),
-    (["loss=sft", "reference.mode=live"], "reference.mode=live, but loss=sft needs no reference: leave reference.mode"),
 ]
 
 
@@ -544,7 +543,3 @@ def test_misuse_is_one_clear_line(given: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(["exp_name=x", *given])
     assert message in str(error.value) and len(str(error.value).splitlines()) == 1
-
-
-def test_sft_may_keep_a_live_reference_for_its_kl() -> None:
-    assert load_config(["exp_name=x", "loss=sft", "reference.mode=live", "kl_during_eval=true"]).loss == SFT()

@@ -151,8 +151,7 @@ class Config(TrainingConfig, DataConfig, ParallelConfig, RunConfig):
             yield f"reference.archive={self.reference.archive}, but loss={self.loss.name} needs no reference"
         if self.loss.needs_kl and self.reference.mode != "live":
             yield f"loss={self.loss.name} needs the reference's whole distribution: set reference.mode=live"
-        measured = bool(self.kl_during_eval) and not self.loss.needs_rejected
-        if self.reference.mode == "live" and not self.loss.needs_reference and not measured:
+        if self.reference.mode == "live" and self.loss.needs_rejected and not self.loss.needs_reference:
             yield f"reference.mode=live, but loss={self.loss.name} needs no reference: leave reference.mode out"
         yield from self.device_problems()
         yield from self.optimizer_problems()

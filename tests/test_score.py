@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import score
 from dpo.data.tokenise import own_bos
 from dpo.utils import UserError
+from opening import find_saved
 
 Score = Callable[..., list[dict]]
 
@@ -404,3 +405,9 @@ def test_token_rewards_add_up_to_the_reward_of_any_loss(keys: dict) -> None:
     reward = loss.rewards(Responses(sums[0], torch.tensor([3]), sums[1]))
     assert reward is not None
     assert score.token_rewards(loss, policy, reference).sum() == pytest.approx(reward.item(), rel=1e-12)
+
+
+def test_a_run_whose_loss_needs_a_live_reference_is_opened(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    given = ["loss=tdpo", "loss.beta=0.1", "reference.mode=live", "n_examples=8", "batch_size=8", "n_eval_examples=0"]
+    train_here(overrides(*given, "sample_during_eval=false"))
+    assert find_saved(str(tmp_path / "run"), ["device=cpu"]).config.loss.name == "tdpo"

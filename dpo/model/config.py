@@ -50,7 +50,7 @@ class ModelConfig(Component):
 class ReferenceConfig(Component):
     """How the log-probabilities of the reference are obtained."""
 
-    mode: Annotated[Literal["stored", "live"], MayChange]
+    mode: Annotated[Literal["stored", "live"], MayChange, Inherited]
     archive: str | None
 
 

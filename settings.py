@@ -103,7 +103,7 @@ def load_config(overrides: list[str], values: Mapping[str, Any] | None = None) -
         try:
             composed = hydra.compose("config", overrides)
             for key, value in (values or {}).items():
-                OmegaConf.update(composed, key, literal(value))
+                OmegaConf.update(composed, key, literal(value), force_add=True)
             return build_config(composed)
         except (OmegaConfBaseException, hydra.errors.HydraException, ValueError) as error:
             raise UserError(str(error)) from error

@@ -54,7 +54,8 @@ def _configure(model: list[str], values: dict[str, Any], known: dict[str, Any], 
     """Return the configuration of `overrides`; what they do not give is taken from `values`, then from the run's
     `known`."""
     given = {override.partition("=")[0].lstrip("+") for override in overrides}
-    settings = flat({key: known[key] for key in keys(Config, Inherited) if key in known})
+    inherited = set(keys(Config, Inherited))  # keys, and groups of them
+    settings = {key: value for key, value in flat(known).items() if {key, key.partition(".")[0]} & inherited}
     chosen = []
     if "loss" not in given and "loss" in known:
         loss = known["loss"]

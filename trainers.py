@@ -446,7 +446,7 @@ def train_in_process(config: Config, overrides: list[str] | None, stop: stopping
     if not parallel.is_main():
         be_quiet()
     sharding = sharding_of(config)
-    config = with_archives(config)
+    config = with_archives(config, overrides or [])
     resume.check_settings(config)
     run_dir = Path(config.local_run_dir)
     command = shlex.join(["python", "train.py", *overrides]) if overrides is not None else "trainers.train(config)"
@@ -485,8 +485,9 @@ def find_archives(config: Config, check: str = "fast") -> dict[str, str]:
     return found
 
 
-def with_archives(config: Config) -> Config:
-    """Return the configuration with the checkpoints that LATEST names now, in all processes."""
+def with_archives(config: Config, overrides: list[str]) -> Config:
+    """Return the configuration with the checkpoints that LATEST names now, in all processes. An adapter that is trained
+    further brings its own settings; raise UserError if one of the `overrides` contradicts them."""
     found = find_archives(config, config.checkpoint_check) if parallel.is_main() else {}
     found = parallel.from_main(found)
     if config.adapter.stack:
@@ -496,6 +497,16 @@ def with_archives(config: Config) -> Config:
             found["model"] = str(merged_folder(config, Path(found["model"])))
     for part, archive in found.items():
         config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), archive=archive)})
+    if config.adapter.peft_type and not config.adapter.stack and weights.base_of(found.get("model", "")):
+        own = adapters.own_keys(adapters.read(Path(found["model"]))[0])
+        given = {override.partition("=")[0].lstrip("+").removeprefix("adapter.") for override in overrides}
+        for key in own.keys() & given:
+            if getattr(config.adapter, key) != own[key]:
+                raise UserError(
+                    f"adapter.{key}={getattr(config.adapter, key)}, but the adapter {found['model']}, which is trained "
+                    f"further, has {own[key]}: leave adapter.{key} out, or adapter.stack=true for a fresh one on top"
+                )
+        config = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **own))
     return config
 
 

@@ -55,7 +55,8 @@ def _configure(model: list[str], values: dict[str, Any], known: dict[str, Any], 
     `known`."""
     given = {override.partition("=")[0].lstrip("+") for override in overrides}
     inherited = set(keys(Config, Inherited))  # keys, and groups of them
-    settings = {key: value for key, value in flat(known).items() if {key, key.partition(".")[0]} & inherited}
+    # A group that is chosen anew, such as adapter=none, brings all its keys.
+    settings = {k: v for k, v in flat(known).items() if (p := k.partition(".")[0]) not in given and {k, p} & inherited}
     chosen = []
     if "loss" not in given and "loss" in known:
         loss = known["loss"]

@@ -294,10 +294,19 @@ def test_a_trained_adapter_is_scored_against_where_it_began(
 
 
 REFUSED = {
-    "adapter.target_modules=[query]": r"whose matrices are down_proj, .*q_proj, .*Target modules .*query.* not found",
+    "adapter.target_modules=[query]": "target_modules: no module is called query; there are .*down_proj, .*q_proj",
+    "adapter.target_modules=query": r"whose matrices are down_proj, .*q_proj, .*Target modules .*query.* not found",
     'adapter.target_modules="q_proj["': r"whose matrices are down_proj, .*: unterminated character set",
     "adapter.init=loftq": "adapter.init=loftq is not known; choose from: true, gaussian, pissa",
     "adapter=pissa adapter.modules_to_save=[lm_head]": "saved as LoRA of twice the rank, so it goes with neither dora",
+    "adapter.target_modules=[q_proj,v_porj]": "target_modules: no module is called v_porj; there are .*v_proj",
+    "adapter.modules_to_save=[nohead]": "modules_to_save: no module is called nohead; there are .*lm_head",
+    "adapter.layers=[1]": r"adapter.layers=\[1\] needs names of matrices",
+    "+adapter.peft_kwargs.layer_replication=[[0,2],[0,2]]": "this adapter changes the model before it is trained",
+    "adapter=peft adapter.peft_type=FOURIERFT adapter.rank=null +adapter.peft_kwargs.n_frequency=9": "changes the",
+    "+adapter.peft_kwargs.lora_dropout=0.1": "further settings of LORA are",
+    "adapter=peft adapter.rank=null": "adapter.peft_type=<method> is none of ADAMSS",
+    "adapter=pissa adapter.rank=64": "init=pissa_niter_16 cannot take rank 64 out of",
     "adapter=pissa adapter.quantization=nf4": "changes the weights, and adapter.quantization rounds them",
     "adapter.stack=true": "merges an adapter, and model.archive=None is none",
     "+adapter.peft_kwargs.alora_invocation_tokens=[3]": "takes effect in PEFT's own wrapper only",
@@ -358,9 +367,10 @@ def test_adapters_that_would_come_apart_are_refused(trained: Callable[..., Path]
     wide = f"model.name_or_path={folder_of('llama', tmp_path, 64)}"
     archive = f"model.archive={trained('first', 'adapter=qlora', 'adapter.rank=2')}"
     with pytest.raises(UserError, match=r"was trained with nf4: on other weights .*Set adapter.quantization=nf4"):
-        trained("run", *LORA, wide, archive)
-    config = json.loads((trained("on", "adapter=qlora", archive) / "LATEST" / "adapter_config.json").read_text())
-    assert config["r"] == 2  # its own, not the preset's
+        trained("run", "adapter=lora", wide, archive)
+    run = trained("on", "adapter=qlora", archive)
+    assert json.loads((run / "LATEST" / "adapter_config.json").read_text())["r"] == 2  # its own, not the preset's
+    assert "\n  rank: 2\n" in (run / "config.yaml").read_text()
 
 
 def test_a_package_that_is_missing_is_named(trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from dpo.utils import UserError
 WEIGHTS_FILE = "adapter_model.safetensors"
 NAME = "default"  # PEFT's own name for the one adapter of a model
 PREFIX = "base_model.model."  # in files PEFT writes names as its wrapper of a model has them
-# Methods that need more than parameters in the model: a schedule of ranks and a term of the loss, or a choice of tasks.
-NOT_IN_PLACE = ("ADALORA", "POLY", "SHADOW", "XLORA")
+# Methods that need more than parameters in the model (a schedule of ranks, a term of the loss, a choice of tasks), or
+# whose layers share tensors.
+NOT_IN_PLACE = ("ADALORA", "LILY", "POLY", "RANDLORA", "SHADOW", "XLORA")
 # Attribute of a model: what a MUTATING initialisation took out of the weights. Files hold what was learnt, an adapter
 # of twice the rank on the weights as they were.
 TAKEN = "taken_out_of_weights"
@@ -62,7 +63,8 @@ def peft_config(adapter: AdapterConfig) -> Any:
     if adapter.peft_type not in peft_types():
         raise UserError(f"adapter.peft_type={adapter.peft_type} is none of {', '.join(peft_types())}")
     kind = _peft("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING[adapter.peft_type]
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = [f.name for f in dataclasses.fields(kind) if f.name not in (*NOT_COMPUTED, "peft_type")]
+    names = [name for name in names if "dropout" not in name]
     arguments: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     given: dict[str, tuple[Any, ...]] = {
         "rank": (adapter.rank, "r"),
@@ -105,9 +107,9 @@ def put_on(model: PreTrainedModel, config: Any, base: str, seed: int) -> PreTrai
 
     Raise UserError if the adapter does not fit the model, or would not compute the same after merging.
     """
-    modules = model.named_modules()
-    linear = {name.split(".")[-1] for name, m in modules if isinstance(m, torch.nn.Linear | Conv1D)}
-    if problem := next(_problems(config, parallel.data_ranks(model) > 1), None):
+    names = dict(model.named_modules())
+    linear = {name.split(".")[-1] for name, m in names.items() if isinstance(m, torch.nn.Linear | Conv1D)}
+    if problem := next(_problems(config, [*names], parallel.data_ranks(model) > 1), None):
         raise UserError(f"the adapter cannot be used: {problem}")
     # A folder's name is made absolute: the checkpoint may be opened elsewhere.
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
@@ -134,12 +136,26 @@ def put_on(model: PreTrainedModel, config: Any, base: str, seed: int) -> PreTrai
             "them the merged model would be another; leave them out of adapter.target_modules and modules_to_save"
         )
     if _changes_base(config):
-        vars(model)[TAKEN] = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+        taken = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+        for name, tensor in taken.items():
+            if not re.search(r"\.lora_[AB]\.", name) or tensor.shape[_dim(name)] != config.r:
+                place = name.partition(".lora_")[0]
+                raise UserError(
+                    f"init={config.init_lora_weights} cannot take rank {config.r} out of {place}: "
+                    "lower adapter.rank, or leave that module out of adapter.target_modules"
+                )
+        vars(model)[TAKEN] = taken
     return model
 
 
-def _problems(config: Any, sharded: bool) -> Iterator[str]:
-    """Yield what an adapter's configuration asks for that does not work here."""
+def _problems(config: Any, names: Sequence[str], sharded: bool) -> Iterator[str]:
+    """Yield what an adapter's configuration asks for that does not work on a model with modules of these names."""
+    for key in ("target_modules", "modules_to_save"):
+        wanted = getattr(config, key, None)
+        for module in wanted if isinstance(wanted, list | set | tuple) else ():
+            if not any(name == module or name.endswith(f".{module}") for name in names):
+                last = sorted({name.split(".")[-1] for name in names if not name.split(".")[-1].isdigit()} - {""})
+                yield f"{key}: no module is called {module}; there are {', '.join(last)}"
     if getattr(config, "alora_invocation_tokens", None):
         yield "alora_invocation_tokens takes effect in PEFT's own wrapper only"
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if getattr(config, key, None)]
@@ -171,6 +187,11 @@ def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
         values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         config = _peft().PeftConfig.from_peft_type(**values)
         state = load_file(folder / WEIGHTS_FILE)
+    if _changes_base(config):
+        raise UserError(
+            f"{folder} is an adapter that began with init={config.init_lora_weights} and was not converted: it belongs "
+            "to weights from which that was taken. Save it with PEFT's path_initial_model_for_weight_conversion"
+        )
     if config.peft_type not in peft_types():
         raise UserError(f"{folder} is an adapter of {config.peft_type}, which cannot be put on a model in place")
     if getattr(config, "lora_dropout", 0):
@@ -181,6 +202,11 @@ def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
 def load(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
     """Give the adapter of `model` the weights `state`, read from `folder`. Raise UserError if they are of another."""
     wanted = {name.removeprefix(PREFIX): tensor for name, tensor in state_of(model).items()}
+    own = model.state_dict()
+    frozen = {
+        n for n in state.keys() - wanted.keys() if n in own and torch.equal(parallel.full(own[n]).cpu(), state[n])
+    }
+    state = {name: tensor for name, tensor in state.items() if name not in frozen}  # PEFT may write embeddings, too
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     shapes = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
     for names, problem in ((missing, "lacks"), (unknown, "has the unknown"), (shapes, "has another shape of")):
@@ -227,6 +253,12 @@ def saved_config(model: PreTrainedModel) -> Any:
         config.init_lora_weights, config.r = True, 2 * config.r
         config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
     return config
+
+
+def own_keys(config: Any) -> dict[str, Any]:
+    """Return what an adapter's configuration says for the numbers and switches of the group `adapter`."""
+    names = {"r": "rank", "lora_alpha": "alpha", "use_dora": "dora", "use_rslora": "rslora"}
+    return {key: getattr(config, name) for name, key in names.items() if hasattr(config, name)}
 
 
 def described(model: PreTrainedModel) -> str:
@@ -294,5 +326,5 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Return `model`, which is used up, with the adapter in `folder` added to its weights. Raise UserError if it does
     not fit."""
     read(folder)  # so that no pickle is opened
-    with refusing(f"{folder}: the adapter does not fit {type(model).__name__}"):
+    with warnings.catch_warnings(action="ignore"), refusing(f"{folder} does not fit {type(model).__name__}"):
         return _peft().PeftModel.from_pretrained(model, str(folder)).merge_and_unload()

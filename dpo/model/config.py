@@ -95,6 +95,9 @@ class AdapterConfig(Component):
             )
         if isinstance(self.init, str) and not re.fullmatch(r"gaussian|olora|pissa(_niter_\d+)?", self.init):
             yield f"adapter.init={self.init} is not known; choose from: true, gaussian, pissa, pissa_niter_<n>, olora"
+        if self.layers and not isinstance(self.target_modules, list):
+            named = f"adapter.layers={self.layers} needs names of matrices"
+            yield f"{named}: adapter.target_modules is {self.target_modules}, and may be [q_proj,v_proj]"
         if self.quantization and str(self.init).startswith(MUTATING):
             yield f"adapter.init={self.init} changes the weights, and adapter.quantization rounds them; leave one out"
         if self.quantization and find_spec("bitsandbytes") is None:

@@ -23,7 +23,7 @@ from dpo.data.cache import cached
 from dpo.data.checks import TRAINED_ON
 from dpo.model import adapters, patches, quantization
 from dpo.model.checks import disable_dropout, refusing
-from dpo.model.logps import add_token_logps
+from dpo.model.logps import add_token_logps, input_device
 from dpo.run.checkpoint import STATE_FILE, read_state
 from dpo.run.config import Config
 from dpo.run.weights import ADAPTER, Archive, base_of, find_archive, resolve_archive, weights_identity
@@ -194,7 +194,15 @@ def _base_of(config: Config, adapter: Path, source: str | Path) -> str | Path:
 def _put_adapter_on(model: PreTrainedModel, config: Config, base: str, folder: Path | None, trains: bool) -> None:
     """Put the adapter in `folder` on the model, or a fresh one if there is none."""
     if folder is None:
+        before = _logps_of_any(model)
         adapters.put_on(model, adapters.peft_config(config.adapter), base, config.seed)
+        exact = config.compute_dtype == model.dtype == torch.float32
+        if not (change := float((_logps_of_any(model) - before).abs().mean())) <= (1e-3 if exact else 0.1):
+            raise UserError(
+                f"this adapter changes the model before it is trained, by {change:.2g} nats a token, and that model "
+                "would be lost: policies are compared with where they began. Choose one that adds nothing at first "
+                "(adapter.init=true)"
+            )
         return
     if trains and not config.adapter.peft_type:
         raise UserError(
@@ -219,6 +227,16 @@ def _put_adapter_on(model: PreTrainedModel, config: Config, base: str, folder: P
     adapters.load(model, state, folder)
     if trains:
         log(f"the adapter of {folder} is trained further, with its own settings: {adapters.described(model)}")
+
+
+@torch.no_grad()
+def _logps_of_any(model: PreTrainedModel) -> Tensor:
+    """Return the model's log-probabilities of every token after some tokens."""
+    size = model.config.get_text_config().vocab_size
+    ids = torch.arange(16, device=input_device(model))[None] * 7919 % size
+    found = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    parallel.reshard(model)
+    return found
 
 
 def stored_quantization(folder: Path) -> tuple[bool, Any]:

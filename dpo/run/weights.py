@@ -88,10 +88,10 @@ def base_of(folder: str | Path) -> str | None:
     if not file.is_file():
         return None
     try:
-        name = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        name = dict(json.loads(file.read_text(encoding="utf-8"))).get("base_model_name_or_path")
         if isinstance(name, str) and name:
             return name
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}: {error})") from error
     raise UserError(f"{file} names no base_model_name_or_path; write there which model the adapter is for")
 

@@ -148,6 +148,7 @@ def test_rewards_are_0_before_the_first_update(
     assert updates(run)[0]["rewards_train/chosen"] == 0 and updates(run)[1]["rewards_train/chosen"] != 0
 
 
+@pytest.mark.full
 def test_stored_and_live_references_train_alike(trained: Callable[..., Path], tmp_path: Path) -> None:
     trained("first", *LORA)
     given = [f"model.archive={tmp_path / 'first'}", *LORA, "optimizer=SGD", "lr=0.1", "sample_during_eval=true"]

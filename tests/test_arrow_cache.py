@@ -246,6 +246,7 @@ process.kill()
 """
 
 
+@pytest.mark.full
 def test_an_open_pool_does_not_hold_up_a_child_process() -> None:
     done = subprocess.run([sys.executable, "-c", LEFT], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "3\n", done

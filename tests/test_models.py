@@ -207,10 +207,10 @@ def test_buffers_of_old_versions_are_no_unknown_tensors(tiny_model_dir: Path, tm
     load_policy(config_of(tmp_path / "model"), torch.device("cpu"))
 
 
-def test_a_folder_with_an_adapter_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_names_no_base_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model_dir, tmp_path / "model")
     (tmp_path / "model" / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds an adapter"):
+    with pytest.raises(UserError, match="names no base_model_name_or_path; write there"):
         load_policy(config_of(tmp_path / "model"), torch.device("cpu"))
 
 

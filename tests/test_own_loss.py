@@ -60,6 +60,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [searched, "loss=centred", "loss.gamma=1.5", f"datasets=[{tmp_path / 'rows.jsonl'}]", "holdout_fraction=0.3"]
 
 
+@pytest.mark.full
 def test_it_trains_in_any_number_of_processes_and_micro_batches(
     own: list[str], overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -267,6 +267,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
     raise AssertionError("timed out")
 
 
+@pytest.mark.full
 def test_a_killed_worker_ends_the_job(folder: Path) -> None:
     run_dir = folder / "killed"
     given = "n_epochs=100000 eval_every=24 n_eval_examples=0 nproc=2 lr=1e-3"

@@ -893,6 +893,7 @@ def test_a_parser_is_known_by_its_code_and_that_of_its_helpers(tmp_path: Path, m
 COMMENTED = ("preference_datasets.py", "dpo/data/rows.py", "dpo/data/parse.py", "dpo/data/tokenise.py")
 
 
+@pytest.mark.full
 def test_a_comment_in_the_code_neither_stops_a_resume_nor_tokenises_again(overrides: Any, tmp_path: Path) -> None:
     project, cache = tmp_path / "project", tmp_path / "cache"
     for part in ("dpo", "config", "data", *(path.name for path in ROOT.glob("*.py")), "pyproject.toml"):
@@ -1015,6 +1016,7 @@ print(len(data), len(dpo.data.make_batch(data, [(0, 0), (1, 0)])), type(data[0])
 """
 
 
+@pytest.mark.full
 def test_a_notebook_loads_files_without_the_registry(tiny_model_dir: Path, pairs_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", NOTEBOOK, str(pairs_dir), str(tiny_model_dir)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

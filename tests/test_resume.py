@@ -111,7 +111,7 @@ def test_stopped_and_killed_runs_equal_one_that_was_not(loss: str, overrides: Ov
     assert ended(given, log) == 0 and (run_dir / "metrics.jsonl").read_bytes() == before  # nothing is left to do
 
 
-@pytest.mark.parametrize("loss", ["bco", "aot", "kto", "mpo"])
+@pytest.mark.parametrize("loss", first_fast(["bco", "aot", "kto", "mpo"]))
 def test_losses_with_statistics_resume_bit_for_bit(loss: str, overrides: Overrides, tmp_path: Path) -> None:
     pairs = Path(next(g for g in overrides() if g.startswith("datasets=")).removeprefix("datasets=[").removesuffix("]"))
     given = [
@@ -540,6 +540,7 @@ def test_a_data_folder_whose_name_is_no_utf8(
     assert (tmp_path / "run" / "LATEST").resolve().name == "step-48"
 
 
+@pytest.mark.full
 def test_a_run_ends_before_its_deadline(overrides: Overrides, tmp_path: Path) -> None:
     log = tmp_path / "log"
     begun = time.monotonic()

@@ -221,6 +221,7 @@ def test_weights_are_identified_by_all_their_content_and_nothing_else(run_dir: P
     assert weights_identity("org/not-on-the-hub") is None
 
 
+@pytest.mark.full
 def test_a_checkpoint_gives_the_same_logits_in_a_fresh_process(overrides: Overrides, tmp_path: Path) -> None:
     train_here(overrides("n_eval_examples=0", "lr=1e-2"))
     folder = tmp_path / "run" / "LATEST"
@@ -236,6 +237,7 @@ def test_a_checkpoint_gives_the_same_logits_in_a_fresh_process(overrides: Overri
     assert AutoTokenizer.from_pretrained(folder)("film").input_ids == make_tokenizer()("film").input_ids
 
 
+@pytest.mark.full
 def test_every_form_of_archive_gives_the_same_start(overrides: Overrides, tmp_path: Path) -> None:
     train_here(overrides("n_eval_examples=0", "lr=1e-2", f"local_run_dir={tmp_path / 'sft'}"))
     weights = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "LATEST").state_dict()
@@ -400,6 +402,7 @@ def wandb_records(file: Path) -> Iterator:
             yield record
 
 
+@pytest.mark.full
 def test_a_device_map_changes_nothing(overrides: Overrides, tmp_path: Path) -> None:
     losses = []
     for placement in ("null", "balanced"):

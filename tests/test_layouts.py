@@ -225,10 +225,12 @@ def test_costs_are_those_of_the_rows(forest: list[Tree]) -> None:
 
 @pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_compiled_blocks_compute_the_same(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer nproc=2"])
+def test_compiled_blocks_compute_the_same(trainer: str, overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     def losses(name: str, *given: str) -> list[float]:
         given = ("n_examples=12", "lr=1e-3", "n_eval_examples=0", f"local_run_dir={tmp_path / name}", *given)
         train_here(overrides(*given))
         return [event["loss/train"] for event in read_jsonl(tmp_path / name / "metrics.jsonl")]
 
-    assert losses("compiled", "compile=true") == pytest.approx(losses("eager"), rel=1e-4)
+    compiled = losses("compiled", "compile=true", *f"trainer={trainer}".split())
+    assert compiled == pytest.approx(losses("eager"), rel=1e-4)

@@ -93,7 +93,7 @@ def test_trees_equal_one_row_a_response(kind: str, forest: list[Tree], repeat: b
         found, same_mask, same_gradient = computed(model, batch, layout)
         assert torch.equal(mask, same_mask)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-        assert (same_gradient - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6
+        assert (same_gradient - gradient).norm() <= 1e-5 * gradient.norm() + 3e-6  # rounding, if it is 0
 
 
 @pytest.mark.parametrize("layout", ["tree", "packed"])

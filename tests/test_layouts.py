@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, read_jsonl, train_here
+from conftest import EVERYTHING, make_model, read_jsonl, train_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batching import Data, make_data
@@ -225,7 +225,7 @@ def test_costs_are_those_of_the_rows(forest: list[Tree]) -> None:
 
 @pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer nproc=2"])
+@pytest.mark.parametrize("trainer", ["BasicTrainer", *(["FSDPTrainer nproc=2"] if EVERYTHING else [])])
 def test_compiled_blocks_compute_the_same(trainer: str, overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     def losses(name: str, *given: str) -> list[float]:
         given = ("n_examples=12", "lr=1e-3", "n_eval_examples=0", f"local_run_dir={tmp_path / name}", *given)

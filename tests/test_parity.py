@@ -11,8 +11,8 @@ from conftest import EVERYTHING, ROOT, first_fast, read_jsonl, train_here
 
 DATA = ROOT / "tests" / "data"
 # Overrides and number of updates.
-RUNS = [("dpo", 3), ("sft", 3), ("ipo", 3), ("dpo trainer=FSDPTrainer nproc=2", 3)]
-RUNS += [("cdpo", 3), ("reffree", 3)] if EVERYTHING else []
+RUNS = [("dpo", 3), ("sft", 3), ("ipo", 3)]
+RUNS += [("dpo trainer=FSDPTrainer nproc=2", 3), ("cdpo", 3), ("reffree", 3)] if EVERYTHING else []
 
 
 @pytest.mark.parametrize(("run", "updates"), first_fast(RUNS, 0))

@@ -239,25 +239,25 @@ def check_command(overrides: list[str]) -> list[Override]:
     check_keys(overrides)
     settings = [parsed(override) for override in overrides]
     given = {override.key_or_group: _values(override) for override in settings if not override.is_delete()}
-    for name in given.get("model", []):
-        if name not in (options := sorted(path.stem for path in CONFIG_DIR.glob("model/*.yaml"))):
-            raise UserError(
-                f"model={name} is none of {', '.join(options)} (config/model). Any other model: model=blank_model "
-                f"model.name_or_path={name}"
-            )
-    for name in given.get("adapter", []):
-        if name not in (options := sorted(path.stem for path in CONFIG_DIR.glob("adapter/*.yaml"))):
-            raise UserError(f"adapter={name} is none of {', '.join(options)} (config/adapter)")
+    _check_choice(given, "model", advice=". Any other model: model=blank_model model.name_or_path={}")
+    _check_choice(given, "adapter")
     if not any(override.startswith("hydra.searchpath=") for override in overrides):
         for name in given.get("loss", []):
             if name not in (known := loss_keys()):
                 near = meant(name, list(known))
                 raise UserError(f"loss={name} is none of {', '.join(known)} (config/loss, docs/losses.md){near}")
-    for name in given.get("experiment", []):
-        if name not in (recipes := sorted(path.stem for path in CONFIG_DIR.glob("experiment/*.yaml"))):
-            raise UserError(f"+experiment={name} is none of {', '.join(recipes)} (config/experiment)")
+    _check_choice(given, "experiment", mark="+")
     _check_loss_keys(given)
     return settings
+
+
+def _check_choice(given: dict[str, list[str]], group: str, mark: str = "", advice: str = "") -> None:
+    """Raise UserError for a choice of a group that is no file of its folder."""
+    options = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+    for name in given.get(group, []):
+        if name not in options:
+            listed = f"{mark}{group}={name} is none of {', '.join(options)} (config/{group})"
+            raise UserError(listed + advice.format(name))
 
 
 def _check_loss_keys(given: dict[str, list[str]]) -> None:

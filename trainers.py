@@ -27,7 +27,6 @@ from dpo.data.records import PreferenceData, format_funnel
 from dpo.data.sources import HUB_ID, find_source
 from dpo.evaluation import Evaluator
 from dpo.model import adapters
-from dpo.model.adapters import Starting
 from dpo.model.checks import check_fits, check_noise, pick_computation
 from dpo.model.loading import load_policy, load_tokenizer, local_folder, merged_folder, pick_device
 from dpo.model.patches import quiet_transformers
@@ -86,7 +85,7 @@ class Trainer:
         self.start = weights.Start(config.model.start)
         self.other = weights.Start(config.reference.archive) if config.reference.archive else None
         self.use(self.start.read(lambda: load(config.model.archive)))
-        self.starting = Starting(self.policy) if config.adapter.peft_type else None
+        self.starting = adapters.Starting(self.policy) if config.adapter.peft_type else None
         check_fits(self.policy, tokenizer, config)
         if not parallel.all_finite(self.policy):
             raise UserError(f"{config.model.start}: {health.broken_parameters(self.policy)}; it cannot be trained")
@@ -111,18 +110,13 @@ class Trainer:
         scaled = self.config.compute_dtype == torch.float16 and policy.dtype == torch.float32
         self.updater = Updater(policy, self.config, scaled)
 
-    @property
-    def shares_weights(self) -> bool:
-        """Whether the reference is the policy's own weights, with the adapter as it was in the beginning."""
-        return self.starting is not None and self.other is None
-
     def live_reference(self, compiled: bool = False) -> LiveReference:
-        """Return the reference in memory. If it is not the policy without what was trained, it is a second model, read
-        now: reference.archive, or the weights that training started from."""
-        if self.shares_weights:
+        """Return the reference in memory: the policy with its adapter as it was in the beginning, or a second model.
+        That is read now: reference.archive, or the weights that training started from."""
+        if self.starting is not None and self.other is None:
             return LiveReference(self.policy, self.scorer.how, self.starting)
         model = (self.other or self.start).read(lambda: self.read_reference(compiled))
-        return LiveReference(model, pick_computation(model, self.config) if self.other else self.scorer.how)
+        return LiveReference(model, self.scorer.how)
 
     def prepare_reference(self) -> None:
         """Compute reference log-probabilities and samples while the policy is still untrained, and check them."""
@@ -131,10 +125,10 @@ class Trainer:
         reference: Reference
         live = self.live_reference(compiled=True) if self.other or config.reference.mode == "live" else None
         other = live.model if live is not None else self.policy
-        how = live.how if live is not None else self.scorer.how
         sizes = [model.config.get_text_config().vocab_size for model in (self.policy, other)]
         if len(set(sizes)) > 1:
             raise UserError(f"reference.archive has a vocabulary of {sizes[1]} tokens, and the policy of {sizes[0]}")
+        how = pick_computation(other, config) if self.other else self.scorer.how
         if how.layout != self.scorer.how.layout:  # both compute one batch for the KL
             how = dataclasses.replace(how, layout="padded")
             self.scorer = dataclasses.replace(self.scorer, how=how)
@@ -498,7 +492,7 @@ def with_archives(config: Config, overrides: list[str]) -> Config:
     for part, archive in found.items():
         config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), archive=archive)})
     if config.adapter.peft_type and not config.adapter.stack and weights.base_of(found.get("model", "")):
-        own = adapters.own_keys(adapters.read(Path(found["model"]))[0])
+        own = adapters.own_keys(adapters.read_config(Path(found["model"])))
         given = {override.partition("=")[0].lstrip("+").removeprefix("adapter.") for override in overrides}
         for key in own.keys() & given:
             if getattr(config.adapter, key) != own[key]:

@@ -108,7 +108,8 @@ def _until_end(ids: list[int], end: int) -> list[int]:
 
 def prompts_of(data: PreferenceData, examples: Iterable[Example], n: int) -> list[list[int]]:
     """Return the first `n` distinct prompts of `examples`."""
-    return [data[record].prompt for record in list(dict.fromkeys(record for record, _ in examples))[:n]]
+    records = list(dict.fromkeys(record for record, _ in examples))[:n]
+    return [data[record].prompt for record in records]
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo.data.batching import Batch, Tree
+from dpo.data.tokenise import own_bos
 from dpo.files import replace_folder
-from dpo.model.adapters import WEIGHTS_FILE
+from dpo.model.adapters import CONFIG_FILE, WEIGHTS_FILE
 from dpo.model.loading import load_policy, load_tokenizer, merged_model
 from dpo.model.logps import Computation, response_logps
 from dpo.model.patches import quiet_transformers
 from dpo.run.checkpoint import card
 from dpo.run.saved import Saved
-from dpo.run.weights import ADAPTER, base_of
+from dpo.run.weights import base_of
 from dpo.sampling import Sampling, sample
 from dpo.utils import UserError, log, make_dir, visible
 from opening import find_saved, take_overrides
@@ -61,7 +62,7 @@ def find_converter() -> Path:
 def samples_of(saved: Saved) -> tuple[list[Tree], list[Tensor]]:
     """Return texts that the trained model samples, and its log-probabilities of their tokens, in nats."""
     model, tokenizer, how = saved.open()
-    start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    start = own_bos(tokenizer) or [tokenizer.eos_token_id]
     responses = sample(model, tokenizer, [start] * N_SAMPLES, Sampling(LENGTH, N_SAMPLES, 0, how.dtype))
     trees = [Tree(start, [response]) for response in responses]
     return trees, logps_of(model, trees, how)
@@ -87,7 +88,7 @@ def write_model(saved: Saved, adapter: Path | None, dtype: torch.dtype | None, f
 def write_adapter(adapter: Path, folder: Path) -> None:
     """Write the adapter and its tokenizer, without what only training needs."""
     for file in adapter.iterdir():
-        if file.name in (ADAPTER, WEIGHTS_FILE) or file.name.endswith((".jinja", ".model")) or "token" in file.name:
+        if file.name in (CONFIG_FILE, WEIGHTS_FILE) or file.name.endswith((".jinja", ".model")) or "token" in file.name:
             shutil.copy(file, folder)
 
 

@@ -181,9 +181,8 @@ def sampled(
         columns: dict[str, Sequence[Any]] = {"prompt": [prompt.text for prompt in prompts], "sample": numbers}
         columns["policy"] = tokenizer.batch_decode(responses, skip_special_tokens=True)
         if other is not None:
-            columns["reference"] = tokenizer.batch_decode(
-                sample(other.model, tokenizer, ids, own), skip_special_tokens=True
-            )
+            theirs = sample(other.model, tokenizer, ids, own)
+            columns["reference"] = tokenizer.batch_decode(theirs, skip_special_tokens=True)
             if how.own_distribution:
                 compared = divergence(model, other, ids, responses, computation)
                 columns |= {f"kl_{name}": getattr(compared, name) for name in ESTIMATORS}

@@ -283,20 +283,18 @@ class Cut:
             items = [_Item(i, n, 1) if self.layout == "packed" else _Item(i, 1, n) for i, n in enumerate(trees)]
         items.sort(key=lambda item: (-item.length, -item.rows))
         limit = self.tokens or sys.maxsize
-        if self.ranks == 1 and self.tokens is not None:
-            parts = _least_padding(
-                items, limit if self.passes == 1 else min(limit, _smallest_limit(items, self.passes))
-            )
+        if self.ranks > 1 or self.tokens is None:
+            parts = self._share_out(items, limit)
         else:
-            passes = max(self.passes, -(-len(_fill(items, limit)) // self.ranks))
-            parts = self._share_out(items, limit, passes)
+            smallest = _smallest_limit(items, self.passes) if self.passes > 1 else limit
+            parts = _least_padding(items, min(limit, smallest))
         parts.sort(key=lambda part: -_tokens(part))
         indices = [[item.index for item in part] for part in parts]
         return [[*ranks, *([[]] * (self.ranks - len(ranks)))] for ranks in chunks(indices, self.ranks)]
 
-    def _share_out(self, items: Sequence["_Item"], limit: int, passes: int) -> list[list["_Item"]]:
-        """Cut `items` (longest first) into about `passes` micro-batches for each rank, of about equal tokens, up to
-        `limit`."""
+    def _share_out(self, items: Sequence["_Item"], limit: int) -> list[list["_Item"]]:
+        """Cut `items` (longest first) into micro-batches of about equal tokens, up to `limit`, in few passes."""
+        passes = max(self.passes, -(-len(_fill(items, limit)) // self.ranks))
         if self.layout != "packed":  # neighbours in length go together, for little padding
             return _fill(items, min(limit, _smallest_limit(items, passes * self.ranks)))
         while True:

@@ -91,7 +91,8 @@ def in_test_split(hashes: np.ndarray, fraction: float | None) -> np.ndarray:
         n_below = max(len(distinct) // 100, min(50, len(distinct) // 10))
     else:
         n_below = int(np.searchsorted(distinct, np.uint64(int(fraction * 2**64))))
-    return hashes < distinct[min(max(n_below, 1), len(distinct) - 1)]
+    n_test = min(max(n_below, 1), len(distinct) - 1)
+    return hashes < distinct[n_test]
 
 
 def parser_identity(parse: Callable[..., ParsedRow]) -> list[Any]:

@@ -220,7 +220,8 @@ class Fields:
         """Return the row's name of `column`: as `columns` maps it, else its own, else the first alias present."""
         if mapped := self.columns.get(column):
             return mapped
-        return next((n for n in (column, *ALIASES.get(column, ())) if self.row.get(n) is not None), column)
+        names = (column, *ALIASES.get(column, ()))
+        return next((name for name in names if self.row.get(name) is not None), column)
 
     def has(self, column: str) -> bool:
         """Return whether `column` is present and not null."""

@@ -28,7 +28,7 @@ from dpo.model.checks import refusing
 from dpo.model.config import MUTATING, AdapterConfig
 from dpo.utils import UserError
 
-WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 NAME = "default"  # PEFT's own name for the one adapter of a model
 PREFIX = "base_model.model."  # in files PEFT writes names as its wrapper of a model has them
 # Methods that need more than parameters in the model (a schedule of ranks, a term of the loss, a choice of tasks), or
@@ -181,12 +181,11 @@ def _changes_base(config: Any) -> bool:
     return isinstance(init, str) and init.startswith(MUTATING)
 
 
-def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Return configuration and weights of the adapter in `folder`. Raise UserError if they cannot be read."""
+def read_config(folder: Path) -> Any:
+    """Return the configuration of the adapter in `folder`. Raise UserError if it cannot be used."""
     with refusing(f"{folder}: its adapter cannot be read"):
-        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         config = _peft().PeftConfig.from_peft_type(**values)
-        state = load_file(folder / WEIGHTS_FILE)
     if _changes_base(config):
         raise UserError(
             f"{folder} is an adapter that began with init={config.init_lora_weights} and was not converted: it belongs "
@@ -196,6 +195,14 @@ def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
         raise UserError(f"{folder} is an adapter of {config.peft_type}, which cannot be put on a model in place")
     if getattr(config, "lora_dropout", 0):
         config.lora_dropout = 0.0  # as a model's own dropout is switched off
+    return config
+
+
+def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Return configuration and weights of the adapter in `folder`. Raise UserError if they cannot be read."""
+    config = read_config(folder)
+    with refusing(f"{folder}: its adapter cannot be read"):
+        state = load_file(folder / WEIGHTS_FILE)
     return config, {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
 
 

@@ -172,12 +172,14 @@ class ParallelConfig(ComputeConfig):
         if self.trainer != "TensorParallelTrainer" and self.tensor_parallel_size is not None:
             yield f"tensor_parallel_size={self.tensor_parallel_size} needs trainer=TensorParallelTrainer"
         yield from self._group_problems() if self.needs_group else self._single_problems()
+
+    def _sharded_adapter_problems(self) -> Iterator[str]:
         if self.adapter.peft_type and self.trainer == "TensorParallelTrainer":
             yield (
                 "trainer=TensorParallelTrainer cannot train an adapter: its processes hold parts of the matrices that "
                 "the adapter adds to; use trainer=FSDPTrainer"
             )
-        if self.adapter.peft_type and self.needs_group and str(self.adapter.init).startswith(MUTATING):
+        if self.adapter.peft_type and str(self.adapter.init).startswith(MUTATING):
             yield (
                 f"adapter.init={self.adapter.init} changes the weights, of which each process of {self.trainer} holds "
                 "a part: use trainer=BasicTrainer, or another init"
@@ -185,18 +187,19 @@ class ParallelConfig(ComputeConfig):
         if self.adapter.peft_type and self.fsdp_cpu_offload:
             yield "fsdp_cpu_offload=true is not for adapters, which lie whole on each GPU; leave it out"
         other_type = self.mixed_precision not in (None, self.model.policy_dtype)
-        if self.adapter.modules_to_save and self.needs_group and other_type:
+        if self.adapter.modules_to_save and other_type:
             yield (
                 f"adapter.modules_to_save={self.adapter.modules_to_save} and mixed_precision={self.mixed_precision}: "
                 f"with {self.trainer} these modules would have another type than their input; leave one of them out"
             )
-        if self.adapter.quantization and self.needs_group:
+        if self.adapter.quantization:
             yield (
                 f"adapter.quantization={self.adapter.quantization} is for trainer=BasicTrainer: quantised weights "
                 f"cannot be sharded; leave it null with trainer={self.trainer}"
             )
 
     def _group_problems(self) -> Iterator[str]:
+        yield from self._sharded_adapter_problems()
         if self.device not in ("auto", "cpu", "cuda"):
             yield f"device={self.device} is one device; trainer={self.trainer} gives each process its own: leave it out"
         if self.model.device_map:

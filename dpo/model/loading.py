@@ -10,13 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import parallel
 from dpo.data.cache import cached
@@ -26,7 +20,7 @@ from dpo.model.checks import disable_dropout, refusing
 from dpo.model.logps import add_token_logps, input_device
 from dpo.run.checkpoint import STATE_FILE, read_state
 from dpo.run.config import Config
-from dpo.run.weights import ADAPTER, Archive, base_of, find_archive, resolve_archive, weights_identity
+from dpo.run.weights import Archive, base_of, find_archive, resolve_archive, weights_identity
 from dpo.utils import UserError, file_hash, log, visible
 
 # Buffers in files of older versions of transformers, which today's models compute: causal masks and frequencies.
@@ -120,7 +114,8 @@ def load_policy(
     found = resolve_archive(archive) if archive else None
     if found is not None and trains and archive == config.model.archive:
         log(f"starting from the weights of {found.path}{found.describe()}")
-    adapter = _adapter_in(source if found is None else found.path)
+    place = Path(source if found is None else found.path)
+    adapter = place if base_of(place) else None
     if adapter is not None:
         base = _base_of(config, adapter, source)
         if str(adapter) != str(source):
@@ -155,10 +150,6 @@ def load_policy(
     return model
 
 
-def _adapter_in(place: str | Path) -> Path | None:
-    return Path(place) if base_of(place) else None
-
-
 def whole_model(name: str, config: Config) -> str | Path:
     """Return the folder or hub id of the model that `name` means: for an adapter's folder, of what it lies on."""
     source = local_folder(name, config.cache)
@@ -187,7 +178,7 @@ def _base_of(config: Config, adapter: Path, source: str | Path) -> str | Path:
         )
     raise UserError(
         f"the adapter {adapter} lies on {name}, and this run's model is {source}: set model= to that model. If it is "
-        f"the same one, under another name, write that as base_model_name_or_path into its {ADAPTER}"
+        f"the same one, under another name, write that as base_model_name_or_path into its {adapters.CONFIG_FILE}"
     )
 
 

@@ -2,8 +2,7 @@
 
 Its own layers take other kernels without gradients than with them, and in evaluation than in training. For 8 bits they
 round activations too, by columns of the whole batch. So policy and reference, or a row alone and beside others, would
-differ. Here a layer's weights are taken back to the compute type each time, in the backward pass again, and multiplied
-as any others are.
+differ. Here a layer's weights are taken back to the compute type each time, in the backward pass again.
 """
 
 import functools

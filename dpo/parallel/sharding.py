@@ -282,11 +282,9 @@ def whole_weights(model: torch.nn.Module, read: bool) -> Iterator[None]:
 
 
 def sum_gradients(model: torch.nn.Module) -> None:
-    """Sum the gradients of an adapter, which each process of a sharded model holds whole, over the processes. A
-    collective.
+    """Sum the gradients of an adapter, which each process of a sharded model holds whole. A collective.
 
-    FSDP does that for the parameters it holds. Under tensor parallelism, which has no adapters, what is whole in each
-    process has a gradient that is whole already.
+    FSDP does that for what it holds. Tensor parallelism, which has no adapters, gives whole weights whole gradients.
     """
     mesh: DeviceMesh | None = vars(model).get(MESH_OF_MODEL)
     if mesh is None or mesh["tensor"].size() > 1:

@@ -81,7 +81,8 @@ def broken_examples(data: PreferenceData, examples: Sequence[Example], losses: S
 
 
 def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def name_of(data: PreferenceData, example: Example) -> str:

@@ -14,12 +14,12 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from dpo import parallel
+from dpo.model.adapters import CONFIG_FILE
 from dpo.run.checkpoint import MANIFEST, must_be_whole, newest, read_state
 from dpo.utils import UserError, file_hash
 
 T = TypeVar("T")
-ADAPTER = "adapter_config.json"
-DESCRIBED = ("config.json", ADAPTER)
+DESCRIBED = ("config.json", CONFIG_FILE)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def find_archive(name: str, how: str = "fast", key: str = "model.archive") -> Pa
         raise UserError(f"{key}={name}: there is no such file or folder")
     if not any((path / file).is_file() for file in DESCRIBED):
         raise UserError(
-            f"{key}={name}: {path} holds no config.json or {ADAPTER}; expected a checkpoint folder (step-<n> or "
+            f"{key}={name}: {path} holds no config.json or {CONFIG_FILE}; expected a checkpoint folder (step-<n> or "
             "LATEST), a run's folder with a LATEST, a PEFT adapter, or a policy.pt of the original code"
         )
     if not any(path.glob("*.safetensors")):
@@ -84,7 +84,7 @@ def base_of(folder: str | Path) -> str | None:
 
     Raise UserError if it names none.
     """
-    file = Path(folder).expanduser() / ADAPTER
+    file = Path(folder).expanduser() / CONFIG_FILE
     if not file.is_file():
         return None
     try:

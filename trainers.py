@@ -29,6 +29,7 @@ from dpo.evaluation import Evaluator
 from dpo.model import adapters
 from dpo.model.checks import check_fits, check_noise, pick_computation
 from dpo.model.loading import load_policy, load_tokenizer, local_folder, merged_folder, pick_device
+from dpo.model.logps import casting_once
 from dpo.model.patches import quiet_transformers
 from dpo.optimizer import Updater
 from dpo.parallel.arrange import sharding_of
@@ -41,7 +42,7 @@ from dpo.run.saved import formats_of, load_reference
 from dpo.run.saving import Saver
 from dpo.run.throughput import Cost, cost_of, throughput
 from dpo.run.trackers import open_logger
-from dpo.scoring import Metrics, Scorer, extend_metrics, mean_metrics
+from dpo.scoring import Scorer, Share, Tally, mean_metrics
 from dpo.utils import TakenOver, UserError, be_quiet, log, open_log, progress
 from preference_datasets import REGISTRY, load_data
 from settings import data_settings, literal
@@ -227,24 +228,20 @@ class Trainer:
         """
         start = time.perf_counter()
         self.policy.train()
-        total: Metrics = {}
-        mine: list[Example] = []
-        cost, scorer = Cost(), dataclasses.replace(self.scorer, untrained=self.untrained)
+        scorer = dataclasses.replace(self.scorer, untrained=self.untrained)
         scorer, parts = scorer.prepare(self.policy, self.train_data, examples, self.cut(len(examples)))
         scorer = dataclasses.replace(scorer, state=scorer.loss.next_state(scorer.state, scorer.statistics))
         statistics_seconds = time.perf_counter() - start
-        for share in parts:
-            cost += cost_of(share.batch, self.scorer.how.layout) if share.counts else Cost()
-            losses, metrics = scorer(self.policy, share.batch, "train")
-            self.updater.backward(losses.sum() * share.counts / len(examples))
-            extend_metrics(total, metrics, share.counts)
-            mine += share.examples
+        tally = self.accumulate(scorer, parts, len(examples))
+        lr, norm = self.updater.prepare(self.total_steps)
+        total, [grad_norm] = tally.read(norm)  # the host waits for the device here, once an update
+        self.updater.clip(grad_norm)
         means = mean_metrics(total)
-        lr, grad_norm = self.updater.prepare(self.total_steps)
         if math.isfinite(means["loss/train"]) and self.updater.may_step(grad_norm):
             self.updater.step(grad_norm)
             self.scorer = dataclasses.replace(self.scorer, state=scorer.state)
         else:
+            mine = [example for share in parts for example in share.examples]
             self.on_nonfinite(examples, health.broken_examples(self.train_data, mine, total["loss/train"]), grad_norm)
             means = {name: value for name, value in means.items() if math.isfinite(value)}
         self.updater.optimizer.zero_grad(set_to_none=True)
@@ -253,10 +250,23 @@ class Trainer:
         seconds = time.perf_counter() - start
         spent = {"examples_per_second": len(examples) / seconds, "reference_seconds": self.reference_seconds}
         spent |= {"statistics_seconds": statistics_seconds} if scorer.loss.needs_statistics else {}
-        spent |= throughput(self.policy, cost, seconds)
+        costs = [cost_of(share.batch, scorer.how.layout) for share in parts if share.counts]
+        spent |= throughput(self.policy, sum(costs, Cost()), seconds)
         counters = {"counters/examples": self.examples, "counters/updates": self.updater.updates}
         counters |= {"counters/skipped": self.updater.skipped} if self.updater.skipped else {}
         return means | {"grad_norm": grad_norm, "lr": lr} | spent | counters
+
+    def accumulate(self, scorer: Scorer, parts: list[Share], n: int) -> Tally:
+        """Add the gradients of this process's micro-batches of a global batch of `n` examples. Return their metrics."""
+        tally, laid = Tally(scorer.loss), scorer.laid(self.policy, parts)
+        with casting_once(self.policy):
+            for i, share in enumerate(parts, start=1):
+                if self.config.fsdp_reduce_once:
+                    parallel.reduce_gradients(self.policy, i == len(parts))
+                losses, values = scorer.score(self.policy, next(laid), "train")
+                self.updater.backward(losses.sum() * share.counts / n)
+                tally.add(values, share.batch, share.counts)
+        return tally
 
     def on_nonfinite(self, examples: list[Example], culprits: str, grad_norm: float) -> None:
         """Write the state before an update that is not finite. Raise UserError, or skip the update (on_nonfinite)."""

@@ -66,17 +66,18 @@ class Updater:
         """Add the gradients of `loss` to those of the update."""
         self.scaler.scale(loss).backward()
 
-    def prepare(self, total: int) -> tuple[float, float]:
-        """Set the learning rate of this update of `total`, and clip the gradients to max_grad_norm.
-
-        Return the learning rate and the gradients' L2 norm before clipping.
-        """
+    def prepare(self, total: int) -> tuple[float, torch.Tensor]:
+        """Set the learning rate of this update of `total`. Return it, and the gradients' L2 norm, a tensor."""
         lr = self.config.lr * lr_factor(self.updates, total, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         parallel.sum_gradients(self.policy)
         self.scaler.unscale_(self.optimizer)
-        return lr, parallel.clip_grad_norm(list(self.policy.parameters()), self.config.max_grad_norm)
+        return lr, parallel.grad_norm(list(self.policy.parameters()))
+
+    def clip(self, grad_norm: float) -> None:
+        """Scale the gradients down to max_grad_norm if their norm is larger."""
+        parallel.clip_gradients(list(self.policy.parameters()), self.config.max_grad_norm, grad_norm)
 
     def may_step(self, grad_norm: float) -> bool:
         """Return whether the gradient is finite, or overflowed under loss scaling, which then lowers its scale.

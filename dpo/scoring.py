@@ -1,6 +1,7 @@
 """Loss and metrics of a batch, and their means over data and processes."""
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,13 +13,14 @@ from dpo.data.batching import Batch, Cut, Example, Mismatched, Records, deal, ma
 from dpo.data.records import PreferenceData
 from dpo.data.sources import LABELLED
 from dpo.loss import Examples, Loss, Responses, reward_slopes, sum_tokens
-from dpo.model.logps import Computation, TokenLogps, response_logps
+from dpo.model.logps import Computation, Laid, TokenLogps, input_device, laid_logps, place
 from dpo.reference import LiveReference, Reference
-from dpo.utils import progress
+from dpo.utils import one_ahead, progress
 
 # By how much a float32 log-probability may change with the order of summation (micro-batches, layouts, number of
 # processes, compiled kernels): relative, and in nats. SmolLM2-135M's change by up to 1.3e-6 nats a token (60 pairs).
 ROUNDING, TOKEN_ROUNDING = 1e-6, 2e-6
+COLUMN = "column "  # before the names of the data's columns among the tensors of a micro-batch
 Metrics = dict[str, list[float | None]]
 """Metric name -> one value for each example; None if the example has no such side."""
 
@@ -102,27 +104,44 @@ class Scorer:
 
     def __call__(self, policy: PreTrainedModel, batch: Batch, split: str) -> tuple[Tensor, Metrics]:
         """Return the loss of each example, shape [n], with gradients, and the metrics of each example."""
+        losses, values = self.score(policy, self.lay(batch, input_device(policy)), split)
+        tally = Tally(self.loss)
+        tally.add(values, batch)
+        return losses, tally.read()[0]
+
+    def lay(self, batch: Batch, device: torch.device) -> Laid:
+        """Return a micro-batch on `device`, with what the loss needs besides."""
+        numbers = {"chosen": batch.chosen, "rejected": batch.rejected, "ranked": itertools.chain(*(batch.ranked or []))}
+        others = {k: torch.tensor([*v], dtype=torch.long) for k, v in numbers.items() if v is not None}
+        others |= {COLUMN + name: torch.tensor(values) for name, values in batch.columns.items()}
+        if self.reference is not None and not isinstance(self.reference, LiveReference):
+            stored = self.reference.response_logps(batch)
+            others |= {"reference": stored.logps, "reference mask": stored.mask}
+        return place(batch, self.how.layout, device, others)
+
+    def laid(self, policy: PreTrainedModel, parts: "Sequence[Share]") -> Iterator[Laid]:
+        """Yield each micro-batch in place. A thread lays out the next one while the caller computes."""
+        device = input_device(policy)  # asked here: the policy's parts may be exchanged while it computes
+        return one_ahead(lambda share: self.lay(share.batch, device), parts)
+
+    def score(self, policy: PreTrainedModel, laid: Laid, split: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of each example, shape [n], with gradients, and each metric's values [n], for a Tally. The
+        host does not wait for the device."""
         live = self.reference if self.loss.needs_kl and isinstance(self.reference, LiveReference) else None
-        theirs = live.next_token_logps(batch, self.how) if live is not None else None
-        tokens = response_logps(policy, batch, self.how, self.loss.needs_squares, theirs)
-        examples = self.examples(batch, tokens)
+        theirs = live.next_token_logps(laid.batch, self.how) if live is not None else None
+        tokens = laid_logps(policy, laid, self.how, self.loss.needs_squares, theirs)
+        examples = self.examples(laid, tokens)
         losses = self.loss(examples)
-        scored = self._scored(batch, tokens, examples, losses)
+        scored = self._scored(laid, tokens, examples, losses)
         values = {name: metric.value(scored) for name, metric in measured(self.loss, split).items()}
-        metrics: Metrics = {name: value.detach().cpu().tolist() for name, value in values.items()}
-        if self.loss.rows == LABELLED:
-            labels = batch.columns["label"]
-            for name, each in metrics.items():
-                unlike = {"chosen": 0.0, "rejected": 1.0}.get(name.rpartition("/")[2])  # label of the other side
-                metrics[name] = [v if label != unlike else None for v, label in zip(each, labels, strict=True)]
-        return losses, metrics
+        return losses, {name: value.detach() for name, value in values.items()}
 
     def differences(self, policy: PreTrainedModel, batch: Batch, split: str) -> Metrics:
         """Return the metrics by which policy and reference are compared. They need no loss.
 
         Not under `no_grad`: tensor parallelism would take other kernels than the training step's.
         """
-        examples = self.examples(batch, response_logps(policy, batch, self.how))
+        examples = self.examples_of(policy, batch)
         found: Metrics = {}
         for name, side in (("chosen", examples.chosen), ("rejected", examples.rejected)):
             if side is not None:
@@ -132,14 +151,25 @@ class Scorer:
                 found[f"rewards_{split}/{name}"] = rewards.detach().cpu().tolist()
         return found
 
-    def examples(self, batch: Batch, tokens: TokenLogps) -> Examples:
+    def examples_of(self, policy: PreTrainedModel, batch: Batch) -> Examples:
+        """Return what the loss sees of a batch under `policy`."""
+        laid = self.lay(batch, input_device(policy))
+        return self.examples(laid, laid_logps(policy, laid, self.how))
+
+    def examples(self, laid: Laid, tokens: TokenLogps) -> Examples:
         """Return what the loss sees of a batch whose response tokens have these log-probabilities."""
-        device = tokens.logps.device
-        reference = self.reference.response_logps(batch).to(device) if self.reference is not None else None
+        batch, others = laid.batch, laid.others
+        reference = None
+        if "reference" in others:
+            reference = TokenLogps(others["reference"], others["reference mask"])
+        elif self.reference is not None:
+            reference = self.reference.response_logps(batch)
         sums, lengths = sum_tokens(tokens.logps, tokens.mask), tokens.mask.sum(-1).clamp(min=1)
         reference_sums = sum_tokens(reference.logps, reference.mask) if reference is not None else None
 
-        def side(index: list[int]) -> Responses:
+        def side(name: str) -> Responses:
+            index = others[name]
+
             def at(values: Tensor | None) -> Tensor | None:
                 return values[index] if values is not None else None
 
@@ -149,14 +179,13 @@ class Scorer:
             theirs = reference.logps if reference is not None else None
             return Responses(*responses, *map(at, (tokens.logps, theirs, tokens.mask, tokens.squares, tokens.kl)))
 
-        rejected = side(batch.rejected) if batch.rejected is not None else None
-        columns = {name: torch.tensor(values, device=device) for name, values in batch.columns.items()}
-        every = batch.ranked or []
-        ranked = side([response for responses in every for response in responses]) if batch.ranked else None
-        sizes = [len(responses) for responses in every]
-        return Examples(side(batch.chosen), rejected, columns, self.statistics, self.state, ranked, sizes)
+        rejected = side("rejected") if batch.rejected is not None else None
+        columns = {name: others[COLUMN + name] for name in batch.columns}
+        ranked = side("ranked") if batch.ranked else None
+        sizes = [len(responses) for responses in batch.ranked or []]
+        return Examples(side("chosen"), rejected, columns, self.statistics, self.state, ranked, sizes)
 
-    def _scored(self, batch: Batch, tokens: TokenLogps, examples: Examples, losses: Tensor) -> Scored:
+    def _scored(self, laid: Laid, tokens: TokenLogps, examples: Examples, losses: Tensor) -> Scored:
         """Return what metrics are computed from. Without rejected responses or rewards, these hold stand-ins that no
         metric of such a loss reads."""
         chosen, rejected = examples.chosen, examples.rejected or examples.chosen
@@ -164,16 +193,16 @@ class Scorer:
         ours, theirs = [losses if reward is None else reward.detach() for reward in rewards]
         rounding = torch.zeros_like(ours)
         slack = ROUNDING * tokens.logps.detach().abs() + (self.how.tolerance if self.untrained else TOKEN_ROUNDING)
-        slack = sum_tokens(slack, tokens.mask)
-        if rewards[0] is not None and batch.rejected is not None:
+        slack, at = sum_tokens(slack, tokens.mask), laid.others
+        if rewards[0] is not None and laid.batch.rejected is not None:
             slopes = [reward_slopes(self.loss, side) for side in (chosen, rejected)]
             assert slopes[0] is not None and slopes[1] is not None
-            rounding = (slopes[0][0] * slack[batch.chosen]).abs() + (slopes[1][0] * slack[batch.rejected]).abs()
+            rounding = (slopes[0][0] * slack[at["chosen"]]).abs() + (slopes[1][0] * slack[at["rejected"]]).abs()
         weight = self.loss.gradient_weight(examples)
         weight = losses if weight is None else weight
         with torch.no_grad():
             terms = self.loss.term_losses(examples)
-        return Scored(losses, chosen, rejected, ours, theirs, rounding, slack[batch.chosen], weight, terms)
+        return Scored(losses, chosen, rejected, ours, theirs, rounding, slack[at["chosen"]], weight, terms)
 
     @torch.no_grad()
     def prepare(
@@ -189,7 +218,7 @@ class Scorer:
             observed = shares(mismatched, mismatched.examples, cut) if mismatched.examples else []
         mine: Metrics = {}
         for part in observed:
-            seen = self.loss.observe(self.examples(part.batch, response_logps(policy, part.batch, self.how)))
+            seen = self.loss.observe(self.examples_of(policy, part.batch))
             parallel.reshard(policy)  # no backward pass follows
             extend_metrics(mine, {name: value.tolist() for name, value in seen.items()}, part.counts)
         every = parallel.gather_over_data(policy, mine)
@@ -214,6 +243,36 @@ def shares(data: Records, examples: Sequence[Example], cut: Cut) -> list[Share]:
     return [Share(make_batch(data, some or examples[:1]), bool(some), some) for some in mine]
 
 
+class Tally:
+    """Metrics of this process's micro-batches. They stay on their device until `read`: the host waits once for all."""
+
+    def __init__(self, loss: Loss):
+        self.loss = loss
+        self.parts: list[tuple[Batch, Tensor]] = []
+        self.names: list[str] = []
+
+    def add(self, values: Mapping[str, Tensor], batch: Batch, counts: bool = True) -> None:
+        """Take in each metric's values [n] of a micro-batch, or only the names if they do not count."""
+        self.names = [*values]
+        if counts:
+            self.parts.append((batch, torch.stack([*values.values()])))
+
+    def read(self, *others: Tensor) -> tuple[Metrics, list[float]]:
+        """Return the values of all metrics, and those of `others` (tensors of one number)."""
+        tensors = [values.flatten() for _, values in self.parts] + [other.flatten().float() for other in others]
+        numbers = iter(torch.cat(tensors).tolist() if tensors else [])
+        total: Metrics = {name: [] for name in self.names}
+        for batch, values in self.parts:
+            for name in self.names:
+                each: list[float | None] = [*itertools.islice(numbers, values.shape[1])]
+                if self.loss.rows == LABELLED:  # the label of the other side:
+                    unlike = {"chosen": 0.0, "rejected": 1.0}.get(name.rpartition("/")[2])
+                    labels = batch.columns["label"]
+                    each = [v if label != unlike else None for v, label in zip(each, labels, strict=True)]
+                total[name] += each
+        return total, [*numbers]
+
+
 def extend_metrics(total: Metrics, more: Metrics, counts: bool = True) -> None:
     """Append the values of `more` to those of `total`, or only its names if they do not count."""
     for name, values in more.items():
@@ -236,11 +295,8 @@ def evaluate_loss(
     scorer: Scorer, policy: PreTrainedModel, data: PreferenceData, examples: Sequence[Example], cut: Cut
 ) -> tuple[Metrics, list[Example]]:
     """Return each metric of `Scorer` on this process's share of exactly `examples`, and that share."""
-    total: Metrics = {}
-    mine: list[Example] = []
     scorer, parts = scorer.prepare(policy, data, examples, cut)
+    tally, laid = Tally(scorer.loss), scorer.laid(policy, parts)
     for share in progress(parts, desc="evaluating", leave=False):
-        _, metrics = scorer(policy, share.batch, "eval")
-        extend_metrics(total, metrics, share.counts)
-        mine += share.examples
-    return total, mine
+        tally.add(scorer.score(policy, next(laid), "eval")[1], share.batch, share.counts)
+    return tally.read()[0], [example for share in parts for example in share.examples]

@@ -13,7 +13,8 @@ import signal
 import sys
 import threading
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,12 +24,26 @@ from tqdm import tqdm
 from dpo.files import Lines
 
 T = TypeVar("T")
+R = TypeVar("R")
 ROOT = Path(__file__).resolve().parent.parent
 """The project's folder, which holds runs and caches by default, whatever the current folder is."""
 SECRETS = re.compile(r"hf_[A-Za-z0-9]{20,}|wandb_v1_\w{20,}")  # how keys of the hub and of W&B look
 SECRET_NAMES = re.compile("(KEY|TOKEN|SECRET|PASSWORD)$")
 LOGGER = logging.getLogger("dpo")
 tqdm.set_lock(threading.RLock())  # the default lock also serves other processes, which draw no bars here, and leaks
+
+
+def one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield `function` of each item, computed in a thread while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as thread:
+        pending: Future[R] | None = None
+        for item in items:
+            coming = thread.submit(function, item)
+            if pending is not None:
+                yield pending.result()
+            pending = coming
+        if pending is not None:
+            yield pending.result()
 
 
 class UserError(Exception):

@@ -16,7 +16,7 @@ import torch
 
 from dpo.model.checks import refusing
 from dpo.model.loading import load_policy, pick_device
-from dpo.model.logps import Computation, response_logps
+from dpo.model.logps import Computation
 from dpo.model.patches import quiet_transformers
 from dpo.run.checkpoint import read_state
 from dpo.run.health import broken_parameters, read_batch
@@ -40,7 +40,7 @@ def replay(folder: Path, overrides: list[str]) -> None:
         scorer = Scorer(built, how, example if example.logps is not None else None)
         if built.needs_statistics:  # of this example alone: those of its batch are not known
             with torch.no_grad():
-                seen = scorer.examples(example.batch, response_logps(policy, example.batch, how))
+                seen = scorer.examples_of(policy, example.batch)
             statistics = {} if built.observes_mismatched else built.observe(seen)
             carried = {} if built.observes_mismatched else built.next_state(built.initial_state(), statistics)
             scorer = replace(scorer, statistics=statistics, state=carried)

@@ -327,6 +327,7 @@ class Starting:
     def _swap(self) -> None:
         for name, parameter in trained(self.model).items():
             parameter.data, self.weights[name] = self.weights[name], parameter.data
+        torch.clear_autocast_cache()  # of casts of the others
 
 
 def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

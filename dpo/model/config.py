@@ -160,6 +160,7 @@ class ParallelConfig(ComputeConfig):
     fsdp_port: Annotated[Annotated[int, Field(gt=0, lt=2**16)] | None, MayChange]
     fsdp_replicate_size: Annotated[Positive, MayChange]
     fsdp_reshard_after_forward: Annotated[bool, MayChange]
+    fsdp_reduce_once: Annotated[bool, MayChange]
     fsdp_cpu_offload: Annotated[bool, MayChange]
 
     @property
@@ -184,6 +185,8 @@ class ParallelConfig(ComputeConfig):
                 f"adapter.init={self.adapter.init} changes the weights, of which each process of {self.trainer} holds "
                 "a part: use trainer=BasicTrainer, or another init"
             )
+        if self.adapter.peft_type and self.fsdp_reduce_once:
+            yield "fsdp_reduce_once=true is not for adapters: their gradients are summed once an update; leave it out"
         if self.adapter.peft_type and self.fsdp_cpu_offload:
             yield "fsdp_cpu_offload=true is not for adapters, which lie whole on each GPU; leave it out"
         other_type = self.mixed_precision not in (None, self.model.policy_dtype)
@@ -200,6 +203,8 @@ class ParallelConfig(ComputeConfig):
 
     def _group_problems(self) -> Iterator[str]:
         yield from self._sharded_adapter_problems()
+        if self.fsdp_reduce_once and self.fsdp_cpu_offload:
+            yield "fsdp_reduce_once=true keeps whole gradients on the GPU, which fsdp_cpu_offload=true is to spare"
         if self.device not in ("auto", "cpu", "cuda"):
             yield f"device={self.device} is one device; trainer={self.trainer} gives each process its own: leave it out"
         if self.model.device_map:
@@ -209,7 +214,7 @@ class ParallelConfig(ComputeConfig):
 
     def _single_problems(self) -> Iterator[str]:
         without: dict[str, tuple[Any, ...]] = {"nproc": (None, 1), "fsdp_replicate_size": (1,)}
-        without |= {"fsdp_reshard_after_forward": (True,), "fsdp_cpu_offload": (False,)}
+        without |= {"fsdp_reshard_after_forward": (True,), "fsdp_reduce_once": (False,), "fsdp_cpu_offload": (False,)}
         for key, values in without.items():
             if getattr(self, key) not in values:
                 nothing = f"{key}={getattr(self, key)} does nothing with trainer={self.trainer}"

@@ -6,16 +6,17 @@ each token sees what it would see in a row of its own, so that all layouts compu
 a response predicts nothing and is left out.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from dpo.data.batching import Batch, n_tokens, packed_width
+from dpo.data.batching import BLOCK, Batch, n_tokens, packed_width
 
 PADDING = -1
 FLEX = "trees_by_flex_attention"
@@ -41,10 +42,33 @@ class Rows:
     places: Tensor
     shape: tuple[int, int]
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
     def to(self, device: torch.device) -> "Rows":
         """Return the same with every tensor on `device`."""
-        moved: Any = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: Any = copied(self.tensors, device)
         return replace(self, **moved)
+
+
+def copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return `tensors` of the CPU on `device`, in one copy that the host does not wait for."""
+    if device.type == "cpu":
+        return dict(tensors)
+    aligned = {name: -(-t.numel() * t.element_size() // 8) * 8 for name, t in tensors.items()}  # bytes
+    together = torch.empty(sum(aligned.values()), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    parts = together.split([*aligned.values()])
+    for part, tensor in zip(parts, tensors.values(), strict=True):
+        _view(part, tensor).copy_(tensor)
+    parts = together.to(device, non_blocking=True).split([*aligned.values()])
+    return {name: _view(part, tensor) for part, (name, tensor) in zip(parts, tensors.items(), strict=True)}
+
+
+def _view(part: Tensor, like: Tensor) -> Tensor:
+    """Return the first bytes of `part` as a tensor of the type and shape of `like`."""
+    return part[: like.numel() * like.element_size()].view(like.dtype).view(like.shape)
 
 
 def lay_out(batch: Batch, layout: str) -> Rows:
@@ -150,7 +174,12 @@ def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def block_mask(rows: Rows, window: int | None) -> BlockMask:
-    """Return the same as `visible`, as FlexAttention takes it: blocks in which nothing is seen are not computed."""
+    """Return the same as `visible`, as FlexAttention takes it: blocks in which nothing is seen are not computed.
+
+    A token sees two runs of columns: its own branch up to itself, and its prompt's, both cut by the window. So the
+    number of pairs that a block of keys has with each query is the overlap of two intervals with the block. torch's
+    create_block_mask would look at every pair of tokens instead.
+    """
 
     def at(row: Tensor, column: Tensor) -> _Tokens:
         return _Tokens(column, *(t[row, column] for t in (rows.positions, rows.branch, rows.prompt)))
@@ -159,7 +188,52 @@ def block_mask(rows: Rows, window: int | None) -> BlockMask:
         return at(row, query).sees(at(row, key), window)
 
     n, width = rows.branch.shape
-    return create_block_mask(sees, n, None, width, width, device=rows.branch.device)
+    first, stop, prompt_first, prompt_stop = _runs(rows, window)
+    blocks = -(-width // BLOCK)
+    edges = torch.arange(0, blocks * BLOCK + 1, BLOCK, device=rows.branch.device, dtype=torch.int32)
+
+    def overlap(start: Tensor, stop: Tensor) -> Tensor:
+        """Return how many columns of each block lie in the runs, [rows, width, blocks]."""
+        shared = torch.minimum(stop[..., None], edges[1:]).sub_(torch.maximum(start[..., None], edges[:-1]))
+        return shared.clamp_(min=0)
+
+    pairs = overlap(first, stop).add_(overlap(prompt_first, prompt_stop))
+    pairs = torch.nn.functional.pad(pairs, (0, 0, 0, blocks * BLOCK - width)).view(n, blocks, BLOCK, blocks).sum(2)
+    full = pairs == BLOCK * BLOCK
+    partly = _ordered((pairs > 0) & ~full)
+    return BlockMask.from_kv_blocks(*partly, *_ordered(full), BLOCK, sees, (width, width))
+
+
+def _runs(rows: Rows, window: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the columns that each token sees: from and up to (exclusive) in its own branch, and in its prompt's.
+
+    Each is int32 [rows, width]. The second run is empty for tokens of prompts, and if there is no prompt.
+    """
+    branch, prompt = rows.branch, rows.prompt
+    n, width = branch.shape
+    column = torch.arange(width, device=branch.device).expand(n, width)
+    begins = torch.ones_like(branch, dtype=torch.bool)
+    begins[:, 1:] = branch[:, 1:] != branch[:, :-1]
+    first = torch.where(begins, column, 0).cummax(-1).values
+    # Branch number (+ 1, as padding is -1) -> its first column, and that after its last. Branches may be empty.
+    starts = column.new_zeros(n, 2 * rows.shape[0] + 1)  # each response, and at most as many prompts
+    stops = starts.scatter_reduce(1, branch + 1, column + 1, "amax")
+    starts = starts.scatter_reduce(1, branch + 1, column, "amin", include_self=False)
+    is_response = prompt != branch
+    prompt_first = torch.where(is_response, starts.gather(1, prompt + 1), 0)
+    prompt_stop = torch.where(is_response, stops.gather(1, prompt + 1), 0)
+    if window is not None:  # padding has no positions, and sees all padding before it
+        first = torch.where(branch == PADDING, first, torch.maximum(first, column - window + 1))
+        prompt_first = torch.maximum(prompt_first, prompt_first + rows.positions - window + 1)
+    found = (first, column + 1, prompt_first, prompt_stop)
+    return found[0].int(), found[1].int(), found[2].int(), found[3].int()
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, for each block of queries, the number of key blocks that are true, and their numbers first."""
+    chosen = blocks.int()
+    order = torch.argsort(chosen, dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
 def set_attention(model: PreTrainedModel, flex: bool) -> None:

@@ -128,18 +128,10 @@ def load_policy(
         raise UserError(f"{source} is an adapter on the hub, or holds one; download it, and give its folder")
     if adapter is not None or (trains and config.adapter.peft_type):
         _put_adapter_on(model, config, str(source if found is None else found.path), adapter, trains)
-    disable_dropout(model)
     if (device.type == "cpu" or sharding is not None) and not config.adapter.quantization:
         # On CPUs weights are views of their files: a file that is overwritten during the run would change the model.
         model._apply(lambda tensor: tensor.clone() if tensor.device.type == "cpu" else tensor)
-    if trains and config.activation_checkpointing:
-        with refusing("activation_checkpointing=true"):
-            model.activation_checkpointing_enable({"use_reentrant": False}, config.activation_checkpointing_every)
-    with refusing(f"{type(model).__name__} is not supported"):
-        add_token_logps(model)
-    if config.compile and compiled:
-        for block in parallel.blocks(model, config.model.block_name or config.model.block):
-            block.forward = torch.compile(block.forward, dynamic=True)  # without hooks, which are FSDP's
+    make_ready(model, config, trains, config.compile and compiled)
     if sharding is not None:
         return parallel.move_buffers(model)
     if not config.model.device_map:
@@ -148,6 +140,19 @@ def load_policy(
     if torch.cuda.is_available() and outside:
         raise UserError(f"model.device_map: the GPUs are too small; layers would be on {', '.join(outside)}")
     return model
+
+
+def make_ready(model: PreTrainedModel, config: Config, trains: bool, compiled: bool) -> None:
+    """Let a model compute log-probabilities as the configuration asks. Raise UserError if it cannot."""
+    disable_dropout(model)
+    if trains and config.activation_checkpointing:
+        with refusing("activation_checkpointing=true"):
+            model.activation_checkpointing_enable({"use_reentrant": False}, config.activation_checkpointing_every)
+    with refusing(f"{type(model).__name__} is not supported"):
+        add_token_logps(model)
+    if compiled:
+        for block in parallel.blocks(model, config.model.block_name or config.model.block):
+            block.forward = torch.compile(block.forward, dynamic=True)  # without hooks, which are FSDP's
 
 
 def whole_model(name: str, config: Config) -> str | Path:

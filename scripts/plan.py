@@ -1,0 +1,403 @@
+"""Say before a run what it needs: python scripts/plan.py [--gpu H100] [--processes 8] KEY=VALUE ... (as for train.py)
+
+The run's own training step computes its own batches on a GPU without memory and arithmetic (torch's fake tensors), with
+the processes of a group that does not exist. So no GPU is needed, and no weights: of the model only its configuration.
+Printed are memory by phase and kind, operations, traffic and waits of an update, an estimate of its time, and advice.
+Not planned: evaluations and samples (eval_batch_size), torch.compile, fragmentation of memory.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from dpo import parallel
+from dpo.data.batching import BLOCK, Batch, Example, deal, make_batch
+from dpo.data.records import PreferenceData
+from dpo.model import adapters
+from dpo.model.checks import refusing
+from dpo.model.loading import load_tokenizer, local_folder, make_ready
+from dpo.model.logps import Computation, Laid, TokenLogps
+from dpo.model.patches import quiet_transformers
+from dpo.parallel.arrange import sharding_of
+from dpo.plan import gpu
+from dpo.plan.hardware import DEVICES, REACHED_LINK, Device, GiB
+from dpo.plan.tracker import GRADIENTS, KINDS, STATES, TEMPORARY, WEIGHTS, Tracker
+from dpo.reference import LiveReference
+from dpo.run.config import Config
+from dpo.run.throughput import cost_of
+from dpo.scoring import Scorer
+from dpo.utils import UserError
+from opening import take_overrides
+from preference_datasets import load_data
+from settings import data_settings, load_config
+from trainers import Trainer, plan_of
+from utils import HelpFormatter, run_main
+
+LOOKED_AT = 64  # global batches from which the largest is chosen
+RESERVE = 0.08  # of the memory: fragmentation, and the CUDA context
+
+
+class _ZeroReference:
+    """Stands in for stored log-probabilities of the reference."""
+
+    def response_logps(self, batch: Batch) -> TokenLogps:
+        lengths = [len(response) for tree in batch.trees for response in tree.responses]
+        shape = (len(lengths), max(lengths))
+        return TokenLogps(torch.zeros(shape), torch.ones(shape, dtype=torch.bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class _WatchedScorer(Scorer):
+    """A Scorer that says what it computes next."""
+
+    announce: Callable[[Laid], None] = lambda laid: None
+
+    def score(self, policy: PreTrainedModel, laid: Laid, split: str) -> Any:
+        self.announce(laid)
+        return super().score(policy, laid, split)
+
+
+class PlannedTrainer(Trainer):
+    """A Trainer whose model is given, and whose steps are watched by a tracker."""
+
+    def __init__(self, config: Config, policy: PreTrainedModel, scorer: Scorer, data: PreferenceData, tracker: Tracker):
+        self.config, self.train_data, self.tracker = config, data, tracker
+        self.scorer = _WatchedScorer(**vars(scorer), announce=self._announce)
+        self.plan = plan_of(config)
+        self.total_examples, self.total_steps = self.plan.size(data)
+        self.examples, self.reference_seconds, self.other = 0, 0.0, None
+        self.seen = 1.0  # share of a row's pairs of tokens that attention computes
+        self.use(policy)
+        for phase, name in (("backward", "backward"), ("clip", "prepare"), ("optimizer", "step")):
+            setattr(self.updater, name, self._phase(phase, getattr(self.updater, name)))
+        tracker.label([*policy.parameters(), *policy.buffers()], WEIGHTS)
+        for parameter in adapters.trained(policy).values():
+            parameter.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], GRADIENTS))
+
+    def _announce(self, laid: Laid) -> None:
+        self.tracker.phase, self.seen = "forward", _share_seen(laid)
+
+    def _phase(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            self.tracker.phase = name
+            return function(*arguments)
+
+        return run
+
+    def on_attention(self, operations: int, pairs: int, size: int) -> None:
+        """Count an attention kernel; see `gpu.attention`."""
+        self.tracker.work("attention", int(operations * pairs * self.seen), size, 0)
+
+    def step(self, examples: list[Example]) -> None:
+        """Make one update, and label what it leaves behind."""
+        self.train_step(examples)
+        self.tracker.phase = "between updates"
+        states = [s for state in self.updater.optimizer.state.values() for s in state.values() if isinstance(s, Tensor)]
+        self.tracker.label(states, STATES)
+
+
+def _share_seen(laid: Laid) -> float:
+    """Return the share of the rows' pairs of tokens of which one sees the other."""
+    rows, width = laid.rows.branch.shape
+    pairs = 0
+    for tree in laid.batch.trees:
+        lengths = [len(response) - 1 for response in tree.responses]
+        pairs += len(tree.prompt) ** 2 // 2 + sum(n * len(tree.prompt) + n**2 // 2 for n in lengths)
+    return min(pairs / (rows * width**2), 1.0)
+
+
+# Build -------------------------------------------------------------------------------------------------------------
+
+
+def meta_model(config: Config) -> PreTrainedModel:
+    """Return the model without weights. Raise UserError if it has no configuration that can be read."""
+    source = local_folder(config.model.archive or config.model.name_or_path, config.cache)
+    own_code = {"trust_remote_code": config.model.trust_remote_code}
+    with refusing(f"no model could be read from {source}"), torch.device("meta"):
+        known = AutoConfig.from_pretrained(source, **own_code)
+        model: Any = AutoModelForCausalLM.from_config(
+            known, dtype=getattr(torch, config.model.policy_dtype), **own_code
+        )
+    return model
+
+
+def laid_out(
+    model: PreTrainedModel, config: Config, sharding: parallel.Sharding | None, device: torch.device, trains: bool
+) -> PreTrainedModel:
+    """Return `model` on its device, sharded, with its adapter. Its weights have no content."""
+    if sharding is not None:
+        parallel.shard_model(model, sharding)
+    if trains and config.adapter.peft_type:
+        adapters.put_on(model, adapters.peft_config(config.adapter), config.model.start, config.seed)
+    make_ready(model, config, trains, compiled=False)
+    model.to_empty(device=sharding.device if sharding is not None else device)
+    model.tie_weights()
+    return model if trains else model.requires_grad_(False)
+
+
+def build(
+    config: Config,
+    data: PreferenceData,
+    device: torch.device,
+    sharding: parallel.Sharding | None,
+    tracker: Tracker,
+    models: list[PreTrainedModel],
+) -> PlannedTrainer:
+    """Return the trainer of the policy, the first of `models`, and of the live reference, if there is a second."""
+    policy, *other = (laid_out(m, config, sharding, device, trains) for m, trains in zip(models, (True, False)))
+    layout = config.layout if config.layout != "auto" else "tree" if device.type == "cpu" else "packed"
+    how = Computation(config.compute_dtype, layout, flex=layout == "packed" and device.type != "cpu")
+    reference: Any = None
+    if config.loss.needs_reference:
+        reference = LiveReference(other[0], how) if other else _ZeroReference()
+        if config.reference.mode == "live" and not other:
+            reference = LiveReference(policy, how, adapters.Starting(policy))
+    scorer = Scorer(config.loss, how, reference, state=config.loss.initial_state())
+    return PlannedTrainer(config, policy, scorer, data, tracker)
+
+
+# Measure -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What the largest update looked at needs of the busiest GPU. Memory and traffic are in bytes.
+
+    `seconds` and `hours` (of the whole run) are estimates. `useful`: the work of all processes, as a share of what the
+    busiest one's would be if all had as much. `waits` of the host for the GPU, and `collectives`, are of an update.
+    """
+
+    processes: int
+    parameters: int
+    trained: int
+    updates: int
+    passes: int
+    tokens: int
+    useful: float
+    memory: dict[str, dict[str, int]]
+    tflop: float
+    kernels: int
+    moved: int
+    waits: dict[str, int]
+    collectives: dict[str, int]
+    traffic: dict[str, int]
+    seconds: float
+    hours: float
+
+    @property
+    def peak(self) -> int:
+        """The most memory of any phase."""
+        return max(sum(kinds.values()) for kinds in self.memory.values())
+
+
+def plan_run(config: Config, data: PreferenceData, device: torch.device, hardware: Device) -> Planned:
+    """Return what the run needs, from the largest of its first LOOKED_AT updates."""
+    sharding = sharding_of(config)
+    sharding = sharding.on_mesh(device) if sharding is not None else None
+    models = [meta_model(config) for _ in range(2 if _has_second_model(config) else 1)]
+    tracker = Tracker(device.type, models[0].config.get_text_config().vocab_size)
+    held: list[PlannedTrainer] = []
+    attention = gpu.attention(lambda *numbers: held[0].on_attention(*numbers)) if device.type != "cpu" else None
+    with gpu.pretending(attention), tracker:
+        held.append(build(config, data, device, sharding, tracker, models))
+        [trainer] = held
+        batches = [*itertools.islice(trainer.plan.batches(data), LOOKED_AT)]
+        sizes = [_sizes(trainer, batch) for batch in batches]
+        work = [sum(map(max, passes)) for passes in sizes]  # of the busiest process
+        largest = max(range(len(batches)), key=lambda i: (max(map(max, sizes[i])), work[i]))
+        trainer.step(batches[largest])  # makes the optimizer's states
+        first = tracker.peak
+        tracker.reset()
+        tracker.cost = hardware.seconds
+        trainer.step(batches[largest])
+    peaks = {p: max(kinds, first.get(p, kinds), key=lambda k: k.total()) for p, kinds in tracker.peak.items()}
+    ranks, processes = parallel.data_ranks(trainer.policy), parallel.world_size()
+    sent = sum(tracker.traffic.values()) * (processes - 1) / processes / hardware.link / REACHED_LINK
+    seconds = max(sum(tracker.seconds.values()), sent)  # they overlap
+    mean = seconds * sum(work) / len(work) / work[largest]
+    return Planned(
+        processes=processes,
+        parameters=trainer.policy.num_parameters(),
+        trained=trainer.policy.num_parameters(only_trainable=True),
+        updates=trainer.total_steps,
+        passes=len(sizes[largest]),
+        tokens=max(map(max, sizes[largest])),
+        useful=sum(n for passes in sizes for some in passes for n in some) / (ranks * sum(work)),
+        memory={phase: {kind: kinds[kind] for kind in KINDS if kinds[kind]} for phase, kinds in peaks.items() if phase},
+        tflop=sum(tracker.flops.values()) / 1e12,
+        kernels=tracker.kernels,
+        moved=sum(tracker.bytes.values()),
+        waits=dict(tracker.waits),
+        collectives=dict(tracker.collectives),
+        traffic=dict(tracker.traffic),
+        seconds=seconds,
+        hours=mean * trainer.total_steps / 3600,
+    )
+
+
+def _has_second_model(config: Config) -> bool:
+    live = config.reference.mode == "live" and config.loss.needs_reference
+    return live and (not config.adapter.peft_type or config.reference.archive is not None)
+
+
+def _sizes(trainer: PlannedTrainer, batch: list[Example]) -> list[list[int]]:
+    """Return the tokens of each micro-batch of a global batch, [pass][rank]."""
+    data, layout = trainer.train_data, trainer.scorer.how.layout
+    dealt = deal(data, batch, trainer.cut(len(batch)))
+    return [[cost_of(make_batch(data, part), layout).computed if part else 0 for part in ranks] for ranks in dealt]
+
+
+# Advise ------------------------------------------------------------------------------------------------------------
+
+
+def usable(hardware: Device) -> float:
+    """Return the bytes that tensors may take."""
+    return hardware.memory * (1 - RESERVE)
+
+
+def largest_limit(config: Config, data: PreferenceData, device: torch.device, hardware: Device, found: Planned) -> int:
+    """Return the largest microbatch_tokens that fits, in steps of BLOCK; 0 if none does. It is planned, not only
+    extrapolated from the memory that a token takes."""
+    other = plan_run(dataclasses.replace(config, microbatch_tokens=max(found.tokens // 2, 1)), data, device, hardware)
+    if other.tokens == found.tokens:  # one prompt's responses are as long
+        return found.tokens if found.peak <= usable(hardware) else 0
+    a_token = (_passing(found) - _passing(other)) / (found.tokens - other.tokens)
+    limit = found.tokens + (usable(hardware) - _passing(found)) / max(a_token, 1)
+    while (limit := int(limit) // BLOCK * BLOCK) > 0:
+        there = plan_run(dataclasses.replace(config, microbatch_tokens=limit), data, device, hardware)
+        if there.peak <= usable(hardware):
+            return limit
+        if there.tokens > limit:
+            return 0
+        limit = int(limit * 0.9)
+    return 0
+
+
+def _passing(found: Planned) -> int:
+    """Return the most memory of forward and backward passes."""
+    return max(sum(kinds.values()) for phase, kinds in found.memory.items() if phase in ("forward", "backward"))
+
+
+def fewest_processes(found: Planned, hardware: Device) -> int | None:
+    """Return with how many processes under FSDP the run would fit, as it is cut now: a power of 2, or None."""
+    for n in (2**i for i in range(11)):
+        shared = (WEIGHTS, GRADIENTS, STATES, TEMPORARY)
+        peaks = (
+            sum(size * found.processes / n if kind in shared else size for kind, size in kinds.items())
+            for kinds in found.memory.values()
+        )
+        if max(peaks) <= usable(hardware):
+            return n
+    return None
+
+
+def advice(config: Config, data: PreferenceData, device: torch.device, name: str, found: Planned) -> list[str]:
+    """Return sentences on what to change."""
+    hardware = DEVICES[name]
+    fits = found.peak <= usable(hardware)
+    lines = []
+    if not fits and not config.activation_checkpointing:
+        smaller = plan_run(dataclasses.replace(config, activation_checkpointing=True), data, device, hardware)
+        there = "it would fit" if smaller.peak <= usable(hardware) else "and still not fit"
+        lines.append(f"activation_checkpointing=true would take {smaller.peak / GiB:.1f} GiB: {there}")
+    if fits and found.passes == 1:
+        lines.append(f"the largest update, of {found.tokens} tokens a process, fits into one pass")
+    else:
+        limit = largest_limit(config, data, device, hardware, found)
+        most = f"is {limit}" if limit else "is none with these settings"
+        lines.append(f"the largest microbatch_tokens that fits {most}")
+    fewest = fewest_processes(found, hardware)
+    least = f"{fewest}, under FSDPTrainer" if fewest else "no number is enough: a micro-batch is too large"
+    lines.append(f"the fewest {name} that it fits on, cut as now: {least}")
+    if sum(found.traffic.values()) / hardware.link / REACHED_LINK > found.seconds * 0.99:
+        lines.append("traffic takes longer than the computation: a larger batch_size, or fsdp_reduce_once=true")
+    return lines
+
+
+# Show --------------------------------------------------------------------------------------------------------------
+
+
+def as_text(found: Planned, name: str) -> str:
+    """Return the plan for people."""
+    hardware = DEVICES[name]
+    kinds = [kind for kind in KINDS if any(kind in phase for phase in found.memory.values())]
+    rows = [["phase", *kinds, "together"]]
+    for phase, sizes in found.memory.items():
+        cells = [sizes.get(kind, 0) for kind in kinds]
+        rows.append([phase, *(f"{size / GiB:.2f}" for size in (*cells, sum(cells)))])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    fits = "fits" if found.peak <= usable(hardware) else "DOES NOT FIT"
+    trained = f" ({found.trained / 1e6:.1f}M trained)" if found.trained != found.parameters else ""
+    traffic = ", ".join(f"{n} {call} ({found.traffic[call] / 1e9:.2f} GB)" for call, n in found.collectives.items())
+    waits = ", ".join(f"{n} x {where}" for where, n in found.waits.items())
+    return "\n".join(
+        [
+            f"{found.parameters / 1e9:.2f}B parameters{trained} on {found.processes} x {name}",
+            "memory of a GPU in GiB, when most of it is in use:",
+            *table,
+            f"peak {found.peak / GiB:.1f} GiB of {usable(hardware) / GiB:.1f} that may be used: {fits}",
+            f"largest update: {found.passes} passes of up to {found.tokens} tokens, {found.tflop:.1f} TFLOP, "
+            f"{found.kernels} kernels, {found.moved / 1e9:.0f} GB moved; {found.useful:.2f} of the work is useful",
+            f"traffic: {traffic or 'none'}",
+            f"the host waits for the GPU: {waits or 'never'}",
+            f"estimate, not measured: {found.seconds:.2f} s for that update, {found.hours:.1f} h for "
+            f"{found.updates} updates",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--gpu", choices=[*DEVICES], default="H100", help="the GPU to plan for")
+    parser.add_argument("--processes", type=int, default=8, help="GPUs of all machines, unless trainer=BasicTrainer")
+    parser.add_argument("--no-advice", action="store_true", help="do not look for better settings, which takes longer")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of train.py")
+    arguments = parser.parse_args()
+    others, overrides = take_overrides(arguments.overrides)
+    if others:
+        raise UserError(f"{others[0]} is no KEY=VALUE; give the overrides of train.py")
+    if arguments.processes < 1:
+        raise UserError(f"--processes {arguments.processes} must be at least 1")
+    given = [] if any(override.startswith("exp_name=") for override in overrides) else ["exp_name=plan"]
+    config = load_config([*given, *overrides])
+    check_planned(config)
+    quiet_transformers()
+    with contextlib.redirect_stdout(sys.stderr):
+        data = load_data(data_settings(config), load_tokenizer(config), "train")
+    device = torch.device("cpu") if config.device == "cpu" else gpu.register()
+    if config.needs_group:
+        gpu.join_fake_group(arguments.processes)
+    found = plan_run(config, data, device, DEVICES[arguments.gpu])
+    lines = [] if arguments.no_advice else advice(config, data, device, arguments.gpu, found)
+    if arguments.json:
+        print(json.dumps({**dataclasses.asdict(found), "gpu": arguments.gpu, "peak": found.peak, "advice": lines}))
+    else:
+        print("\n".join([as_text(found, arguments.gpu), *(f"advice: {line}" for line in lines)]))
+
+
+def check_planned(config: Config) -> None:
+    """Raise UserError for what cannot be planned."""
+    if config.adapter.quantization:
+        raise UserError(f"adapter.quantization={config.adapter.quantization} cannot be planned; plan adapter=lora")
+    if config.trainer == "TensorParallelTrainer":
+        raise UserError("trainer=TensorParallelTrainer cannot be planned yet; plan trainer=FSDPTrainer")
+    if config.model.archive and config.model.archive.endswith(".pt"):
+        raise UserError("model.archive=*.pt does not say its architecture: plan without it")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -105,7 +105,7 @@ class Scorer:
     def __call__(self, policy: PreTrainedModel, batch: Batch, split: str) -> tuple[Tensor, Metrics]:
         """Return the loss of each example, shape [n], with gradients, and the metrics of each example."""
         losses, values = self.score(policy, self.lay(batch, input_device(policy)), split)
-        tally = Tally(self.loss)
+        tally = Tally(self.loss.rows == LABELLED)
         tally.add(values, batch)
         return losses, tally.read()[0]
 
@@ -216,11 +216,11 @@ class Scorer:
         if self.loss.observes_mismatched:
             mismatched = Mismatched(data, examples)
             observed = shares(mismatched, mismatched.examples, cut) if mismatched.examples else []
-        mine: Metrics = {}
+        tally = Tally(labelled=False)
         for part in observed:
-            seen = self.loss.observe(self.examples_of(policy, part.batch))
+            tally.add(self.loss.observe(self.examples_of(policy, part.batch)), part.batch, part.counts)
             parallel.reshard(policy)  # no backward pass follows
-            extend_metrics(mine, {name: value.tolist() for name, value in seen.items()}, part.counts)
+        mine = tally.read()[0]
         every = parallel.gather_over_data(policy, mine)
         names = {name: [value for values in every for value in values[name]] for name in mine}
         statistics = {name: torch.tensor(values, device=policy.device) for name, values in names.items()}
@@ -246,8 +246,8 @@ def shares(data: Records, examples: Sequence[Example], cut: Cut) -> list[Share]:
 class Tally:
     """Metrics of this process's micro-batches. They stay on their device until `read`: the host waits once for all."""
 
-    def __init__(self, loss: Loss):
-        self.loss = loss
+    def __init__(self, labelled: bool):
+        self.labelled = labelled  # whether an example is either chosen or rejected, by its column "label"
         self.parts: list[tuple[Batch, Tensor]] = []
         self.names: list[str] = []
 
@@ -265,18 +265,12 @@ class Tally:
         for batch, values in self.parts:
             for name in self.names:
                 each: list[float | None] = [*itertools.islice(numbers, values.shape[1])]
-                if self.loss.rows == LABELLED:  # the label of the other side:
+                if self.labelled:  # the label of the other side:
                     unlike = {"chosen": 0.0, "rejected": 1.0}.get(name.rpartition("/")[2])
                     labels = batch.columns["label"]
                     each = [v if label != unlike else None for v, label in zip(each, labels, strict=True)]
                 total[name] += each
         return total, [*numbers]
-
-
-def extend_metrics(total: Metrics, more: Metrics, counts: bool = True) -> None:
-    """Append the values of `more` to those of `total`, or only its names if they do not count."""
-    for name, values in more.items():
-        total.setdefault(name, []).extend(values if counts else [])
 
 
 def mean_metrics(metrics: Metrics) -> dict[str, float]:
@@ -296,7 +290,7 @@ def evaluate_loss(
 ) -> tuple[Metrics, list[Example]]:
     """Return each metric of `Scorer` on this process's share of exactly `examples`, and that share."""
     scorer, parts = scorer.prepare(policy, data, examples, cut)
-    tally, laid = Tally(scorer.loss), scorer.laid(policy, parts)
+    tally, laid = Tally(scorer.loss.rows == LABELLED), scorer.laid(policy, parts)
     for share in progress(parts, desc="evaluating", leave=False):
         tally.add(scorer.score(policy, next(laid), "eval")[1], share.batch, share.counts)
     return tally.read()[0], [example for share in parts for example in share.examples]

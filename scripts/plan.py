@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo import parallel
@@ -133,39 +134,29 @@ def meta_model(config: Config) -> PreTrainedModel:
     return model
 
 
-def laid_out(
-    model: PreTrainedModel, config: Config, sharding: parallel.Sharding | None, device: torch.device, trains: bool
+def arranged(
+    model: PreTrainedModel, config: Config, sharding: parallel.Sharding | None, trains: bool, mode: FakeTensorMode
 ) -> PreTrainedModel:
-    """Return `model` on its device, sharded, with its adapter. Its weights have no content."""
+    """Return `model` sharded, with its adapter, on the meta device."""
     if sharding is not None:
-        parallel.shard_model(model, sharding)
+        with mode:
+            parallel.shard_model(model, sharding)
     if trains and config.adapter.peft_type:
         adapters.put_on(model, adapters.peft_config(config.adapter), config.model.start, config.seed)
     make_ready(model, config, trains, compiled=False)
-    model.to_empty(device=sharding.device if sharding is not None else device)
-    model.tie_weights()
     return model if trains else model.requires_grad_(False)
 
 
-def build(
-    config: Config,
-    data: PreferenceData,
-    device: torch.device,
-    sharding: parallel.Sharding | None,
-    tracker: Tracker,
-    models: list[PreTrainedModel],
-) -> PlannedTrainer:
-    """Return the trainer of the policy, the first of `models`, and of the live reference, if there is a second."""
-    policy, *other = (laid_out(m, config, sharding, device, trains) for m, trains in zip(models, (True, False)))
+def scorer_of(config: Config, policy: PreTrainedModel, other: PreTrainedModel | None, device: torch.device) -> Scorer:
+    """Return the scorer of a policy, with the live reference `other`. That a layout is exact is taken for granted."""
     layout = config.layout if config.layout != "auto" else "tree" if device.type == "cpu" else "packed"
     how = Computation(config.compute_dtype, layout, flex=layout == "packed" and device.type != "cpu")
     reference: Any = None
     if config.loss.needs_reference:
-        reference = LiveReference(other[0], how) if other else _ZeroReference()
-        if config.reference.mode == "live" and not other:
+        reference = LiveReference(other, how) if other is not None else _ZeroReference()
+        if config.reference.mode == "live" and other is None:
             reference = LiveReference(policy, how, adapters.Starting(policy))
-    scorer = Scorer(config.loss, how, reference, state=config.loss.initial_state())
-    return PlannedTrainer(config, policy, scorer, data, tracker)
+    return Scorer(config.loss, how, reference, state=config.loss.initial_state())
 
 
 # Measure -----------------------------------------------------------------------------------------------------------
@@ -206,13 +197,17 @@ def plan_run(config: Config, data: PreferenceData, device: torch.device, hardwar
     """Return what the run needs, from the largest of its first LOOKED_AT updates."""
     sharding = sharding_of(config)
     sharding = sharding.on_mesh(device) if sharding is not None else None
-    models = [meta_model(config) for _ in range(2 if _has_second_model(config) else 1)]
+    mode, n_models = FakeTensorMode(allow_non_fake_inputs=True), 2 if _has_second_model(config) else 1
+    models = [arranged(meta_model(config), config, sharding, trains, mode) for trains in (True, False)[:n_models]]
     tracker = Tracker(device.type, models[0].config.get_text_config().vocab_size)
     held: list[PlannedTrainer] = []
     attention = gpu.attention(lambda *numbers: held[0].on_attention(*numbers)) if device.type != "cpu" else None
-    with gpu.pretending(attention), tracker:
-        held.append(build(config, data, device, sharding, tracker, models))
-        [trainer] = held
+    with gpu.pretending(mode, attention), tracker:
+        for model in models:
+            model.to_empty(device=sharding.device if sharding is not None else device).tie_weights()
+        scorer = scorer_of(config, models[0], models[1] if n_models > 1 else None, device)
+        trainer = PlannedTrainer(config, models[0], scorer, data, tracker)
+        held.append(trainer)
         batches = [*itertools.islice(trainer.plan.batches(data), LOOKED_AT)]
         sizes = [_sizes(trainer, batch) for batch in batches]
         work = [sum(map(max, passes)) for passes in sizes]  # of the busiest process
@@ -365,11 +360,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=8, help="GPUs of all machines, unless trainer=BasicTrainer")
     parser.add_argument("--no-advice", action="store_true", help="do not look for better settings, which takes longer")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of train.py")
-    arguments = parser.parse_args()
-    others, overrides = take_overrides(arguments.overrides)
-    if others:
-        raise UserError(f"{others[0]} is no KEY=VALUE; give the overrides of train.py")
+    parser.usage = "%(prog)s [options] KEY=VALUE ..."
+    others, overrides = take_overrides(sys.argv[1:])
+    arguments = parser.parse_args(others)
     if arguments.processes < 1:
         raise UserError(f"--processes {arguments.processes} must be at least 1")
     given = [] if any(override.startswith("exp_name=") for override in overrides) else ["exp_name=plan"]

@@ -68,6 +68,10 @@ class _Module(_DummyBackendModule):
 
     def synchronize(self, device: Any = None) -> None: ...
     def set_device(self, device: Any) -> None: ...
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None: ...
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.get_rng_state()
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -159,8 +163,8 @@ def attention(count: Callable[[int, int, int], None]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def pretending(fake_attention: Callable[..., Any] | None) -> Iterator[None]:
-    """Make tensors fake inside the block: they have a device and a size, and no content.
+def pretending(mode: FakeTensorMode, fake_attention: Callable[..., Any] | None) -> Iterator[None]:
+    """Make tensors fake inside the block, in `mode`: they have a device and a size, and no content.
 
     Patched for that: reading tensors as lists, which gives ones; the end of autocast's cache; the thread that lays
     out batches, since modes of torch are a thread's own; and transformers' attention, unless `fake_attention` is None.
@@ -182,7 +186,7 @@ def pretending(fake_attention: Callable[..., Any] | None) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", forget))
         stack.enter_context(mock.patch.object(scoring, "one_ahead", map))
         stack.enter_context(mock.patch.dict(known, dict.fromkeys(names, fake_attention)))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(mode)
         yield
 
 

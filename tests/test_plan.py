@@ -1,0 +1,219 @@
+"""scripts/plan.py: memory, waits and traffic of a run that is not made."""
+
+import itertools
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, first_fast
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import plan
+from dpo.data.batching import Example
+from dpo.data.records import PreferenceData
+from dpo.model import adapters
+from dpo.model.loading import load_tokenizer, make_ready
+from dpo.plan.hardware import DEVICES
+from dpo.plan.tracker import Tracker
+from dpo.run.config import Config
+from dpo.utils import UserError
+from preference_datasets import load_data
+from settings import data_settings, load_config
+
+CPU = torch.device("cpu")
+RUN = ["loss=dpo", "loss.beta=0.1", "batch_size=8", "device=cpu"]
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> str:
+    """A model folder with a configuration, and nothing else."""
+    config = LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=8000, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path / "shape")
+    return f"model.name_or_path={tmp_path / 'shape'}"
+
+
+def loaded(given: list[str]) -> tuple[Config, PreferenceData]:
+    config = load_config(given)
+    return config, load_data(data_settings(config), load_tokenizer(config), "train")
+
+
+def allocations(events: Any) -> Iterator[tuple[int, int]]:
+    """Yield time and size (negative if freed) of each call of the CPU's allocator, from a profile's tree of events."""
+    for event in events:
+        fields = event.extra_fields
+        if type(fields).__name__ == "_ExtraFields_Allocation" and fields.device.type == "cpu":
+            yield event.start_time_ns, fields.alloc_size
+        yield from allocations(event.children)
+
+
+class Whole(plan.PlannedTrainer):
+    """The same trainer, on a model that has weights."""
+
+    def step(self, examples: list[Example]) -> None:
+        self.train_step(examples)
+
+
+def really_peaks(config: Config, data: PreferenceData) -> int:
+    """Return the most bytes that two updates of a real model hold, as torch's allocator reports them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        model = AutoModelForCausalLM.from_config(plan.meta_model(config).config, dtype=torch.float32)
+        if config.adapter.peft_type:
+            adapters.put_on(model, adapters.peft_config(config.adapter), "x", 0)
+        make_ready(model, config, True, compiled=False)
+        other = None
+        if config.reference.mode == "live":
+            other = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).requires_grad_(False)
+            make_ready(other, config, False, compiled=False)
+        scorer = plan.scorer_of(config, model, other, CPU)
+        trainer = Whole(config, model, scorer, data, Tracker("cpu"))
+        batch = next(trainer.plan.batches(data))
+        for _ in range(2):
+            trainer.step(batch)
+    calls = sorted(allocations(seen.profiler.kineto_results.experimental_event_tree()))
+    return max(itertools.accumulate(size for _, size in calls))
+
+
+@pytest.mark.parametrize("given", first_fast([
+    ["optimizer=RMSprop", "microbatch_tokens=256"],
+    ["optimizer=AdamW"],
+    ["optimizer=SGD", "+optimizer_kwargs.momentum=0.9", "activation_checkpointing=true"],
+    ["optimizer=AdamW", "adapter=lora", "microbatch_tokens=256"],
+    ["optimizer=RMSprop", "activation_checkpointing=true", "layout=padded"],
+    ["optimizer=AdamW", "reference.mode=live", "mixed_precision=bfloat16"],
+]))  # fmt: skip
+def test_its_memory_is_what_the_allocator_sees(
+    given: list[str], overrides: Callable[..., list[str]], shape: str, tiny_model_dir: Path
+) -> None:
+    tokenizer = f"model.tokenizer_name_or_path={tiny_model_dir}"
+    config, data = loaded(overrides(*RUN, *given, "batch_size=24", "max_length=128", shape, tokenizer))
+    planned = plan.plan_run(config, data, CPU, DEVICES["H100"])
+    assert planned.peak == pytest.approx(really_peaks(config, data), rel=0.01)
+
+
+# On a GPU that is not there: in processes of their own, since torch keeps such a device.
+
+PLANTED = """
+import sys
+sys.path[:0] = ["scripts"]
+import plan
+from dpo import scoring
+place = scoring.place
+
+def misplaced(*arguments):
+    laid = place(*arguments)
+    laid.others["reference"] = laid.others["reference"].cpu()
+    return laid
+
+scoring.place = misplaced
+plan.main()
+"""
+
+
+def run(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(["-c", code] if code else ["scripts/plan.py"]), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture
+def planned(
+    overrides: Callable[..., list[str]], shape: str, tiny_model_dir: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Plan a tiny run with further arguments."""
+
+    def call(*given: str, code: str = "", model: str = shape) -> subprocess.CompletedProcess[str]:
+        tokenizer = f"model.tokenizer_name_or_path={tiny_model_dir}"
+        tiny = overrides("loss=dpo", "loss.beta=0.1", "batch_size=24", "max_length=128", model, tokenizer)
+        dropped = ("device=", "loss") if "loss=sft" in given else ("device=",)
+        return run(*[key for key in tiny if not key.startswith(dropped)], *given, code=code)
+
+    return call
+
+
+def read(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert not done.returncode, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("given", first_fast([
+    ["microbatch_tokens=256", "mixed_precision=bfloat16"],
+    ["microbatch_tokens=256", "loss=aot", "adapter=lora"],
+    ["microbatch_tokens=256", "reference.mode=live", "loss=tdpo", "activation_checkpointing=true"],
+    ["microbatch_tokens=256", "loss=sft"],
+]))  # fmt: skip
+def test_the_host_waits_once_an_update(given: list[str], planned: Callable[..., Any]) -> None:
+    found = read(planned("--json", "--no-advice", *given))
+    assert found["passes"] > 1
+    assert sum(found["waits"].values()) == (2 if "loss=aot" in given else 1), found["waits"]  # aot: statistics, too
+    assert found["kernels"] and found["tflop"] and found["hours"] > 0
+
+
+def test_collectives_of_an_update(planned: Callable[..., Any]) -> None:
+    blocks, given = SIZES["num_hidden_layers"], ["--json", "--no-advice", "--processes", "4", "trainer=FSDPTrainer"]
+    given += ["microbatch_tokens=128", "mixed_precision=bfloat16"]
+    each = read(planned(*given))
+    passes, calls = each["passes"], each["collectives"]
+    assert passes > 1 and each["processes"] == 4 and sum(each["waits"].values()) == 1
+    assert calls["_allgather_base_"] <= (2 * blocks + 2) * passes
+    assert calls["_reduce_scatter_base_"] == (blocks + 2) * passes  # blocks, embeddings, and the rest
+    once = read(planned(*given, "fsdp_reduce_once=true"))
+    assert once["collectives"]["_reduce_scatter_base_"] == blocks + 2
+    assert once["collectives"]["_allgather_base_"] < calls["_allgather_base_"]
+    assert once["peak"] > each["peak"]
+
+
+@pytest.mark.full
+def test_a_tensor_on_another_device_is_found(planned: Callable[..., Any]) -> None:
+    done = planned("--no-advice", code=PLANTED)
+    assert done.returncode and "FakeTensorDeviceMismatchError" in done.stderr
+
+
+@pytest.mark.full
+def test_what_it_prints(planned: Callable[..., Any]) -> None:
+    done = planned("--gpu", "A100", "microbatch_tokens=128")
+    assert not done.returncode, done.stderr
+    for line in (
+        "on 1 x A100",
+        "that may be used: fits",
+        "estimate, not measured",
+        "advice: the largest microbatch_tokens",
+    ):
+        assert line in done.stdout, done.stdout
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [8, 64])
+def test_llama_3_8b(processes: int, planned: Callable[..., Any], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    LlamaConfig(**sizes, num_key_value_heads=8, vocab_size=128256, architectures=["LlamaForCausalLM"]).save_pretrained(
+        tmp_path / "8b"
+    )
+    given = ["trainer=FSDPTrainer", "mixed_precision=bfloat16", "activation_checkpointing=true", "--processes"]
+    model, began = f"model.name_or_path={tmp_path / '8b'}", resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    found = read(planned("--json", "--no-advice", *given, str(processes), model=model))
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 60  # seconds of one core
+    assert found["parameters"] == 8_030_261_248
+    states = sum(found["memory"]["optimizer"].get(kind, 0) for kind in ("weights", "gradients", "optimizer state"))
+    assert states == pytest.approx(12 * found["parameters"] / processes, rel=0.01)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (["--processes", "0"], "--processes 0 must be at least 1"),
+    (["adapter=qlora"], "adapter.quantization=nf4 cannot be planned"),
+    (["trainer=TensorParallelTrainer"], "TensorParallelTrainer cannot be planned yet"),
+    (["batch_sise=3"], "batch_sise"),
+])  # fmt: skip
+def test_misuse(
+    given: list[str], message: str, overrides: Callable[..., list[str]], capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan.py", *overrides("loss=dpo", "loss.beta=0.1"), *given])
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan.main()

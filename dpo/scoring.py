@@ -13,6 +13,7 @@ from dpo.data.batching import Batch, Cut, Example, Mismatched, Records, deal, ma
 from dpo.data.records import PreferenceData
 from dpo.data.sources import LABELLED
 from dpo.loss import Examples, Loss, Responses, reward_slopes, sum_tokens
+from dpo.model.layouts import copied
 from dpo.model.logps import Computation, Laid, TokenLogps, input_device, laid_logps, place
 from dpo.reference import LiveReference, Reference
 from dpo.utils import one_ahead, progress
@@ -223,8 +224,8 @@ class Scorer:
         mine = tally.read()[0]
         every = parallel.gather_over_data(policy, mine)
         names = {name: [value for values in every for value in values[name]] for name in mine}
-        statistics = {name: torch.tensor(values, device=policy.device) for name, values in names.items()}
-        return replace(self, statistics=statistics), parts
+        statistics = {name: torch.tensor(values) for name, values in names.items()}
+        return replace(self, statistics=copied(statistics, input_device(policy))), parts
 
 
 @dataclass(frozen=True)

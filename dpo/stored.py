@@ -100,7 +100,7 @@ class StoredReference:
     def _come(self) -> tuple[list[str], list[str]]:
         """Return the files that have come since the last time, and those of them that must be verified."""
         for path in self.folder.glob(".*"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > SECONDS_OF_A_WRITE:
                     path.unlink()
         names = sorted({path.name for path in self.folder.glob("*.safetensors")}.difference(self._files))

@@ -70,7 +70,7 @@ class StoredReference:
         self._written = time.monotonic()
         self._files: list[str] = []
         self._indices: list[tuple[np.ndarray, np.ndarray]] = []  # of each `read`: sorted KEY [n], their PLACE [n]
-        self._shard = functools.lru_cache(MOST_MAPPED)(read_shard)
+        self._shard = functools.lru_cache(MOST_MAPPED)(lambda name: read_shard(folder / name))
 
     def __len__(self) -> int:
         return sum(len(keys) for keys, _ in self._indices)
@@ -174,7 +174,7 @@ class StoredReference:
 
     def _open(self, name: str) -> Shard:
         try:
-            return self._shard(self.folder / name)
+            return self._shard(name)
         except OSError as error:
             raise UserError(f"{self.folder / name} cannot be read: {error}; start again") from error
         except (ValueError, KeyError):

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,8 +187,13 @@ for i in range(200):
 @pytest.mark.full
 def test_two_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     jobs = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(i)], cwd=ROOT) for i in range(2)]
+    store, seen = StoredReference(tmp_path), 0
+    while any(job.poll() is None for job in jobs):  # and a third reads meanwhile
+        store.read()
+        assert len(store) >= seen
+        seen = len(store)
+        time.sleep(0.02)
     assert [job.wait(120) for job in jobs] == [0, 0]
-    store = StoredReference(tmp_path)
     store.read()
     assert len(store) == 400
     found = store.look_up([entry_key([job], [i]) for job in range(2) for i in range(200)])
@@ -250,6 +256,28 @@ def test_a_prompt_with_many_responses_stands_on_several_trees(
     found = built.look_up([entry_key(record.prompt, response) for response in record.responses[:5]])
     for row, mask, entry in zip(alone.logps, alone.mask, found):
         np.testing.assert_allclose(row[mask].numpy(), entry, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_many_trees_are_dealt_a_stretch_at_a_time(
+    layout: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = crowded(60)
+    wanted = wanted_by(data, [(int(record), int(pair)) for record, pair in epoch_order(data, 0, 0)])
+    how, cut = dataclasses.replace(HOW, layout=layout), Cut(layout, 1, 6, 100, 0)
+
+    def computed() -> tuple[dict, list[int]]:
+        trees = list(reference.tree_logps(model, how, wanted, cut))
+        values = {(i, r): row[0] for (_, i, some), _, rows in trees for r, row in zip(some, rows, strict=True)}
+        return values, [len(tree.prompt) + sum(map(len, tree.responses)) for _, tree, _ in trees]
+
+    expected, _ = computed()
+    monkeypatch.setattr(reference, "STRETCH", 4)
+    found, sizes = computed()
+    assert found.keys() == expected.keys() and len(found) == n_responses(data) and len(sizes) > 8
+    assert all(np.allclose(found[key], expected[key], rtol=1e-5, atol=1e-5) for key in found)
+    if layout == "tree":
+        assert all(max(sizes[i:]) == max(sizes[i : i + 4]) for i in range(0, len(sizes), 4))
 
 
 # Rewards before the first update --------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from dpo.model.logps import Computation, TokenLogps, next_token_logps, response_
 from dpo.stored import StoredReference, as_keys, entry_key
 from dpo.utils import UserError, log, make_dir, progress
 
-STRETCH = 65_536  # trees
+STRETCH = 65_536  # trees that are Python objects at a time
 # Parts of a model's configuration that say nothing about what it computes.
 NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
 
@@ -94,7 +94,7 @@ def model_key(model: PreTrainedModel, how: Computation) -> str:
 
 
 WantedTree = tuple[Records, int, list[int]]
-"""Data, a record of it, and responses of that record."""
+"""Data, a record of it, and the numbers of responses of that record."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class Wanted:
 
     @classmethod
     def of(cls, trees: Iterable[WantedTree]) -> "Wanted":
+        """Return `trees` as arrays."""
         data: dict[int, Records] = {}
         numbers: dict[int, int] = {}
         columns = array("i"), array("q"), array("i"), array("i")
@@ -152,11 +153,13 @@ class Wanted:
 
 
 def shared(n: int, work: Callable[[range], Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Return the arrays that `work` gives for range(n). A collective: each process does a part of the range, and gets
-    the parts of all, joined."""
+    """Return the arrays that `work` gives for range(n), joined from parts of up to STRETCH. A collective: each process
+    does its share of the range, and gets those of all."""
     rank, size = (parallel.rank(), parallel.world_size()) if parallel.active() else (0, 1)
-    parts = parallel.gather([*work(range(n * rank // size, n * (rank + 1) // size))])
-    return [np.concatenate(arrays) for arrays in zip(*parts)]
+    mine = range(n * rank // size, n * (rank + 1) // size)
+    parts = [work(mine[start : start + STRETCH]) for start in range(0, max(len(mine), 1), STRETCH)]
+    every = parallel.gather([np.concatenate(arrays) for arrays in zip(*parts)])
+    return [np.concatenate(arrays) for arrays in zip(*every)]
 
 
 def wanted_by(data: Records, examples: Sequence[Example] | np.ndarray) -> Wanted:

@@ -159,7 +159,7 @@ def main() -> None:
         before.append(apart(dictionary, pairs))
     growth = (TARGET[0] - given.pairs[1]) / (given.pairs[1] - given.pairs[0])
     sizes = " | ".join(f"{n:,} pairs" for n in given.pairs)
-    lines.append(f"| MiB of a process | {sizes} | {TARGET[0]:,} pairs | {TARGET[1]} such processes, GiB |")
+    lines.append(f"| MiB of a process | {sizes} | {TARGET[0]:,} pairs, extrapolated | {TARGET[1]} of these, GiB |")
     lines.append("|---|---|---|---|---|")
     for what, values in (("this", held), ("this, at its peak", peaks), ("dictionary and tuples, before", before)):
         there = values[1] + growth * (values[1] - values[0])

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ from dpo.model.logps import casting_once
 from dpo.model.patches import quiet_transformers
 from dpo.optimizer import Updater
 from dpo.parallel.arrange import sharding_of
-from dpo.reference import LiveReference, Reference, StoredReference, Wanted, build_reference, wanted_by
+from dpo.reference import LiveReference, Reference, Wanted, build_reference, wanted_by
 from dpo.run import checkpoint, health, resume, stopping, tensors, weights
 from dpo.run.config import Config
 from dpo.run.folder import begin, leave, locked, open_run
@@ -43,6 +44,7 @@ from dpo.run.saving import Saver
 from dpo.run.throughput import Cost, cost_of, throughput
 from dpo.run.trackers import open_logger
 from dpo.scoring import Scorer, Share, Tally, mean_metrics
+from dpo.stored import StoredReference
 from dpo.utils import TakenOver, UserError, be_quiet, log, open_log, progress
 from preference_datasets import REGISTRY, load_data
 from settings import data_settings, literal
@@ -122,7 +124,7 @@ class Trainer:
     def prepare_reference(self) -> None:
         """Compute reference log-probabilities and samples while the policy is still untrained, and check them."""
         config, start, eval_data = self.config, time.perf_counter(), self.evaluator.data
-        batches = list(self.plan.batches(self.train_data))
+        batches = list(self.plan.arrays(self.train_data))
         reference: Reference
         live = self.live_reference(compiled=True) if self.other or config.reference.mode == "live" else None
         other = live.model if live is not None else self.policy
@@ -137,7 +139,7 @@ class Trainer:
             live.how, reference = how, live
         else:
             wanted = self.wanted_of_reference(batches)
-            n_responses = sum(len(responses) for *_, responses in wanted)
+            n_responses = len(wanted.responses)
             cut = self.cut(n_responses, n_responses if config.microbatch_tokens else 2 * config.eval_batch_size)
             reference = build_reference(other, how, cut, config.cache / "reference", wanted)
         self.scorer = dataclasses.replace(self.scorer, reference=reference)
@@ -163,15 +165,16 @@ class Trainer:
         gc.collect()  # a model refers to itself
         self.reference_seconds = time.perf_counter() - start
 
-    def wanted_of_reference(self, batches: list[list[Example]]) -> list[Wanted]:
+    def wanted_of_reference(self, batches: list[np.ndarray]) -> Wanted:
         """Return all responses whose reference log-probabilities a run of these global batches needs."""
-        data, eval_data = self.train_data, self.evaluator.data
-        wanted = wanted_by(data, (example for batch in batches for example in batch))
-        wanted += wanted_by(eval_data, self.evaluator.examples) if eval_data is not None else []
-        if self.config.loss.observes_mismatched:
-            views = [Mismatched(data, batch) for batch in batches]
-            views += [Mismatched(eval_data, self.evaluator.examples)] if eval_data is not None else []
-            wanted += [needed for view in views for needed in wanted_by(view, view.examples)]
+        data, eval_data, eval_examples = self.train_data, self.evaluator.data, self.evaluator.examples
+        wanted = wanted_by(data, np.concatenate(batches))
+        views = [Mismatched(data, *batches)] if self.config.loss.observes_mismatched else []
+        if eval_data is not None:
+            wanted += wanted_by(eval_data, eval_examples)
+            views += [Mismatched(eval_data, eval_examples)] if views else []
+        for view in views:
+            wanted += wanted_by(view, view.order)
         return wanted
 
     def cut(self, n: int, pass_size: int | None = None) -> Cut:

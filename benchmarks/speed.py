@@ -19,10 +19,11 @@ from dpo.model.checks import pick_computation
 from dpo.model.loading import load_policy, load_tokenizer, local_folder, pick_device
 from dpo.model.logps import Computation
 from dpo.model.patches import quiet_transformers
-from dpo.reference import LiveReference, StoredReference, build_reference, wanted_by
+from dpo.reference import LiveReference, build_reference, wanted_by
 from dpo.run.config import Config
 from dpo.run.throughput import Cost, cost_of, peak_memory, throughput
 from dpo.scoring import Scorer, Share, shares
+from dpo.stored import StoredReference
 from dpo.utils import UserError
 from preference_datasets import load_data
 from settings import data_settings, load_config, quoted

@@ -4,14 +4,16 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from dpo import parallel
-from dpo.data.batching import Cut, Example, deal, make_batch
+from dpo.data.batching import Cut, Example, as_examples, deal, make_batch
 from dpo.data.records import PreferenceData
-from dpo.reference import LiveReference, StoredReference
+from dpo.reference import LiveReference
 from dpo.run import health
 from dpo.scoring import Scorer, Share, shares
+from dpo.stored import StoredReference
 from dpo.utils import UserError, log
 
 ROUNDING = 1e-5  # nats per token, of a live reference
@@ -43,13 +45,14 @@ def check_training_data(policy: PreTrainedModel, scorer: Scorer, parts: Iterable
 
 def parts_to_check(
     data: PreferenceData,
-    batches: list[list[Example]],
+    batches: list[np.ndarray],
     scorer: Scorer,
     cut: Callable[[int], Cut],
     evaluation: Iterator[Part],
     resumed: bool,
 ) -> Iterator[Part]:
-    """Yield what `check_training_data` computes, in the micro-batches of training.
+    """Yield what `check_training_data` computes, in the micro-batches of training. A collective. `batches`: the global
+    batches, int [n, 2] each.
 
     A live reference runs the same kernels on the same rows as the policy, so one batch tells; a resumed run was checked
     when it began. A stored reference was computed in other micro-batches, perhaps by another program. A model that
@@ -64,8 +67,8 @@ def parts_to_check(
             together = deal(data, examples, Cut(layout, 1, 1, None))  # the same in every process
             yield data, 0, [Share(make_batch(data, part), True, part) for [part] in together]
         yield from evaluation
-    for batch in batches:
-        yield data, len(batch), shares(data, batch, cut(len(batch)))
+    for examples in map(as_examples, batches):
+        yield data, len(examples), shares(data, examples, cut(len(examples)))
 
 
 def must_agree(scorer: Scorer, worst: health.Difference, checked: str) -> None:

@@ -21,7 +21,7 @@ from dpo.loss import Loss, Responses
 from dpo.model.config import AdapterConfig
 from dpo.model.logps import Computation
 from dpo.model.patches import quiet_transformers
-from dpo.reference import Wanted
+from dpo.reference import WantedTree
 from dpo.run.checkpoint import read_state
 from dpo.run.config import Config
 from dpo.run.saved import Saved, reference_of, token_logps
@@ -115,7 +115,7 @@ class Run:
             results.append({"chosen": chosen, "rejected": rejected, "margin": chosen[kind] - rejected[kind]})
         return results
 
-    def _pairs(self, pairs: Sequence[Mapping[str, Any]]) -> list[Wanted]:
+    def _pairs(self, pairs: Sequence[Mapping[str, Any]]) -> list[WantedTree]:
         """Return each pair as the data, its record, and its chosen and rejected response.
 
         Rows go through a file, so that they are read as those of any data set are.
@@ -153,7 +153,7 @@ class Run:
                 raise UserError(f"pairs[{number}] {NO_PAIR}")
         return [(data, *places[numbers[row]]) for row in rows]
 
-    def _responses(self, opened: Opened, wanted: Sequence[Wanted]) -> list[list[tuple[float, int]]]:
+    def _responses(self, opened: Opened, wanted: Sequence[WantedTree]) -> list[list[tuple[float, int]]]:
         """Return (log-probability, number of tokens) of the wanted responses."""
         model, _, how = opened
         found = token_logps(self.config, model, how, wanted, "scoring")

@@ -6,21 +6,18 @@ truncation. Another beta, loss, learning rate, seed or layout reads the same ent
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
-import os
-import time
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,9 +25,10 @@ from dpo import parallel
 from dpo.data.batching import Batch, Cut, Example, Records, Tree, make_tree, responses_of
 from dpo.model.adapters import Starting, computed_by
 from dpo.model.logps import Computation, TokenLogps, next_token_logps, response_logps
+from dpo.stored import StoredReference, as_keys, entry_key
 from dpo.utils import UserError, log, make_dir, progress
 
-SECONDS_PER_SHARD = 60.0
+STRETCH = 65_536  # trees that are Python objects at a time
 # Parts of a model's configuration that say nothing about what it computes.
 NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
 
@@ -66,97 +64,10 @@ class LiveReference:
         return found
 
 
-class StoredReference:
-    """Entries of float32 log-probabilities, one for each response, read from the files of a folder.
-
-    A file is called by the hash of its content and written under another name first, so that several processes, jobs
-    and interrupted runs can add to a folder: what is there under its right name is complete.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.entries: dict[bytes, np.ndarray] = {}
-        self._new: dict[bytes, np.ndarray] = {}
-        self._written = time.monotonic()
-        self._read: set[str] = set()
-
-    def read(self) -> None:
-        """Take in the files that have come since the last time; one that is damaged is removed."""
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name in self._read:
-                continue
-            try:
-                content = path.read_bytes()
-            except FileNotFoundError:  # another process found it damaged
-                continue
-            try:
-                if _hash(content) != path.stem:
-                    raise ValueError
-                shard = load(content)
-            except (SafetensorError, ValueError):
-                log(f"{path} is damaged; its log-probabilities are computed again")
-                path.unlink(missing_ok=True)
-                continue
-            self._read.add(path.name)
-            ends = np.cumsum(shard["lengths"])[:-1]
-            keys = (key.tobytes() for key in shard["keys"])
-            self.entries.update(zip(keys, np.split(shard["logps"], ends), strict=True))
-
-    def add(self, key: bytes, logps: np.ndarray) -> None:
-        self._new[key] = logps
-        if time.monotonic() - self._written > SECONDS_PER_SHARD:
-            self.write()
-
-    def write(self) -> None:
-        """Put the entries added since the last time into a file. Raise UserError if the disk refuses."""
-        if self._new:
-            shard: dict[str, np.ndarray] = {
-                "keys": np.frombuffer(b"".join(self._new), dtype=np.uint8).reshape(len(self._new), -1),
-                "lengths": np.array([len(logps) for logps in self._new.values()], dtype=np.int32),
-                "logps": np.concatenate(list(self._new.values())),
-            }
-            content = save(shard)
-            temporary = self.folder / f".{uuid.uuid4().hex}"
-            try:
-                with open(temporary, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.rename(self.folder / f"{_hash(content)}.safetensors")
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                raise UserError(
-                    f"reference log-probabilities cannot be written to {self.folder}: {error}; free space, set "
-                    "cache_dir, or set reference.mode=live"
-                ) from error
-        self._new, self._written = {}, time.monotonic()
-
-    def response_logps(self, batch: Batch) -> TokenLogps:
-        """Return log-probabilities as `dpo.model.logps.response_logps` does, from the entries."""
-        found = [self.entries[entry_key(tree.prompt, r)] for tree in batch.trees for r in tree.responses]
-        starts = [0 if tree.prompt else 1 for tree in batch.trees for _ in tree.responses]
-        logps = torch.zeros(len(found), max(map(len, found)))
-        mask = torch.zeros(logps.shape, dtype=torch.bool)
-        for i, (first, entry) in enumerate(zip(starts, found, strict=True)):
-            logps[i, : len(entry)] = torch.from_numpy(entry)
-            mask[i, first : len(entry)] = True
-        return TokenLogps(logps, mask).of(batch)
-
-
 class Reference(Protocol):
     """Gives the frozen reference's log-probabilities."""
 
     def response_logps(self, batch: Batch) -> TokenLogps: ...
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
-
-
-def entry_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
-    """Return 16 bytes that stand for these token ids, split here."""
-    ids = np.array([len(prompt), *prompt, *response], dtype=np.int32)
-    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 def model_key(model: PreTrainedModel, how: Computation) -> str:
@@ -182,24 +93,97 @@ def model_key(model: PreTrainedModel, how: Computation) -> str:
     return hashlib.sha256(described.encode()).hexdigest()[:24]
 
 
-Wanted = tuple[Records, int, list[int]]
-"""Data, a record of it, and responses of that record."""
+WantedTree = tuple[Records, int, list[int]]
+"""Data, a record of it, and the numbers of responses of that record."""
 
 
-def wanted_by(data: Records, examples: Iterable[Example]) -> list[Wanted]:
-    """Return the responses that `examples` need, by record."""
-    needed: dict[int, set[int]] = {}
-    for record, pair in examples:
-        needed.setdefault(record, set()).add(pair)
-    wanted: list[Wanted] = []
-    for record, pairs in needed.items():
-        content = data[record]
-        wanted.append((data, record, sorted({r for pair in pairs for r in responses_of(data, content, pair)})))
-    return wanted
+@dataclass(frozen=True)
+class Wanted:
+    """Responses of which log-probabilities are wanted, as trees: arrays, as there may be millions.
+
+    A tree is of record `records[i]` of `data[sources[i]]`, and of the next `counts[i]` of `responses`.
+    """
+
+    data: tuple[Records, ...]
+    sources: np.ndarray  # int32 [trees]
+    records: np.ndarray  # int64 [trees]
+    counts: np.ndarray  # int32 [trees]
+    responses: np.ndarray  # int32 [sum of counts]
+
+    @classmethod
+    def of(cls, trees: Iterable[WantedTree]) -> "Wanted":
+        """Return `trees` as arrays."""
+        data: dict[int, Records] = {}
+        numbers: dict[int, int] = {}
+        columns = array("i"), array("q"), array("i"), array("i")
+        for some, record, responses in trees:
+            data[id(some)] = some
+            for column, value in zip(columns, (numbers.setdefault(id(some), len(numbers)), record, len(responses))):
+                column.append(value)
+            columns[3].extend(responses)
+        return cls(tuple(data.values()), *map(np.array, columns))
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return self.sources, self.records, self.counts, self.responses
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """The first of each tree's `responses`, int64 [trees]."""
+        return np.cumsum(self.counts, dtype=np.int64) - self.counts
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> WantedTree:
+        start = self.starts[i]
+        responses = self.responses[start : start + self.counts[i]].tolist()
+        return self.data[self.sources[i]], int(self.records[i]), responses
+
+    def __add__(self, other: "Wanted") -> "Wanted":
+        moved = other.sources + np.int32(len(self.data)), *other.arrays[1:]
+        return Wanted(self.data + other.data, *map(np.concatenate, zip(self.arrays, moved)))
+
+    def only(self, kept: np.ndarray) -> "Wanted":
+        """Return the part of the responses that is `kept`, bool [responses]."""
+        tree = np.repeat(np.arange(len(self)), self.counts)[kept]
+        counts = np.bincount(tree, minlength=len(self)).astype(np.int32)
+        left = counts > 0
+        return Wanted(self.data, self.sources[left], self.records[left], counts[left], self.responses[kept])
+
+
+def shared(n: int, work: Callable[[range], Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Return the arrays that `work` gives for range(n), joined from parts of up to STRETCH. A collective: each process
+    does its share of the range, and gets those of all."""
+    rank, size = (parallel.rank(), parallel.world_size()) if parallel.active() else (0, 1)
+    mine = range(n * rank // size, n * (rank + 1) // size)
+    parts = [work(mine[start : start + STRETCH]) for start in range(0, max(len(mine), 1), STRETCH)]
+    every = parallel.gather([np.concatenate(arrays) for arrays in zip(*parts)])
+    return [np.concatenate(arrays) for arrays in zip(*every)]
+
+
+def wanted_by(data: Records, examples: Sequence[Example] | np.ndarray) -> Wanted:
+    """Return the responses that `examples`, [n, 2], need: a tree for each record, in the order of first occurrence. A
+    collective."""
+    records, pairs = np.asarray(examples, dtype=np.int64).reshape(-1, 2).T
+    width = int(pairs.max(initial=0)) + 1
+    needed = np.unique(records * width + pairs)
+    distinct, first = np.unique(records, return_index=True)
+    starts, order = np.searchsorted(needed, distinct * width), np.argsort(first)
+    ends = np.append(starts[1:], len(needed))
+
+    def trees(part: range) -> Iterator[WantedTree]:
+        for i in order[part.start : part.stop].tolist():
+            record = int(distinct[i])
+            content = data[record]
+            mine = (needed[starts[i] : ends[i]] % width).tolist()
+            yield data, record, sorted({r for pair in mine for r in responses_of(data, content, pair)})
+
+    return Wanted((data,), *shared(len(order), lambda part: Wanted.of(trees(part)).arrays))
 
 
 def build_reference(
-    model: PreTrainedModel, how: Computation, cut: Cut, folder: Path, wanted: Sequence[Wanted]
+    model: PreTrainedModel, how: Computation, cut: Cut, folder: Path, wanted: Wanted
 ) -> StoredReference:
     """Return the entries that a run wants: read from `folder`, or computed by `model` and added to it.
 
@@ -209,12 +193,11 @@ def build_reference(
     folder = make_dir(folder / model_key(model, how), "cache_dir")
     reference = StoredReference(folder)
     reference.read()
-    there = parallel.from_main(set(reference.entries))
-    reference.read()  # what other jobs may have added before the main process looked
-    present, missing = _split(wanted, there)
-    n_missing, n_present = (sum(len(responses) for *_, responses in some) for some in (missing, present))
-    if present:
-        _check(model, how, reference, _tree(*_fitting(present[len(present) // 2 :][:1], cut)[0][0]))
+    there = stored_of(wanted, reference)
+    present, missing = wanted.only(there), wanted.only(~there)
+    n_missing, n_present = len(missing.responses), len(present.responses)
+    if n_present:
+        _check(model, how, reference, _tree(*_fitting(Wanted.of([present[len(present) // 2]]), cut)[0][0]))
     cut = replace(cut, passes=math.ceil(cut.passes * n_missing / max(n_missing + n_present, 1)) or 1)
     log(f"reference log-probabilities: {n_missing} to compute, {n_present} found in {folder}")
     with progress(total=n_missing, desc="reference", unit="responses") as bar:
@@ -232,51 +215,72 @@ def _tree(data: Records, record: int, responses: list[int]) -> Tree:
     return make_tree(data[record], responses)
 
 
-def _split(wanted: Sequence[Wanted], there: set[bytes]) -> tuple[list[Wanted], list[Wanted]]:
-    """Return the part of `wanted` that is there, and the part that is not."""
-    present: list[Wanted] = []
-    missing: list[Wanted] = []
-    for data, record, responses in wanted:
-        tree = _tree(data, record, responses)
-        found = [entry_key(tree.prompt, response) in there for response in tree.responses]
-        for some, value in ((present, True), (missing, False)):
-            if value in found:
-                some.append((data, record, [r for r, f in zip(responses, found) if f is value]))
-    return present, missing
+def stored_of(wanted: Wanted, reference: StoredReference) -> np.ndarray:
+    """Return which of the wanted responses are in the store, bool [responses]. A collective."""
+
+    def look(part: range) -> list[np.ndarray]:
+        trees = (_tree(*wanted[i]) for i in part)
+        keys = as_keys([entry_key(tree.prompt, response) for tree in trees for response in tree.responses])
+        return [reference.find(keys)["file"] >= 0]
+
+    return shared(len(wanted), look)[0]
 
 
-def _fitting(wanted: Sequence[Wanted], cut: Cut) -> tuple[list[Wanted], list[tuple[int, list[int]]]]:
-    """Return `wanted`, with each prompt's responses on as many trees as fit into micro-batches, and the trees' lengths
-    as `Cut.deal` takes them."""
-    fitting: list[Wanted] = []
-    sizes: list[tuple[int, list[int]]] = []
-    n = sum(len(responses) for *_, responses in wanted)
-    for data, record, responses in wanted:
-        tree = _tree(data, record, responses)
-        prompt, lengths = len(tree.prompt), [*map(len, tree.responses)]
-        for group in cut.groups(prompt, lengths, [(i,) for i in range(len(lengths))], n):
-            fitting.append((data, record, [responses[i] for i in group]))
-            sizes.append((prompt, [lengths[i] for i in group]))
-    return fitting, sizes
+def _fitting(wanted: Wanted, cut: Cut) -> tuple[Wanted, np.ndarray, np.ndarray]:
+    """Return `wanted`, with each prompt's responses on as many trees as fit into micro-batches, and the tokens of the
+    trees' prompts, int32 [trees], and of the responses, int32 [responses]. A collective."""
+    n = len(wanted.responses)
+
+    def fit(part: range) -> list[np.ndarray]:
+        origins, counts, prompts, lengths = array("q"), array("i"), array("i"), array("i")
+        for i in part:
+            tree = _tree(*wanted[i])
+            sizes = [*map(len, tree.responses)]
+            lengths.extend(sizes)
+            for group in cut.groups(len(tree.prompt), sizes, [(k,) for k in range(len(sizes))], n):
+                origins.append(i)
+                counts.append(len(group))
+                prompts.append(len(tree.prompt))
+        return [*map(np.array, (origins, counts, prompts, lengths))]
+
+    origins, counts, prompts, lengths = shared(len(wanted), fit)
+    fitting = Wanted(wanted.data, wanted.sources[origins], wanted.records[origins], counts, wanted.responses)
+    return fitting, prompts, lengths
+
+
+def _stretches(fitting: Wanted, prompts: np.ndarray, lengths: np.ndarray, padded: bool) -> Iterator[np.ndarray]:
+    """Yield the numbers of the trees, up to STRETCH at a time: what deals them out makes objects of each. If there are
+    more, the stretches go from the longest to the shortest."""
+    trees = np.arange(len(fitting))
+    if len(trees) > STRETCH:
+        if padded:
+            sizes = prompts + np.maximum.reduceat(lengths, fitting.starts)
+        else:
+            sizes = prompts + np.add.reduceat(lengths, fitting.starts) - fitting.counts
+        trees = np.argsort(-sizes, kind="stable")
+    yield from (trees[start : start + STRETCH] for start in range(0, len(trees), STRETCH))
 
 
 @torch.no_grad()
 def tree_logps(
-    model: PreTrainedModel, how: Computation, wanted: Sequence[Wanted], cut: Cut
-) -> Iterator[tuple[Wanted, Tree, list[tuple[np.ndarray, np.ndarray]]]]:
-    """Yield this process's share of `wanted`, a tree that fits into a micro-batch at a time.
+    model: PreTrainedModel, how: Computation, wanted: Wanted, cut: Cut
+) -> Iterator[tuple[WantedTree, Tree, list[tuple[np.ndarray, np.ndarray]]]]:
+    """Yield this process's share of `wanted`, a tree that fits into a micro-batch at a time. A collective.
 
     With each tree come, for each of its responses, the tokens' float32 log-probabilities in nats and which of them
     count: two of shape [tokens].
     """
-    fitting, sizes = _fitting(wanted, cut)
-    for shares in cut.deal(sizes) if sizes else []:
-        mine = shares[parallel.data_rank(model)]
-        trees = [_tree(*fitting[i]) for i in mine or shares[0][:1]]
-        tokens = response_logps(model, Batch(trees, [], None), how)
-        rows = zip(tokens.logps.cpu().numpy(), tokens.mask.cpu().numpy())
-        for i, tree in zip(mine, trees):
-            yield fitting[i], tree, [(ls[: len(r)].copy(), m[: len(r)]) for r, (ls, m) in zip(tree.responses, rows)]
+    fitting, prompts, lengths = _fitting(wanted, cut)
+    for stretch in _stretches(fitting, prompts, lengths, cut.layout == "padded"):
+        parts = (lengths[fitting.starts[i] :][: fitting.counts[i]].tolist() for i in stretch)
+        sizes = [*zip(prompts[stretch].tolist(), parts, strict=True)]
+        for shares in replace(cut, passes=-(-cut.passes * len(stretch) // len(fitting))).deal(sizes):
+            mine = [fitting[stretch[i]] for i in shares[parallel.data_rank(model)]]
+            trees = [_tree(*which) for which in mine or [fitting[stretch[shares[0][0]]]]]
+            tokens = response_logps(model, Batch(trees, [], None), how)
+            rows = zip(tokens.logps.cpu().numpy(), tokens.mask.cpu().numpy())
+            for which, tree in zip(mine, trees):
+                yield which, tree, [(ls[: len(r)].copy(), m[: len(r)]) for r, (ls, m) in zip(tree.responses, rows)]
 
 
 @torch.no_grad()

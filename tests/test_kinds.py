@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_tokenizer, read_jsonl, train_here
@@ -136,6 +137,11 @@ def test_mismatched_examples_have_the_response_of_another_prompt(tmp_path: Path)
     for i, partner in enumerate((3, 3, 1, 2)):  # the first look back to the last; 1 has the prompt of 0
         assert pairs[i][1] == own[partner][: 20 - len(view[i].prompt)]
     assert Mismatched(data, [(0, 0), (1, 0)]).examples == []  # one prompt
+    batches = [[(2, 0), (0, 0), (1, 0)], [(1, 0), (0, 0)], [(3, 0), (2, 0)]]
+    both = Mismatched(data, *batches)  # each batch looks back to its own last
+    assert both.partners.tolist() == [[2, 1], [0, 2], [1, 2], [3, 2], [2, 3]]
+    assert both.examples == [(i, 0) for i in range(5)]
+    assert np.concatenate([Mismatched(data, batch).partners for batch in batches]).tolist() == both.partners.tolist()
 
 
 def test_kto_measures_its_baseline_on_the_whole_batch(tmp_path: Path) -> None:

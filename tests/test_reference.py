@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ from test_batching import Data, crowded, make_data
 from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel
 
 import trainers
-from dpo import agreement, reference
+from dpo import agreement, reference, stored
 from dpo.data.batching import Batch, Cut, Tree, epoch_order
 from dpo.data.records import Record
 from dpo.model import layouts
 from dpo.model.checks import disable_dropout
 from dpo.model.logps import Computation, add_token_logps, response_logps
-from dpo.reference import StoredReference, build_reference, entry_key, model_key, wanted_by
+from dpo.reference import build_reference, model_key, wanted_by
 from dpo.run import health
+from dpo.stored import StoredReference, entry_key
 from dpo.utils import UserError
 
 HOW = Computation(torch.float32, "tree")
@@ -64,13 +66,13 @@ def n_responses(data: Data) -> int:
 def test_entries_are_the_log_probabilities_of_each_response_alone(model: PreTrainedModel, tmp_path: Path) -> None:
     data = make_data()
     data.records[3] = Record([], [[5], [7, 8, 9]], [(0, 1)])
-    stored = build(model, data, tmp_path)
+    built = build(model, data, tmp_path)
     for record in data.records:
         tree = Tree(record.prompt, [record.responses[r] for r in sorted({r for pair in record.pairs for r in pair})])
         batch = Batch([tree], [], None)
         with torch.no_grad():
             wanted = response_logps(model, batch, Computation(torch.float32))
-        found = stored.response_logps(batch)
+        found = built.response_logps(batch)
         assert torch.equal(found.mask, wanted.mask)
         torch.testing.assert_close(found.logps, wanted.logps, rtol=1e-5, atol=1e-5)
 
@@ -140,11 +142,11 @@ def test_a_damaged_shard_is_computed_again(
 def test_an_interrupted_computation_goes_on(
     model: PreTrainedModel, tmp_path: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "SECONDS_PER_SHARD", 0)
+    monkeypatch.setattr(stored, "SECONDS_PER_SHARD", 0)
     data, add = make_data(), StoredReference.add
 
     def interrupted(self: StoredReference, key: bytes, logps: np.ndarray) -> None:
-        if len(list(self.folder.iterdir())) == 5:
+        if len(list(self.folder.glob("*.safetensors"))) == 5:
             raise KeyboardInterrupt
         add(self, key, logps)
 
@@ -162,9 +164,10 @@ def test_entries_that_are_not_the_models_stop_the_run(model: PreTrainedModel, tm
     build(model, data, tmp_path)
     (path,) = tmp_path.rglob("*.safetensors")
     shard = load(path.read_bytes())
+    del shard["checks"]  # as in older files
     content = save({**shard, "logps": shard["logps"] + np.float32(0.01)})
     path.unlink()
-    (path.parent / f"{reference._hash(content)}.safetensors").write_bytes(content)
+    (path.parent / stored.shard_name(content)).write_bytes(content)
     with pytest.raises(UserError, match=r"differ from those this model computes by 0.01"):
         build(model, data, tmp_path)
 
@@ -172,23 +175,29 @@ def test_entries_that_are_not_the_models_stop_the_run(model: PreTrainedModel, tm
 WRITER = """
 import sys
 import numpy as np
-from dpo import reference
+from dpo import stored
 from pathlib import Path
-reference.SECONDS_PER_SHARD = 0
-store = reference.StoredReference(Path(sys.argv[1]))
+stored.SECONDS_PER_SHARD = 0
+store = stored.StoredReference(Path(sys.argv[1]))
 for i in range(200):
-    store.add(reference.entry_key([int(sys.argv[2])], [i]), np.full(3, i, dtype=np.float32))
+    store.add(stored.entry_key([int(sys.argv[2])], [i]), np.full(3, i, dtype=np.float32))
 """
 
 
 @pytest.mark.full
 def test_two_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     jobs = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(i)], cwd=ROOT) for i in range(2)]
+    store, seen = StoredReference(tmp_path), 0
+    while any(job.poll() is None for job in jobs):  # and a third reads meanwhile
+        store.read()
+        assert len(store) >= seen
+        seen = len(store)
+        time.sleep(0.02)
     assert [job.wait(120) for job in jobs] == [0, 0]
-    store = StoredReference(tmp_path)
     store.read()
-    assert len(store.entries) == 400
-    assert all((store.entries[entry_key([job], [i])] == i).all() for job in range(2) for i in range(200))
+    assert len(store) == 400
+    found = store.look_up([entry_key([job], [i]) for job in range(2) for i in range(200)])
+    assert all(len(entry) == 3 and (entry == i % 200).all() for i, entry in enumerate(found))
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -201,11 +210,11 @@ def test_stored_and_live_train_the_same_and_a_sweep_computes_nothing_twice(
         train_here(overrides("loss=dpo", "loss.beta=0.5", "lr=1e-2", "n_eval_examples=4", *where, *given))
         return read_jsonl(tmp_path / name / "metrics.jsonl"), sum(counted)
 
-    stored, computed = run("stored")
+    first, computed = run("stored")
     assert computed == 2 * (24 + 4)
     live, computed = run("live", "reference.mode=live", "layout=padded", "microbatch_tokens=null")
     assert computed == 0
-    for one, other in zip(stored, live, strict=True):
+    for one, other in zip(first, live, strict=True):
         assert one.keys() == other.keys()
         for name in one.keys() - COSTS:
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=2e-5), name
@@ -237,16 +246,38 @@ def test_a_prompt_with_many_responses_stands_on_several_trees(
     examples = [(int(record), int(pair)) for record, pair in epoch_order(data, 0, 0)]
     how = dataclasses.replace(HOW, layout=layout)
     for _ in range(2):  # the second time all are there, and some are checked
-        stored = build_reference(model, how, Cut(layout, 1, passes, tokens), tmp_path, wanted_by(data, examples))
-    assert len(stored.entries) == n_responses(data)
+        built = build_reference(model, how, Cut(layout, 1, passes, tokens), tmp_path, wanted_by(data, examples))
+    assert len(built) == n_responses(data)
     for used, rows in seen:
         assert used <= tokens or rows == 1 if tokens else rows <= 3 * n_responses(data) / passes
     record = data.records[1]
     with torch.no_grad():
         alone = response_logps(model, Batch([Tree(record.prompt, record.responses[:5])], [], None), HOW)
-    found = [stored.entries[entry_key(record.prompt, response)] for response in record.responses[:5]]
+    found = built.look_up([entry_key(record.prompt, response) for response in record.responses[:5]])
     for row, mask, entry in zip(alone.logps, alone.mask, found):
         np.testing.assert_allclose(row[mask].numpy(), entry, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_many_trees_are_dealt_a_stretch_at_a_time(
+    layout: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = crowded(60)
+    wanted = wanted_by(data, [(int(record), int(pair)) for record, pair in epoch_order(data, 0, 0)])
+    how, cut = dataclasses.replace(HOW, layout=layout), Cut(layout, 1, 6, 100, 0)
+
+    def computed() -> tuple[dict, list[int]]:
+        trees = list(reference.tree_logps(model, how, wanted, cut))
+        values = {(i, r): row[0] for (_, i, some), _, rows in trees for r, row in zip(some, rows, strict=True)}
+        return values, [len(tree.prompt) + sum(map(len, tree.responses)) for _, tree, _ in trees]
+
+    expected, _ = computed()
+    monkeypatch.setattr(reference, "STRETCH", 4)
+    found, sizes = computed()
+    assert found.keys() == expected.keys() and len(found) == n_responses(data) and len(sizes) > 8
+    assert all(np.allclose(found[key], expected[key], rtol=1e-5, atol=1e-5) for key in found)
+    if layout == "tree":
+        assert all(max(sizes[i:]) == max(sizes[i : i + 4]) for i in range(0, len(sizes), 4))
 
 
 # Rewards before the first update --------------------------------------------------------------------------------------
@@ -296,9 +327,10 @@ def alter(cache: Path, which: int, by: float) -> None:
     """Add `by` to a token's log-probability of entry `which` of the store."""
     (path,) = (cache / "reference").rglob("*.safetensors")
     shard = load(path.read_bytes())
+    shard.pop("checks", None)  # as in older files
     shard["logps"][int(shard["lengths"][:which].sum())] += np.float32(by)
     path.unlink()
-    (path.parent / f"{reference._hash(save(shard))}.safetensors").write_bytes(save(shard))
+    (path.parent / stored.shard_name(save(shard))).write_bytes(save(shard))
 
 
 @pytest.mark.parametrize("first_eval", ["true", "false"])

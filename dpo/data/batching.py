@@ -127,27 +127,42 @@ def make_batch(data: Records, examples: Sequence[Example]) -> Batch:
 class Mismatched:
     """Data of single responses: each example's prompt with the response of an example before it, of another prompt.
 
-    Record i belongs to example i; the first look back to the last. Examples that find no other prompt are left out.
+    Record i belongs to example i; the first of a batch look back to its last. Examples that find no other prompt are
+    left out. `order`: the examples as an array.
     """
 
     rows = TARGETS
 
-    def __init__(self, data: PreferenceData, examples: Sequence[Example]):
+    def __init__(self, data: PreferenceData, *batches: Sequence[Example] | np.ndarray):
         self.data = data
-        records = [record for record, _ in examples]
-        self.partners: list[tuple[int, int]] = []  # (record of the prompt, record of the response)
-        for i, record in enumerate(records):
-            earlier = (records[i - k] for k in range(1, len(records)))
-            other = next((other for other in earlier if data.keys[other] != data.keys[record]), None)
-            if other is not None:
-                self.partners.append((record, other))
-        self.examples: list[Example] = [(i, 0) for i in range(len(self.partners))]
+        # int64 [n, 2]: record of the prompt, record of the response
+        self.partners = np.concatenate([_partners(data.keys, np.array(batch)) for batch in batches])
+        self.order = np.stack([np.arange(len(self.partners)), np.zeros(len(self.partners), np.int64)], axis=1)
+
+    @property
+    def examples(self) -> list[Example]:
+        return as_examples(self.order)
 
     def __getitem__(self, i: int) -> Record:
-        prompt, other = (self.data[record] for record in self.partners[i])
+        prompt, other = (self.data[record] for record in self.partners[i].tolist())
         room = self.data.max_length - len(prompt.prompt)
         masks = [mask[:room] for mask in other.masks[:1]] if other.masks is not None else None
         return Record(prompt.prompt, [other.responses[0][:room]], [], masks)
+
+
+def _partners(keys: np.ndarray, batch: np.ndarray) -> np.ndarray:
+    """Return the records of `batch`, [n, 2], that find another prompt in it, and the record found, int64 [n, 2]."""
+    records = batch[:, 0]
+    others = np.roll(records, 1)
+    for i in np.flatnonzero(keys[others] == keys[records]):
+        earlier = (records[i - k] for k in range(2, len(records)))
+        others[i] = next((other for other in earlier if keys[other] != keys[records[i]]), -1)
+    return np.stack([records, others], axis=1)[others >= 0]
+
+
+def as_examples(order: np.ndarray) -> list[Example]:
+    """Return the examples of an array, int [n, 2]."""
+    return [(record, pair) for record, pair in order.tolist()]
 
 
 def epoch_order(data: PreferenceData, seed: int, epoch: int, weights: Sequence[float] | None = None) -> np.ndarray:
@@ -185,6 +200,10 @@ class Plan:
 
     def batches(self, data: PreferenceData) -> Iterator[list[Example]]:
         """Yield the run's global batches, each a list of examples."""
+        return map(as_examples, self.arrays(data))
+
+    def arrays(self, data: PreferenceData) -> Iterator[np.ndarray]:
+        """Yield the run's global batches, each int [n, 2], a part of its epoch's order."""
         epoch, seen = 0, 0
         while self.n_epochs is None or epoch < self.n_epochs:
             order = epoch_order(data, self.seed, epoch, self.weights)
@@ -192,8 +211,8 @@ class Plan:
                 return
             for start in range(0, len(order), self.batch_size):
                 left = self.batch_size if self.n_examples is None else self.n_examples - seen
-                batch = [(int(r), int(p)) for r, p in order[start : start + min(self.batch_size, left)]]
-                if not batch:
+                batch = order[start : start + min(self.batch_size, left)]
+                if not len(batch):
                     return
                 seen += len(batch)
                 yield batch
@@ -229,7 +248,7 @@ class Plan:
 
 def eval_examples(data: PreferenceData, n: int) -> list[Example]:
     """Return the first `n` examples of the evaluation order, or all if there are fewer."""
-    return [(int(record), int(pair)) for record, pair in epoch_order(data, EVAL_SEED, 0)[:n]]
+    return as_examples(epoch_order(data, EVAL_SEED, 0)[:n])
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,20 @@ import math
 import random
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from dpo import parallel
-from dpo.data.batching import Batch, Example, Tree, make_batch, n_tokens, responses_of
+from dpo.data.batching import Batch, Example, Tree, as_examples, make_batch, n_tokens, responses_of
 from dpo.data.records import PreferenceData
 from dpo.model.logps import TokenLogps
-from dpo.reference import Reference
+from dpo.reference import Reference, shared
 from dpo.run.checkpoint import BATCH_FILE
 from dpo.utils import UserError, log
 
@@ -133,42 +134,50 @@ def difference(
     return found
 
 
-def with_new_examples(batches: Iterable[list[Example]]) -> list[list[Example]]:
+def _codes(examples: np.ndarray) -> np.ndarray:
+    """Return a number for each of `examples`, int [n, 2], in their order."""
+    return examples[:, 0] * (examples[:, 1].max(initial=0) + 1) + examples[:, 1]
+
+
+def with_new_examples(batches: list[np.ndarray]) -> list[np.ndarray]:
     """Return the global batches that hold an example for the first time: the first, then the rest shuffled."""
-    seen: set[Example] = set()
-    found = []
-    for batch in batches:
-        if not seen.issuperset(batch):
-            seen.update(batch)
-            found.append(batch)
+    first = np.unique(_codes(np.concatenate(batches)), return_index=True)[1]
+    ends = np.cumsum([len(batch) for batch in batches])
+    found = np.unique(np.searchsorted(ends, first, "right")).tolist()
     rest = found[1:]
     random.Random(0).shuffle(rest)
-    return [*found[:1], *rest]
+    return [batches[i] for i in [*found[:1], *rest]]
 
 
-def extremes(
-    data: PreferenceData, batches: Iterable[list[Example]], layout: str, room: int | None
-) -> list[list[Example]]:
+def extremes(data: PreferenceData, batches: list[np.ndarray], layout: str, room: int | None) -> list[list[Example]]:
     """Return two micro-batches: the shortest example alone, and beside the longest with which it fits into `room`
-    tokens.
+    tokens. A collective.
 
     A model may compute a row differently if the longest row beside it exceeds some length. The stored reference was
     computed sorted by length: the shortest example beside short ones. So, whatever that length is, the shortest example
     was computed on one side of it and is on the other in one of these micro-batches, if any micro-batches of the data
     lie on both sides.
     """
-    lengths: dict[Example, tuple[int, int]] = {}
-    for index, some in itertools.groupby(sorted({e for batch in batches for e in batch}), key=lambda e: e[0]):
-        record = data[index]
-        for example in some:
-            sides = [len(record.responses[side]) for side in responses_of(data, record, example[1])]
-            row = n_tokens(len(record.prompt), sides if layout != "padded" else [max(sides)])
-            lengths[example] = (len(record.prompt) + max(sides), row)
-    shortest = min(lengths, key=lambda example: (lengths[example], example))
+    examples = np.concatenate(batches)
+    examples = examples[np.unique(_codes(examples), return_index=True)[1]]
+
+    def measure(part: range) -> list[np.ndarray]:
+        lengths: list[tuple[int, int]] = []  # of an example's longest side, and of its row
+        for index, some in itertools.groupby(examples[part.start : part.stop].tolist(), key=lambda e: e[0]):
+            record = data[index]
+            for _, pair in some:
+                sides = [len(record.responses[side]) for side in responses_of(data, record, pair)]
+                row = n_tokens(len(record.prompt), sides if layout != "padded" else [max(sides)])
+                lengths.append((len(record.prompt) + max(sides), row))
+        return [np.array(lengths, dtype=np.int32).reshape(-1, 2)]
+
+    [lengths] = shared(len(examples), measure)
+    order = np.lexsort((lengths[:, 1], lengths[:, 0]))  # stable: of equal lengths in the examples' order
+    shortest, others = order[0], order[1:]
     rows = 4 if layout == "padded" else 2
-    fitting = [e for e in lengths if e != shortest and (room is None or rows * lengths[e][1] <= room)]
-    longest = max(fitting, key=lambda example: (lengths[example], example), default=None)
-    return [[shortest]] + ([[shortest, longest]] if longest else [])
+    fitting = others[rows * lengths[others, 1] <= room] if room is not None else others
+    alone, *longest = as_examples(examples[[shortest, *fitting[-1:]]])
+    return [[alone]] + [[alone, *longest]] * bool(longest)
 
 
 @torch.no_grad()

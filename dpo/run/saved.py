@@ -16,7 +16,7 @@ from dpo.data.records import PreferenceData
 from dpo.model.checks import check_fits, pick_computation, refusing
 from dpo.model.loading import load_policy, load_tokenizer, pick_device, stored_quantization, whole_model
 from dpo.model.logps import Computation
-from dpo.reference import Wanted, tree_logps
+from dpo.reference import Wanted, WantedTree, tree_logps
 from dpo.run.checkpoint import REFERENCE, START, STATE_FILE, read_state
 from dpo.run.config import Config
 from dpo.run.weights import weights_identity
@@ -58,7 +58,7 @@ class Saved:
 
 
 def token_logps(
-    config: Config, model: PreTrainedModel, how: Computation, wanted: Sequence[Wanted], desc: str
+    config: Config, model: PreTrainedModel, how: Computation, wanted: Sequence[WantedTree], desc: str
 ) -> list[list[np.ndarray]]:
     """Return log p(token | all before it) of the responses of each entry of `wanted`, float32, in nats; NaN for tokens
     that do not count, such as a user's between two answers. Raise UserError if one that counts is not finite."""
@@ -67,7 +67,7 @@ def token_logps(
     cut = Cut(how.layout, 1, passes, config.microbatch_tokens)
     found: dict[tuple[int, int, int], np.ndarray] = {}
     with progress(total=n, desc=desc, unit="responses") as bar:
-        for (data, record, responses), _, rows in tree_logps(model, how, wanted, cut):
+        for (data, record, responses), _, rows in tree_logps(model, how, Wanted.of(wanted), cut):
             for response, (logps, counts) in zip(responses, rows, strict=True):
                 if not np.isfinite(logps[counts]).all():
                     name = data.names[int(data.source[record])] if isinstance(data, PreferenceData) else "data"

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COSTS, make_model, read_jsonl, train_here
+from conftest import COSTS, compose, make_model, read_jsonl, train_here, train_in_group
+from omegaconf import OmegaConf
 from transformers import PreTrainedModel
 
 import trainers
@@ -268,6 +269,24 @@ def test_examples_on_which_policy_and_reference_agreed_are_not_compared_again(
     assert rows and len(rows) == len(again)
     for one, other in zip(rows, again):
         assert {k: v for k, v in one.items() if k not in COSTS} == {k: v for k, v in other.items() if k not in COSTS}
+
+
+@pytest.mark.full
+def test_processes_agree_on_what_is_kept(overrides: Overrides, tmp_path: Path) -> None:
+    given = [*DPO, "trainer=FSDPTrainer", "n_examples=4", "device=auto", f"cache_dir={tmp_path / 'cache'}"]
+    given += ["debug=true", "sample_during_eval=false"]
+    names = ("first", "second")
+    cases = [overrides(*given, f"local_run_dir={tmp_path / name}") for name in names]
+    resolved: list[Any] = [OmegaConf.to_container(compose(case), resolve=True) for case in cases]
+    parallel.launch(train_in_group, (resolved,), 2, None)
+    first, second = ((tmp_path / name / "log.txt").read_text() for name in names)
+    assert "as an earlier start found" not in first and "as an earlier start found" in second
+    assert len(files(tmp_path / "cache")) == len(files(tmp_path / "cache", "agreement")) == 1
+    rows = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in names]
+    losses = [[row["loss/train"] for row in found if "loss/train" in row] for found in rows]
+    assert losses[0] == losses[1] != []
+    train_here(overrides(*given, "trainer=BasicTrainer"))
+    assert len(files(tmp_path / "cache")) == 2
 
 
 def kl_names() -> list[str]:

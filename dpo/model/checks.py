@@ -178,6 +178,8 @@ def _is_finite(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     try:
         return bool(_logps(model, Computation(dtype), Tree([0], [[1]])).logps.isfinite().all())
     except Exception:  # models and compilers raise exceptions of any class; the whole check tells what it is
+        if parallel.active():  # the other processes may not have failed
+            raise
         return False
 
 

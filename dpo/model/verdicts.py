@@ -45,8 +45,8 @@ class Verdict:
 
         A collective.
         """
-        every = parallel.gather(parts)
-        if any(part is None for parts in every for part in parts):
+        every = parallel.gather([part if part is None else digest(part) for part in parts])
+        if any(part is None for theirs in every for part in theirs):
             return cls(None)
         return cls(cache / FOLDER / f"{kind}-{digest(every)}.json")
 

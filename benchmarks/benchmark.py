@@ -222,7 +222,7 @@ def cpu_of_start(cache: Path, *overrides: str) -> tuple[float, float]:
         with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
             process = psutil.Process(run.pid)
             while run.poll() is None and len(seconds) < 2:
-                time.sleep(0.005)
+                time.sleep(0.02)
                 used = process.cpu_times()
                 done = metrics.read_text(encoding="utf-8").count('"loss/train"') if metrics.exists() else 0
                 seconds += [used.user + used.system] * (done - len(seconds))

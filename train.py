@@ -7,6 +7,7 @@ Every key of config/config.yaml can be overridden in this way.
 """
 
 import atexit
+import gc
 import os
 import signal
 import subprocess
@@ -35,6 +36,9 @@ def train(composed: DictConfig, overrides: list[str], stop: Any = None) -> None:
     config = build_config(composed)
     import trainers
 
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     trainers.train(config, overrides, stop)
 
 
@@ -73,6 +77,7 @@ class TableAtEnd(Callback):
 
 
 if __name__ == "__main__":
+    gc.disable()  # until everything is imported: nearly all that is made until then stays
     # Hydra's launchers start jobs in processes of their own, which have to find these modules.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.path[0], os.environ.get("PYTHONPATH"))))
     register_resolvers()

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import hashlib
 import math
 import shlex
 import sys
@@ -21,14 +22,14 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import parallel
-from dpo.agreement import check_training_data, evaluation_part, parts_to_check
+from dpo.agreement import check_training_data, evaluation_part, parts_to_check, verdict_on
 from dpo.data.batching import Cut, Example, Mismatched, Plan
 from dpo.data.checks import check_format, check_overlap, trained_on
 from dpo.data.records import PreferenceData, format_funnel
 from dpo.data.sources import HUB_ID, LABELLED, find_source
 from dpo.evaluation import Evaluator
 from dpo.model import adapters
-from dpo.model.checks import check_fits, check_noise, pick_computation
+from dpo.model.checks import check_fits, checked_computation
 from dpo.model.loading import load_policy, load_tokenizer, local_folder, merged_folder, pick_device
 from dpo.model.logps import casting_once
 from dpo.model.patches import quiet_transformers
@@ -93,9 +94,8 @@ class Trainer:
         if not parallel.all_finite(self.policy):
             raise UserError(f"{config.model.start}: {health.broken_parameters(self.policy)}; it cannot be trained")
         health.warn_of_lost_steps(self.policy, config.lr, config.optimizer)
-        how = pick_computation(self.policy, config)
+        how = checked_computation(self.policy, config, trains=True)
         self.scorer = Scorer(config.loss, how, None, state=config.loss.initial_state())
-        check_noise(self.policy, self.scorer.how)
         self.evaluator = Evaluator(config, eval_data, tokenizer, logger, self.live_reference)
         archive = Path(config.model.archive) if config.model.archive else None
         kept = (config.keep_last_n, config.keep_optimizer_last_n)
@@ -123,7 +123,7 @@ class Trainer:
 
     def prepare_reference(self) -> None:
         """Compute reference log-probabilities and samples while the policy is still untrained, and check them."""
-        config, start, eval_data = self.config, time.perf_counter(), self.evaluator.data
+        config, start = self.config, time.perf_counter()
         batches = list(self.plan.arrays(self.train_data))
         reference: Reference
         live = self.live_reference(compiled=True) if self.other or config.reference.mode == "live" else None
@@ -131,7 +131,7 @@ class Trainer:
         sizes = [model.config.get_text_config().vocab_size for model in (self.policy, other)]
         if len(set(sizes)) > 1:
             raise UserError(f"reference.archive has a vocabulary of {sizes[1]} tokens, and the policy of {sizes[0]}")
-        how = pick_computation(other, config) if self.other else self.scorer.how
+        how = checked_computation(other, config, trains=False) if self.other else self.scorer.how
         if how.layout != self.scorer.how.layout:  # both compute one batch for the KL
             how = dataclasses.replace(how, layout="padded")
             self.scorer = dataclasses.replace(self.scorer, how=how)
@@ -143,27 +143,34 @@ class Trainer:
             cut = self.cut(n_responses, n_responses if config.microbatch_tokens else 2 * config.eval_batch_size)
             reference = build_reference(other, how, cut, config.cache / "reference", wanted)
         self.scorer = dataclasses.replace(self.scorer, reference=reference)
-        unseen = eval_data if not config.do_first_eval else None  # otherwise the first evaluation checks them
-        parts = parts_to_check(
-            self.train_data,
-            batches,
-            self.scorer,
-            self.cut,
-            evaluation_part(unseen, self.evaluator.examples, self.eval_cut),
-            resumed=config.checkpoint is not None,
-        )
         if self.other is None:
-            check_training_data(self.policy, self.scorer, parts, self.total_examples)
+            self.check_agreement(batches)
         else:
             log(
                 f"reference.archive={self.other.name} is not where training starts: rewards do not start at 0, and "
                 "whether policy and reference agree is not checked"
             )
-        if self.evaluator.sampler is not None:
-            self.evaluator.sampler.remember(other)
-        del other, live  # a second model, unless it is a live reference
-        gc.collect()  # a model refers to itself
+        evaluates_first = config.do_first_eval and config.checkpoint is None
+        if self.evaluator.sampler is not None and (self.other or not evaluates_first):
+            self.evaluator.sampler.remember(other)  # else the first evaluation does, of the policy, which equals it
+        del other
+        if live is not None:
+            del live  # a second model, unless it is a live reference
+            gc.collect()  # a model refers to itself
         self.reference_seconds = time.perf_counter() - start
+
+    def check_agreement(self, batches: list[np.ndarray]) -> None:
+        """Raise UserError unless rewards are 0 on the examples of the global `batches`."""
+        config, data, evaluator = self.config, self.train_data, self.evaluator
+        # The first evaluation checks its examples itself.
+        unseen, resumed = evaluator.data if not config.do_first_eval else None, config.checkpoint is not None
+        evaluation = evaluation_part(unseen, evaluator.examples, self.eval_cut)
+        parts = parts_to_check(data, batches, self.scorer, self.cut, evaluation, resumed)
+        order = hashlib.sha256(np.concatenate(batches).tobytes()).hexdigest()
+        checked = [data.identity, order, [unseen.identity, evaluator.examples] if unseen else None, resumed]
+        assert self.scorer.reference is not None
+        verdict = verdict_on(self.policy, config, self.scorer.reference, *checked)
+        check_training_data(self.policy, self.scorer, parts, self.total_examples, verdict)
 
     def wanted_of_reference(self, batches: list[np.ndarray]) -> Wanted:
         """Return all responses whose reference log-probabilities a run of these global batches needs."""

@@ -2,7 +2,8 @@
 
     python benchmarks/benchmark.py dpo      pairs per second of the original's formulation, and with each of our ideas
     python benchmarks/benchmark.py data     160,800 HH-like pairs: time and memory to tokenise, and to start again
-    python benchmarks/benchmark.py start    host memory of 4 processes while FSDPTrainer loads the embedded 135M model
+    python benchmarks/benchmark.py start    host memory of 4 processes while FSDPTrainer loads the embedded 135M model;
+                                            CPU time of train.py until its first update
 
 `dpo` computes the same global batch in each way in turn, in one process, and checks that all give the same loss and
 gradient: on the embedded model unless overrides say otherwise. `--sweep` does so for four betas as a whole.
@@ -15,6 +16,10 @@ loading process, its workers and multiprocessing's helper, sampled every 0.1 s: 
 `start` (Linux) measures all processes in the same way, from the moment when they have imported everything and joined
 their group (the interpreters' own memory) to the moment when the policy is loaded and every weight has been written to
 once, as the first update does (until then weights are pages of their file). Pages of files are listed apart.
+
+It also runs train.py (DPO of 4 pairs in 2 updates, on one core) with an empty cache, then `--repeats` times with what
+that run left there. CPU time (user and system, of the process) is read when metrics.jsonl tells of an update; what the
+second update took is subtracted from what was spent until the first was done, so what remains is the start.
 """
 
 import argparse
@@ -49,6 +54,8 @@ from dpo.utils import UserError
 from utils import HelpFormatter, run_main
 
 DPO = ["exp_name=benchmark", "loss=dpo", "loss.beta=0.1", "n_eval_examples=0"]
+START = ["exp_name=benchmark", "datasets=[sentiment]", "loss=dpo", "loss.beta=0.1", "batch_size=2", "n_examples=4"]
+START += ["max_length=64", "max_prompt_length=32", "num_proc=1", "debug=true", "wandb.enabled=false", "device=cpu"]
 PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "tokenizers", "numpy", "trl")
 WORDS = """
     the a of and to in is that it for you was with on as are have be at or from can this what how would people think
@@ -205,6 +212,37 @@ def load_sharded(overrides: list[str], ready: Path) -> None:
         time.sleep(3)
 
 
+def cpu_of_start(cache: Path, *overrides: str) -> tuple[float, float]:
+    """CPU seconds of train.py until its first update, without that update; and of the second update."""
+    with tempfile.TemporaryDirectory() as folder:
+        metrics, seconds = Path(folder, "run", "metrics.jsonl"), list[float]()
+        given = [*START, f"cache_dir={cache}", f"local_run_dir={metrics.parent}", *overrides]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(ROOT / "train.py"), *given]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+            process = psutil.Process(run.pid)
+            while run.poll() is None and len(seconds) < 2:
+                time.sleep(0.02)
+                used = process.cpu_times()
+                done = metrics.read_text(encoding="utf-8").count('"loss/train"') if metrics.exists() else 0
+                seconds += [used.user + used.system] * (done - len(seconds))
+        if run.returncode or len(seconds) < 2:
+            raise UserError(f"this run failed, or was too fast to watch: {' '.join(command)}")
+    return 2 * seconds[0] - seconds[1], seconds[1] - seconds[0]
+
+
+def cpu_table(repeats: int) -> list[list[str]]:
+    """The rows of CPU times until the first update."""
+    rows = [["CPU time until the first update", "seconds", "the second update"]]
+    evaluation = ["n_eval_examples=8", "n_eval_model_samples=2"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, more in (("", ["n_eval_examples=0"]), (", with an evaluation of 8 pairs and 2 samples", evaluation)):
+            first, *others = [cpu_of_start(Path(folder, str(len(rows))), *more) for _ in range(1 + repeats)]
+            for start, found in (("empty cache", [first]), ("second start", others)):
+                rows.append([start + name, *(f"{statistics.median(column):.1f}" for column in zip(*found))])
+    return rows
+
+
 def benchmark_start(arguments: argparse.Namespace) -> None:
     from dpo import parallel
     from dpo.model.loading import load_policy, pick_device
@@ -229,15 +267,17 @@ def benchmark_start(arguments: argparse.Namespace) -> None:
         ["peak beyond that, all processes", f"{peak:.0f}", f"{peak / copy:.2f}"],
         ["cached pages of files beyond those before", f"{files:.0f}", f"{files / copy:.2f}"],
     ]
-    write_table("start", "Host memory at the start", "the method stands in the script.", {}, table)
+    method = f"the method stands in the script. Second start: the median of {arguments.repeats}."
+    write_table("start", "Memory and time at the start", method, {}, table, cpu_table(arguments.repeats))
 
 
-def write_table(name: str, title: str, method: str, facts: dict[str, str], rows: Sequence[Sequence[str]]) -> None:
-    """Write benchmarks/<name>.md: how it was measured, on what, and a table whose first row is its head."""
+def write_table(name: str, title: str, method: str, facts: dict[str, str], *tables: Sequence[Sequence[str]]) -> None:
+    """Write benchmarks/<name>.md: how it was measured, on what, and tables whose first row is their head."""
     described = {**machine(), **facts}
     command = f"`python benchmarks/benchmark.py {' '.join(sys.argv[1:])}`; {method}"
-    lines = [f"# {title}", "", command, "", *(f"- {key}: {value}" for key, value in described.items()), ""]
-    lines += [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    lines = [f"# {title}", "", command, "", *(f"- {key}: {value}" for key, value in described.items())]
+    for rows in tables:
+        lines += ["", *(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))]
     target = ROOT / "benchmarks" / f"{name}.md"
     target.parent.mkdir(exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -318,8 +358,9 @@ def main() -> None:
     data.add_argument("--rows", type=int, default=160_800, help="to read")
     data.add_argument("--repeats", type=int, default=3, help="of each measurement")
     data.add_argument("--num-proc", type=int, default=0, help="tokenising processes; 0: one per core")
-    start = commands.add_parser("start", help="host memory while processes load a model")
-    start.add_argument("--nproc", type=int, default=4, help="processes")
+    start = commands.add_parser("start", help="host memory while processes load a model; CPU time to the first update")
+    start.add_argument("--nproc", type=int, default=4, help="processes that load the model")
+    start.add_argument("--repeats", type=int, default=3, help="of the second start")
     for command, function in ((dpo, benchmark_dpo), (data, benchmark_data), (start, benchmark_start)):
         command.set_defaults(function=function)
     arguments = parser.parse_args()

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -10,8 +11,10 @@ from transformers import PreTrainedModel
 from dpo import parallel
 from dpo.data.batching import Cut, Example, as_examples, deal, make_batch
 from dpo.data.records import PreferenceData
-from dpo.reference import LiveReference
+from dpo.model.verdicts import Verdict, structure
+from dpo.reference import LiveReference, Reference
 from dpo.run import health
+from dpo.run.config import Config
 from dpo.scoring import Scorer, Share, shares
 from dpo.stored import StoredReference
 from dpo.utils import UserError, log
@@ -23,12 +26,18 @@ Part = tuple[PreferenceData, int, list[Share]]
 """Data, a number of training examples, and this rank's micro-batches of them."""
 
 
-def check_training_data(policy: PreTrainedModel, scorer: Scorer, parts: Iterable[Part], total: int) -> None:
+def check_training_data(
+    policy: PreTrainedModel, scorer: Scorer, parts: Iterable[Part], total: int, verdict: Verdict
+) -> None:
     """Raise UserError unless rewards are 0 on the examples of `parts`, of `total` training examples. A collective.
 
     All examples are checked if that takes up to SECONDS; otherwise as many as it allows, at least LEAST_CHECKED: these
     miss a fault of 2 % of all examples in 1 of 176 runs. A full check would cost as much as computing the reference.
+    Nothing is computed if an earlier start kept this `verdict`.
     """
+    if (found := verdict.read()) is not None:
+        log(f"policy and reference agree on {found} of {total} training examples, as an earlier start found")
+        return
     policy.train()
     worst, n_checked, until = health.NO_DIFFERENCE, 0, time.monotonic() + SECONDS
     for data, n, micro_batches in parts:
@@ -41,6 +50,22 @@ def check_training_data(policy: PreTrainedModel, scorer: Scorer, parts: Iterable
         if parallel.any_process(n_checked >= LEAST_CHECKED and time.monotonic() > until):
             break
     must_agree(scorer, worst, f"{n_checked} of {total} training examples")
+    verdict.keep(n_checked)
+
+
+def verdict_on(policy: PreTrainedModel, config: Config, reference: Reference, *checked: Any) -> Verdict:
+    """Return where the verdict of a run's `check_training_data` is kept. `checked`: JSON values that stand for the data
+    and examples. A collective.
+
+    It depends on the weights, which the folder of a stored reference is named after, and on the entries, whose files
+    are named after their content. Nothing is kept of a live reference: its check is one batch.
+    """
+    if not isinstance(reference, StoredReference):
+        return Verdict(None)
+    entries = sorted(path.name for path in reference.folder.glob("*.safetensors"))
+    work = (config.batch_size, config.gradient_accumulation_steps, config.eval_batch_size, config.microbatch_tokens)
+    content = [reference.folder.name, entries, work, LEAST_CHECKED, SECONDS, *checked]
+    return Verdict.of(config.cache, "agreement", structure(policy, config), content)
 
 
 def parts_to_check(

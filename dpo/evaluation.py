@@ -14,7 +14,7 @@ from dpo.reference import LiveReference
 from dpo.run import health, weights
 from dpo.run.config import Config
 from dpo.run.metrics import RunLogger
-from dpo.sampling import SampleEvaluator, Sampling, divergence, prompts_of
+from dpo.sampling import Divergence, SampleEvaluator, Sampling, divergence, prompts_of
 from dpo.scoring import Scorer, evaluate_loss, mean_metrics
 from dpo.utils import UserError, log
 
@@ -71,21 +71,26 @@ class Evaluator:
     def _sample(self, policy: PreTrainedModel, scorer: Scorer, seen: int) -> dict[str, float]:
         """Write samples of policy and reference. Return their lengths, and the KL divergence if it is wanted."""
         assert self.sampler is not None
-        responses, metrics, rows = self.sampler(policy)
+        same = scorer.untrained and scorer.reference is not None
+        responses, metrics, rows = self.sampler(policy, is_reference=same)
         self.logger.samples(rows, seen)
         wanted = self.config.kl_during_eval
         if scorer.loss.needs_reference if wanted is None else wanted:
             metrics |= self._divergence(policy, scorer, responses)
-            gc.collect()  # a model refers to itself
+            if not scorer.untrained:
+                gc.collect()  # a model refers to itself
         return metrics
 
     def _divergence(self, policy: PreTrainedModel, scorer: Scorer, responses: list[list[int]]) -> dict[str, float]:
         """Return how far the policy is from the reference on its own `responses` to the sampled prompts.
 
-        A reference that is not in memory is loaded for this, while there are no gradients to hold. Return nothing, with
-        a warning, if its weights are gone or have changed.
+        That is 0 before the first update. Later, a reference that is not in memory is loaded for this, while there are
+        no gradients to hold. Return nothing, with a warning, if its weights are gone or have changed.
         """
         assert self.sampler is not None
+        if scorer.untrained:
+            zeros = [0.0] * len(responses)
+            return Divergence(zeros, zeros).metrics(self.sampler.prompts)
         if isinstance(scorer.reference, LiveReference):
             reference = scorer.reference
         else:

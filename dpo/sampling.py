@@ -203,10 +203,16 @@ class SampleEvaluator:
         """Sample from the reference; `reference` may train from here on."""
         self._reference = sample(reference, self.tokenizer, self.prompts, self.how)
 
-    def __call__(self, policy: PreTrainedModel) -> tuple[list[list[int]], dict[str, float], list[dict[str, str]]]:
+    def __call__(
+        self, policy: PreTrainedModel, is_reference: bool = False
+    ) -> tuple[list[list[int]], dict[str, float], list[dict[str, str]]]:
         """Returns the policy's responses as token ids; mean length (tokens) and share of samples that ended with EOS;
-        and rows of prompt and responses as text."""
-        sampled = {"policy": sample(policy, self.tokenizer, self.prompts, self.how)}
+        and rows of prompt and responses as text. `is_reference`: the policy still equals the reference, so its samples,
+        of the same seeds, are the reference's."""
+        if is_reference and self._reference is None:
+            self.remember(policy)
+        known = self._reference if is_reference else None
+        sampled = {"policy": known or sample(policy, self.tokenizer, self.prompts, self.how)}
         if self._reference is not None:
             sampled["reference"] = self._reference
         end = self.tokenizer.eos_token_id

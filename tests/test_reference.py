@@ -311,7 +311,7 @@ def test_a_model_whose_numbers_depend_on_the_micro_batch_is_refused(
     models that are known to do this is left out."""
     monkeypatch.setattr(trainers, "check_fits", lambda *_: None)
     monkeypatch.setattr(trainers.Trainer, "cut", lambda trainer, n, size=None: Cut(layout, 1, n, None, 0))
-    monkeypatch.setattr(trainers, "pick_computation", lambda *_: Computation(torch.float32, layout))
+    monkeypatch.setattr(trainers, "checked_computation", lambda *_, **__: Computation(torch.float32, layout))
     monkeypatch.setattr("dpo.scoring.ROUNDING", 0)
     given = overrides(
         *DPO, long_rope(tmp_path / "phi", original), f"cache_dir={tmp_path / 'cache'}", f"layout={layout}"

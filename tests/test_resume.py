@@ -635,7 +635,7 @@ def test_a_planted_nan_stops_there_with_what_shows_it_again(
 ) -> None:
     given, token = poisoned(tmp_path / "model", tmp_path / "poisoned", 17)
     monkeypatch.setattr("dpo.parallel.all_finite", lambda model: True)  # the planted weight itself is not
-    monkeypatch.setattr("trainers.pick_computation", lambda model, config: Computation(torch.float32, "tree"))
+    monkeypatch.setattr("trainers.checked_computation", lambda *_, **__: Computation(torch.float32, "tree"))
     given = overrides(*given, "n_eval_examples=0", "lr=1e-3", f"on_nonfinite={policy}")
     if policy == "skip":
         train_here(given)

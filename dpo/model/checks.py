@@ -4,7 +4,6 @@ import contextlib
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dpo import parallel
 from dpo.data.batching import Batch, Tree
 from dpo.model.logps import Computation, TokenLogps, autocast, input_device, response_logps
+from dpo.model.verdicts import Verdict, structure
 from dpo.run.config import Config
 from dpo.utils import UserError, is_passing, log, visible
 
@@ -155,19 +155,57 @@ def _logps(model: PreTrainedModel, how: Computation, *trees: Tree) -> TokenLogps
     return response_logps(model, Batch([*trees], [], None), how)
 
 
+def checked_computation(model: PreTrainedModel, config: Config, trains: bool) -> Computation:
+    """Return `pick_computation`, after `check_noise` if the model `trains`, or what an earlier start found on the same
+    architecture, code, machine and settings (see `verdicts`). That log-probabilities are finite is seen each time.
+
+    Only what passed at once is kept: a layout that `auto` had to give up is tried again. A collective.
+    """
+    verdict = Verdict.of(config.cache, "layout", structure(model, config), trains)
+    if (layout := verdict.read()) is not None and _is_finite(model, config.compute_dtype):
+        return _computation(model, config, layout)
+    how = pick_computation(model, config)
+    if trains:
+        check_noise(model, how)
+    if how.layout == _wanted(model, config)[0]:
+        verdict.keep(how.layout)
+    return how
+
+
+@torch.no_grad()
+def _is_finite(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Return whether the log-probability of a token can be computed, and is finite. A row of one token is fast."""
+    try:
+        return bool(_logps(model, Computation(dtype), Tree([0], [[1]])).logps.isfinite().all())
+    except Exception:  # models and compilers raise exceptions of any class; the whole check tells what it is
+        if parallel.active():  # the other processes may not have failed
+            raise
+        return False
+
+
+def _computation(model: PreTrainedModel, config: Config, layout: str) -> Computation:
+    dtype, cuda = config.compute_dtype, input_device(model).type == "cuda"
+    exact = dtype == torch.float32 and not (cuda and config.allow_tf32)
+    return Computation(dtype, layout, flex=cuda and layout == "packed", tolerance=1e-4 if exact else 0.1)
+
+
+def _wanted(model: PreTrainedModel, config: Config) -> list[str]:
+    """Return the layouts to try, in this order."""
+    if config.layout != "auto":
+        return [config.layout]
+    return ["packed", "tree"] if input_device(model).type == "cuda" else ["tree"]
+
+
 def pick_computation(model: PreTrainedModel, config: Config) -> Computation:
     """Return how to compute log-probabilities. The layout `auto` is `packed` on CUDA and else `tree`, if it is exact.
 
     Layouts are compared on made-up trees as long as the data's may be, so that a window or learned position that is
     counted along the row shows. Raises UserError if the model, or the layout that `config` names, is not exact.
     """
-    dtype, cuda = config.compute_dtype, input_device(model).type == "cuda"
-    exact = dtype == torch.float32 and not (cuda and config.allow_tf32)
-    padded = Computation(dtype, tolerance=1e-4 if exact else 0.1)
+    padded = _computation(model, config, "padded")
     _check_supported(model, padded, config)
-    wanted = [config.layout] if config.layout != "auto" else ["packed", "tree"] if cuda else ["tree"]
-    for layout in wanted if config.layout != "padded" else []:
-        how = replace(padded, layout=layout, flex=cuda and layout == "packed")
+    for layout in _wanted(model, config) if config.layout != "padded" else []:
+        how = _computation(model, config, layout)
         try:
             difference = layout_difference(model, how, config.max_prompt_length, config.max_length)
             if difference <= how.tolerance:

@@ -21,7 +21,7 @@ from dpo.model.logps import add_token_logps, input_device
 from dpo.run.checkpoint import STATE_FILE, read_state
 from dpo.run.config import Config
 from dpo.run.weights import Archive, base_of, find_archive, resolve_archive, weights_identity
-from dpo.utils import UserError, file_hash, log, visible
+from dpo.utils import UserError, file_hash_once, log, visible
 
 # Buffers in files of older versions of transformers, which today's models compute: causal masks and frequencies.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
@@ -385,4 +385,4 @@ def _convert_gguf(path: Path, cache: Path) -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    return cached(cache / "models", f"{path.stem}-{file_hash(path)[:16]}-{GGUF_VERSION}", convert)
+    return cached(cache / "models", f"{path.stem}-{file_hash_once(path)[:16]}-{GGUF_VERSION}", convert)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from dpo import parallel
 from dpo.data.batching import Cut
 from dpo.data.records import PreferenceData
-from dpo.model.checks import check_fits, pick_computation, refusing
+from dpo.model.checks import check_fits, checked_computation, refusing
 from dpo.model.loading import load_policy, load_tokenizer, pick_device, stored_quantization, whole_model
 from dpo.model.logps import Computation
 from dpo.reference import Wanted, WantedTree, tree_logps
@@ -54,7 +54,7 @@ class Saved:
         check_fits(model, tokenizer, config)
         if self.identity not in (None, weights_identity(config.model.start)):
             raise UserError(f"reference {config.model.start}: {CHANGED}")
-        return model, tokenizer, pick_computation(model, config)
+        return model, tokenizer, checked_computation(model, replace(config, compile=False), trains=False)
 
 
 def token_logps(

@@ -89,7 +89,7 @@ class Trainer:
         check_fits(self.policy, tokenizer, config)
         if not parallel.all_finite(self.policy):
             raise UserError(f"{config.model.start}: {health.broken_parameters(self.policy)}; it cannot be trained")
-        health.warn_of_lost_steps(self.policy, config.lr, config.optimizer)
+        health.warn_of_lost_steps(self.policy, config)
         how = pick_computation(self.policy, config)
         self.scorer = Scorer(config.loss, how, None, state=config.loss.initial_state())
         check_noise(self.policy, self.scorer.how)

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo import parallel
@@ -36,6 +37,11 @@ def build_optimizer(model: torch.nn.Module, config: TrainingConfig) -> InPieces:
         "eight_bits": config.optimizer != config.torch_optimizer,
         "elementwise": config.optimizer not in ("Adafactor", "Muon"),
     }
+    if not pieces["elementwise"] and any(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad):
+        raise UserError(
+            f"optimizer={config.optimizer} cannot train sharded weights (torch {torch.__version__} fails on them); "
+            "choose another, such as AdamW8bit, or trainer=BasicTrainer"
+        )
     in_pieces: Any = type(config.optimizer, (InPieces, chosen), pieces)
     on_cuda = all(p.device.type == "cuda" for p in model.parameters())
     if on_cuda and "fused" in inspect.signature(chosen).parameters and "foreach" not in arguments:

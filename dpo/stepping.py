@@ -87,7 +87,9 @@ class InPieces(torch.optim.Optimizer):
             part = parallel.local(parameter)
             n = len(part)
             rows = max(STEP_BYTES // 16 * n // max(part.numel(), 1), 1)
-            if self._in_bfloat16(parameter):  # torch's bfloat16 depends on where a tensor ends (CPU, RMSprop's momentum)
+            if self._in_bfloat16(
+                parameter
+            ):  # torch's bfloat16 depends on where a tensor ends (CPU, RMSprop's momentum)
                 rows = max(n, 1)
             for first in range(0, max(n, 1), rows):
                 yield Piece(parameter, number, (first, min(first + rows, n)), first + rows >= n)

@@ -189,10 +189,10 @@ def warn_of_lost_steps(model: PreTrainedModel, config: TrainingConfig) -> None:
     lost, total = (sum(counts) for counts in zip(*parallel.gather((lost, total))))
     if total and lost / total >= LOST_STEPS and optimizer not in ("SGD", "ASGD"):
         log(
-            f"warning: bfloat16 weights with round_to_nearest=true are too coarse for lr={lr:.2g}. A step of {optimizer} "
-            f"is about as large as lr, and {lost / total:.1%} of the weights stay as they are after such a step: "
-            "bfloat16 numbers lie 0.4 % to 0.8 % of their size apart. Set round_to_nearest=false, or model.policy_dtype=float32 "
-            "mixed_precision=bfloat16"
+            f"warning: bfloat16 weights with round_to_nearest=true are too coarse for lr={lr:.2g}. A step of "
+            f"{optimizer} is about as large as lr, and {lost / total:.1%} of the weights stay as they are after such a "
+            "step: bfloat16 numbers lie 0.4 % to 0.8 % of their size apart. Set round_to_nearest=false, or "
+            "model.policy_dtype=float32 mixed_precision=bfloat16"
         )
 
 

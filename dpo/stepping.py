@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dpo import parallel, rounding
 
@@ -59,6 +60,9 @@ class InPieces(torch.optim.Optimizer):
             for group in groups:
                 parameters = [(number + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
                 number += len(group["params"])
+                for _, p in parameters:  # tensor parallelism may leave a gradient to be summed, or sharded otherwise
+                    if getattr(p.grad, "placements", None) != getattr(p, "placements", None):
+                        p.grad = parallel.as_sharded(p.grad, p)
                 fresh = {p for _, p in parameters if not self.state.get(p)}
                 for batch in batches(self._pieces(parameters)):
                     lent = [self._lend(piece, piece.parameter in fresh) for piece in batch]
@@ -81,7 +85,8 @@ class InPieces(torch.optim.Optimizer):
 
     def _pieces(self, parameters: list[tuple[int, Tensor]]) -> Iterator[Piece]:
         for number, parameter in parameters:
-            if not self.elementwise or parameter.ndim == 0:
+            small = parameter.numel() <= STEP_BYTES // 16 or self._in_bfloat16(parameter)
+            if not self.elementwise or parameter.ndim == 0 or (small and not isinstance(parameter, DTensor)):
                 yield Piece(parameter, number, None, True)
                 continue
             part = parallel.local(parameter)
@@ -102,8 +107,12 @@ class InPieces(torch.optim.Optimizer):
         return tensor.float() if tensor.dtype == torch.bfloat16 and not self._in_bfloat16(tensor) else tensor
 
     def _lend(self, piece: Piece, is_fresh: bool) -> Tensor:
-        """Return the weights of a piece with gradient and state, for the optimizer to step on."""
+        """Return the weights of a piece with gradient and state, for the optimizer to step on: if there is nothing to
+        convert or to cut, the parameter itself."""
         parameter = piece.parameter
+        widened = parameter.dtype == torch.bfloat16 and not self._in_bfloat16(parameter)
+        if piece.rows is None and not widened and not self.eight_bits:
+            return parameter
         weights = torch.nn.Parameter(self._wide(piece.of(parameter.detach())))
         weights.grad = self._wide(piece.of(parameter.grad))  # type: ignore[arg-type]
         state = {} if is_fresh else self.state[parameter]
@@ -119,7 +128,10 @@ class InPieces(torch.optim.Optimizer):
 
     def _take_back(self, piece: Piece, weights: Tensor) -> None:
         """Write the weights and the state of a piece back."""
-        parameter, weights.grad = piece.parameter, None
+        parameter = piece.parameter
+        if weights is parameter:
+            return
+        weights.grad = None
         self._write(piece, "", parameter, weights)
         for name, value in self.state.pop(weights, {}).items():
             state = self.state[parameter]

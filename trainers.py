@@ -93,7 +93,7 @@ class Trainer:
         check_fits(self.policy, tokenizer, config)
         if not parallel.all_finite(self.policy):
             raise UserError(f"{config.model.start}: {health.broken_parameters(self.policy)}; it cannot be trained")
-        health.warn_of_lost_steps(self.policy, config.lr, config.optimizer)
+        health.warn_of_lost_steps(self.policy, config)
         how = checked_computation(self.policy, config, trains=True)
         self.scorer = Scorer(config.loss, how, None, state=config.loss.initial_state())
         self.evaluator = Evaluator(config, eval_data, tokenizer, logger, self.live_reference)

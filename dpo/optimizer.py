@@ -5,10 +5,12 @@ import math
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo import parallel
 from dpo.run.config import TrainingConfig
+from dpo.stepping import InPieces
 from dpo.utils import UserError
 
 MOST_SKIPPED = 25  # updates in a row: from its start at 2^16 the loss scale is then far below 1
@@ -26,15 +28,26 @@ def parameter_groups(model: torch.nn.Module, config: TrainingConfig) -> list[dic
     ]
 
 
-def build_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Return an object of the torch.optim class that `optimizer` names. Raise UserError for arguments it refuses."""
-    chosen = getattr(torch.optim, config.optimizer)
+def build_optimizer(model: torch.nn.Module, config: TrainingConfig) -> InPieces:
+    """Return the optimizer that `optimizer` names, which steps in pieces. Raise UserError for arguments it refuses."""
+    chosen = getattr(torch.optim, config.torch_optimizer)
     arguments = config.optimizer_arguments
+    pieces = {
+        "seed": None if config.round_to_nearest else config.seed,
+        "eight_bits": config.optimizer != config.torch_optimizer,
+        "elementwise": config.optimizer not in ("Adafactor", "Muon"),
+    }
+    if not pieces["elementwise"] and any(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad):
+        raise UserError(
+            f"optimizer={config.optimizer} cannot train sharded weights (torch {torch.__version__} fails on them); "
+            "choose another, such as AdamW8bit, or trainer=BasicTrainer"
+        )
+    in_pieces: Any = type(config.optimizer, (InPieces, chosen), pieces)
     on_cuda = all(p.device.type == "cuda" for p in model.parameters())
     if on_cuda and "fused" in inspect.signature(chosen).parameters and "foreach" not in arguments:
         arguments.setdefault("fused", True)
     try:
-        return chosen(parameter_groups(model, config), **arguments)
+        return in_pieces(parameter_groups(model, config), **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"optimizer={config.optimizer} refuses its arguments {arguments}: {error}") from error
 
@@ -88,6 +101,7 @@ class Updater:
 
     def step(self, grad_norm: float) -> None:
         """Change the weights."""
+        self.optimizer.update = self.updates
         self.scaler.step(self.optimizer)
         self.scaler.update()
         finite = math.isfinite(grad_norm)

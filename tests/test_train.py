@@ -322,11 +322,12 @@ def test_a_reference_that_differs_stops_the_run(overrides: Overrides, monkeypatc
 @pytest.mark.parametrize(
     ("given", "warned"),
     [
-        ("model.policy_dtype=bfloat16 lr=5e-7", True),
-        ("model.policy_dtype=bfloat16 lr=5e-7 optimizer=AdamW", True),
-        ("model.policy_dtype=bfloat16 lr=1e-1", False),
-        ("model.policy_dtype=bfloat16 lr=5e-7 optimizer=SGD", False),
-        ("model.policy_dtype=float32 lr=5e-7 mixed_precision=bfloat16", False),
+        ("round_to_nearest=true model.policy_dtype=bfloat16 lr=5e-7", True),
+        ("round_to_nearest=true model.policy_dtype=bfloat16 lr=5e-7 optimizer=AdamW", True),
+        ("round_to_nearest=true model.policy_dtype=bfloat16 lr=1e-1", False),
+        ("round_to_nearest=true model.policy_dtype=bfloat16 lr=5e-7 optimizer=SGD", False),
+        ("round_to_nearest=true model.policy_dtype=float32 lr=5e-7 mixed_precision=bfloat16", False),
+        ("model.policy_dtype=bfloat16 lr=5e-7", False),
     ],
 )
 def test_steps_that_the_weights_are_too_coarse_for(
@@ -343,7 +344,7 @@ def test_steps_that_the_weights_are_too_coarse_for(
         spacing = torch.nextafter(weights.abs(), torch.tensor(torch.inf, dtype=dtype)).float() - weights.abs().float()
         share = float((float(given.split("lr=")[1].split()[0]) < spacing / 2).float().mean())
         assert float(found[1]) / 100 == pytest.approx(share, abs=2e-3)
-        assert "Set model.policy_dtype=float32 mixed_precision=bfloat16" in found[0]
+        assert "Set round_to_nearest=false, or model.policy_dtype=float32 mixed_precision=bfloat16" in found[0]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from transformers import AttentionInterface
 
-from dpo import scoring
+from dpo import rounding, scoring
 from dpo.model.layouts import FLEX
 
 NAME = "gpu"
@@ -167,13 +167,17 @@ def pretending(mode: FakeTensorMode, fake_attention: Callable[..., Any] | None) 
     """Make tensors fake inside the block, in `mode`: they have a device and a size, and no content.
 
     Patched for that: reading tensors as lists, which gives ones; the end of autocast's cache; the thread that lays
-    out batches, since modes of torch are a thread's own; and transformers' attention, unless `fake_attention` is None.
+    out batches, since modes of torch are a thread's own; the random numbers of rounding; and transformers' attention,
+    unless `fake_attention` is None.
     """
     clear = torch.clear_autocast_cache
 
     def tolist(tensor: Tensor) -> Any:
         first = tensor.flatten()[:1]
         return _ones(tensor.shape, first.item() if first.numel() else 1.0)
+
+    def noise(key: str, start: int, shape: torch.Size, block: int, device: torch.device) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
 
     def forget() -> None:
         clear()
@@ -185,6 +189,7 @@ def pretending(mode: FakeTensorMode, fake_attention: Callable[..., Any] | None) 
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", tolist))
         stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", forget))
         stack.enter_context(mock.patch.object(scoring, "one_ahead", map))
+        stack.enter_context(mock.patch.object(rounding, "noise", noise))
         stack.enter_context(mock.patch.dict(known, dict.fromkeys(names, fake_attention)))
         stack.enter_context(mode)
         yield

@@ -40,10 +40,11 @@ class TrainingConfig(Component):
     max_grad_norm: AboveZero
     on_nonfinite: Annotated[Literal["stop", "skip"], MayChange]
     optimizer: Literal[
-        "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop",
-        "Rprop", "SGD",
+        "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "AdamW8bit", "Adamax", "Muon", "NAdam", "RAdam",
+        "RMSprop", "Rprop", "SGD",
     ]  # fmt: skip
     optimizer_kwargs: dict[str, Any]
+    round_to_nearest: bool
     weight_decay: NotNegative | None
     decay_norms_and_biases: bool
     eval_every: Annotated[Positive, MayChange]
@@ -61,6 +62,11 @@ class TrainingConfig(Component):
         return min(LONGEST_WARMUP, updates // 10) if self.warmup_steps is None else self.warmup_steps
 
     @property
+    def torch_optimizer(self) -> str:
+        """The class of torch.optim that computes the steps of `optimizer`."""
+        return self.optimizer.removesuffix("8bit")
+
+    @property
     def optimizer_arguments(self) -> dict[str, Any]:
         """The keyword arguments of the optimizer's class."""
         decay = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
@@ -76,13 +82,17 @@ class TrainingConfig(Component):
             yield f"batch_size={self.batch_size} is not divisible by gradient_accumulation_steps={steps}: {division}"
         if self.kl_during_eval and not (self.sample_during_eval and self.n_eval_model_samples and self.n_eval_examples):
             yield "kl_during_eval=true: it needs sample_during_eval=true, n_eval_model_samples and n_eval_examples"
+        if self.optimizer == "AdamW8bit" and find_spec("bitsandbytes") is None:
+            yield "optimizer=AdamW8bit needs the package: pip install bitsandbytes"
 
     def optimizer_problems(self) -> Iterator[str]:
         """Yield what the optimizer's class says of its arguments. Imports torch."""
         import torch
 
         try:
-            getattr(torch.optim, self.optimizer)([torch.nn.Parameter(torch.zeros(1, 1))], **self.optimizer_arguments)
+            getattr(torch.optim, self.torch_optimizer)(
+                [torch.nn.Parameter(torch.zeros(1, 1))], **self.optimizer_arguments
+            )
         except (TypeError, ValueError) as error:
             yield f"optimizer={self.optimizer} refuses its arguments {self.optimizer_arguments}: {error}"
         except RuntimeError:  # of a device
@@ -149,6 +159,8 @@ class Config(TrainingConfig, DataConfig, ParallelConfig, RunConfig):
             yield f"keep_best={self.keep_best} needs evaluations: set n_eval_examples"
         if self.reference.archive and not self.loss.needs_reference:
             yield f"reference.archive={self.reference.archive}, but loss={self.loss.name} needs no reference"
+        if self.optimizer == "AdamW8bit" and self.trainer == "TensorParallelTrainer":
+            yield "optimizer=AdamW8bit needs whole rows of each matrix: set trainer=BasicTrainer or FSDPTrainer"
         if self.loss.needs_kl and self.reference.mode != "live":
             yield f"loss={self.loss.name} needs the reference's whole distribution: set reference.mode=live"
         if self.reference.mode == "live" and self.loss.needs_rejected and not self.loss.needs_reference:

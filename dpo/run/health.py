@@ -21,6 +21,7 @@ from dpo.data.records import PreferenceData
 from dpo.model.logps import TokenLogps
 from dpo.reference import Reference, shared
 from dpo.run.checkpoint import BATCH_FILE
+from dpo.run.config import TrainingConfig
 from dpo.utils import UserError, log
 
 RECENT = 64  # updates
@@ -181,10 +182,13 @@ def extremes(data: PreferenceData, batches: list[np.ndarray], layout: str, room:
 
 
 @torch.no_grad()
-def warn_of_lost_steps(model: PreTrainedModel, lr: float, optimizer: str) -> None:
-    """Warn if bfloat16 weights are too coarse for steps of `lr`: a step of less than half the distance between two
-    neighbouring numbers changes nothing. Adam and its kin, RMSprop too, take steps of about lr, whatever the gradient.
-    A collective."""
+def warn_of_lost_steps(model: PreTrainedModel, config: TrainingConfig) -> None:
+    """Warn if bfloat16 weights are too coarse for steps of `lr`: with round_to_nearest, a step of less than half the
+    distance between two neighbouring numbers changes nothing. Adam and its kin, RMSprop too, take steps of about lr,
+    whatever the gradient. A collective."""
+    lr, optimizer = config.lr, config.optimizer
+    if not config.round_to_nearest:
+        return
     lost = total = 0
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
@@ -194,9 +198,10 @@ def warn_of_lost_steps(model: PreTrainedModel, lr: float, optimizer: str) -> Non
     lost, total = (sum(counts) for counts in zip(*parallel.gather((lost, total))))
     if total and lost / total >= LOST_STEPS and optimizer not in ("SGD", "ASGD"):
         log(
-            f"warning: model.policy_dtype=bfloat16 is too coarse for lr={lr:.2g}. A step of {optimizer} is about as "
-            f"large as lr, and {lost / total:.1%} of the weights stay as they are after such a step: bfloat16 numbers "
-            "lie 0.4 % to 0.8 % of their size apart. Set model.policy_dtype=float32 mixed_precision=bfloat16"
+            f"warning: bfloat16 weights with round_to_nearest=true are too coarse for lr={lr:.2g}. A step of "
+            f"{optimizer} is about as large as lr, and {lost / total:.1%} of the weights stay as they are after such a "
+            "step: bfloat16 numbers lie 0.4 % to 0.8 % of their size apart. Set round_to_nearest=false, or "
+            "model.policy_dtype=float32 mixed_precision=bfloat16"
         )
 
 

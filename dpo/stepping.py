@@ -168,7 +168,7 @@ class InPieces(torch.optim.Optimizer):
 
 def _place(tensor: Tensor) -> tuple[int, int]:
     """Return where a tensor begins in memory."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:

@@ -6,6 +6,7 @@ Python. What is missing there, autocast, stands here, after CUDA's lists of oper
 
 import contextlib
 import functools
+import importlib
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,10 @@ def register() -> torch.device:
     others, aten = torch.library.Library("_", "IMPL", KEY), torch.library.Library("aten", "IMPL", KEY)
     _LIBRARIES.extend((others, aten))
     others.fallback(torch.library.fallthrough_kernel)
+    # Without a kernel, which is never called, torch would take this operation apart, as CUDA does not.
+    kernels = torch.library.Library("aten", "IMPL", "PrivateUse1")
+    _LIBRARIES.append(kernels)
+    kernels.impl("silu_backward", lambda *arguments: NotImplemented)
     for names, dtype in ((LOWER, lambda: torch.get_autocast_dtype(NAME)), (FLOAT32, lambda: torch.float32)):
         for name in names:
             aten.impl(name, _autocast(name, dtype), KEY)
@@ -167,8 +172,8 @@ def pretending(mode: FakeTensorMode, fake_attention: Callable[..., Any] | None) 
     """Make tensors fake inside the block, in `mode`: they have a device and a size, and no content.
 
     Patched for that: reading tensors as lists, which gives ones; the end of autocast's cache; the thread that lays
-    out batches, since modes of torch are a thread's own; the random numbers of rounding; and transformers' attention,
-    unless `fake_attention` is None.
+    out batches, since modes of torch are a thread's own; the random numbers of rounding; that an optimizer's foreach steps are for
+    real tensors only; and transformers' attention, unless `fake_attention` is None.
     """
     clear = torch.clear_autocast_cache
 
@@ -183,13 +188,15 @@ def pretending(mode: FakeTensorMode, fake_attention: Callable[..., Any] | None) 
         clear()
         CASTS.clear()
 
-    known = AttentionInterface._global_mapping
+    known, optimizers = AttentionInterface._global_mapping, importlib.import_module("torch.optim.optimizer")
+    foreach = [*optimizers._foreach_supported_types, FakeTensor]
     names = (FLEX, "sdpa", "eager") if fake_attention is not None else ()
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", tolist))
         stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", forget))
         stack.enter_context(mock.patch.object(scoring, "one_ahead", map))
         stack.enter_context(mock.patch.object(rounding, "noise", noise))
+        stack.enter_context(mock.patch.object(optimizers, "_foreach_supported_types", foreach))
         stack.enter_context(mock.patch.dict(known, dict.fromkeys(names, fake_attention)))
         stack.enter_context(mode)
         yield

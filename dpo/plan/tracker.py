@@ -28,6 +28,8 @@ NO_KERNEL = set(
     "empty empty_like new_empty empty_strided new_empty_strided detach alias _unsafe_view lift_fresh record_stream "
     "_reshape_alias set_ resize_".split()
 )
+# Operations that read or write a few entries of their first tensor.
+PICKING = ("gather", "index", "index_select", "embedding", "scatter_add_", "index_put_", "index_add_")
 ACTIVATIONS, LOGITS, WEIGHTS, GRADIENTS, STATES = "activations", "logits", "weights", "gradients", "optimizer state"
 GATHERED, TEMPORARY = "gathered weights", "temporary"
 KINDS = (WEIGHTS, GRADIENTS, STATES, GATHERED, ACTIVATIONS, LOGITS, TEMPORARY)
@@ -157,6 +159,10 @@ class Tracker(TorchDispatchMode):
         if func.is_view or name in NO_KERNEL or func.namespace == "prim":
             return
         inputs = {id(t) for t in given}
+        if name in PICKING:
+            picked = _bytes(made[0]) if name[-1] != "_" else _bytes(given[-1])
+            self.work(name, 0, 4, 2 * picked + sum(_bytes(t) for t in given[1:]))
+            return
         moved = sum(map(_bytes, given)) + sum(_bytes(t) for t in made if id(t) not in inputs)
         if name.endswith("_") and name != "copy_":  # in place: read and written
             moved += sum(_bytes(t) for t in tree_leaves(args[0]) if isinstance(t, Tensor))

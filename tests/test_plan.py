@@ -99,6 +99,23 @@ def test_its_memory_is_what_the_allocator_sees(
     assert planned.peak == pytest.approx(really_peaks(config, data), rel=0.01)
 
 
+@pytest.mark.parametrize(("given", "start"), [
+    ([], "| float32,"),
+    (["model.policy_dtype=bfloat16"], "| `model.policy_dtype=bfloat16` |"),
+])  # fmt: skip
+def test_the_readme_has_its_bytes_a_parameter(
+    given: list[str], start: str, overrides: Callable[..., list[str]], shape: str, tiny_model_dir: Path
+) -> None:
+    tokenizer = f"model.tokenizer_name_or_path={tiny_model_dir}"
+    config, data = loaded(overrides(*RUN, *given, shape, tokenizer))
+    found = plan.plan_run(config, data, CPU, DEVICES["H100"])
+    kinds = found.memory["backward"] | {"gradients": found.memory["clip"]["gradients"]}
+    each = [round(kinds[kind] / found.parameters, 1) for kind in ("weights", "gradients", "optimizer state")]
+    [row] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(start)]
+    cells = [float(cell) for cell in re.findall(r"\| \(?(\d+)\)? (?=\|)", row)]
+    assert [*cells[:3], cells[-1]] == [*each, sum(each)]
+
+
 # On a GPU that is not there: in processes of their own, since torch keeps such a device.
 
 PLANTED = """

@@ -171,9 +171,9 @@ def attention(count: Callable[[int, int, int], None]) -> Callable[..., Any]:
 def pretending(mode: FakeTensorMode, fake_attention: Callable[..., Any] | None) -> Iterator[None]:
     """Make tensors fake inside the block, in `mode`: they have a device and a size, and no content.
 
-    Patched for that: reading tensors as lists, which gives ones; the end of autocast's cache; the thread that lays
-    out batches, since modes of torch are a thread's own; the random numbers of rounding; that an optimizer's foreach steps are for
-    real tensors only; and transformers' attention, unless `fake_attention` is None.
+    Patched for that: reading tensors as lists, which gives ones; the end of autocast's cache; the thread that lays out
+    batches, since modes of torch are a thread's own; the random numbers of rounding; that an optimizer's foreach steps
+    are for real tensors only; and transformers' attention, unless `fake_attention` is None.
     """
     clear = torch.clear_autocast_cache
 

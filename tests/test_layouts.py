@@ -1,8 +1,10 @@
 """Prompt trees against one row a response: log-probabilities and gradients, for models of many kinds."""
 
+import contextlib
 import copy
 import functools
 import itertools
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,19 +16,20 @@ from conftest import EVERYTHING, make_model, read_jsonl, train_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batching import Data, make_data
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo.data.batching import Batch, Cut, Tree, epoch_order
 from dpo.data.records import Record
 from dpo.model.checks import disable_dropout, head_difference, pick_computation
-from dpo.model.layouts import FLEX, PADDING, block_mask, lay_out, set_attention, visible
-from dpo.model.logps import Computation, add_token_logps, response_logps
+from dpo.model.layouts import FLEX, PADDING, _packed, _unpacked, block_mask, lay_out, set_attention, visible
+from dpo.model.logps import Computation, add_token_logps, casting_once, response_logps, rows_at_once
+from dpo.plan.tracker import Tracker
 from dpo.reference import LiveReference, build_reference, model_key, wanted_by
 from dpo.run.throughput import cost_of
 from dpo.scoring import Scorer, shares
 from dpo.utils import UserError
-from losses import DPO
+from losses import DPO, SFT
 from settings import load_config
 
 SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
@@ -120,6 +123,50 @@ def test_a_token_sees_what_it_would_see_alone(layout: str, forest: list[Tree], w
     assert torch.equal(create_mask(blocks.mask_mod, n, 1, width, width, device="cpu")[:, 0], sees)
 
 
+def test_blocks_are_those_of_torch() -> None:
+    rng = random.Random(0)
+    for _ in range(4):
+        sizes = [(rng.choice([0, 1, rng.randint(2, 300)]), rng.randint(1, 3)) for _ in range(rng.randint(1, 4))]
+        forest = [Tree([1] * n, [[2] * rng.choice([1, rng.randint(2, 400)]) for _ in range(k)]) for n, k in sizes]
+        for layout in ("packed", "tree"):
+            rows = lay_out(Batch(forest, [], None), layout)
+            n, width = rows.branch.shape
+            for window in (None, 1, 150):
+                ours = block_mask(rows, window)
+                theirs = create_block_mask(ours.mask_mod, n, None, width, width, device="cpu")
+                assert torch.equal(ours.to_dense(), theirs.to_dense())
+                for kind in ("kv", "full_kv"):
+                    counts, places = (getattr(ours, f"{kind}_{part}") for part in ("num_blocks", "indices"))
+                    others = getattr(theirs, f"{kind}_num_blocks"), getattr(theirs, f"{kind}_indices")
+                    assert torch.equal(counts, others[0])
+                    for row, query in itertools.product(range(n), range(counts.shape[2])):
+                        used = int(counts[row, 0, query])
+                        assert {*places[row, 0, query, :used].tolist()} == {*others[1][row, 0, query, :used].tolist()}
+
+
+def test_the_block_mask_takes_little_memory() -> None:
+    trees = [Tree([1] * 100, [[2] * 150, [2] * 200]) for _ in range(9)]
+    rows, seen = lay_out(Batch(trees, [], None), "packed"), Tracker("cpu")
+    with seen:
+        block_mask(rows, 100)
+    assert seen.peak[""].total() < 0.3 * rows.branch.numel() ** 2 and not seen.waits
+
+
+def test_what_is_copied_together_comes_apart_again() -> None:
+    given = {
+        "odd": torch.tensor([True, False, True]), "none": torch.zeros(0, 3), "ids": torch.arange(5).view(5, 1),
+        "half": torch.ones(3, dtype=torch.bfloat16), "logps": torch.randn(2, 3),
+    }  # fmt: skip
+    found = _unpacked(_packed(given, False), given)
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in given.items())
+
+
+def test_logits_at_once() -> None:
+    cpu, gpu = (rows_at_once(128256, torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert cpu == 2**25 // 128256 and gpu == 2048
+    assert rows_at_once(2**29, torch.device("cuda")) == 256 and rows_at_once(2**29, torch.device("cpu")) == 1
+
+
 def flex(model: PreTrainedModel, forest: list[Tree]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities by FlexAttention, and those of a row for each response."""
     batch, dtype = Batch(forest, [], None), torch.float32
@@ -208,6 +255,24 @@ def test_everything_on_gives_the_gradient_of_everything_off(
         assert passes > 3
         assert again == pytest.approx(loss, rel=1e-5)
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_casts_that_last_for_an_update_change_nothing(checkpointing: bool) -> None:
+    data, policy = make_data(12), copy_of("llama")
+    if checkpointing:
+        policy.activation_checkpointing_enable({"use_reentrant": False}, 1)
+    scorer = Scorer(SFT(), Computation(torch.bfloat16, "tree"), None)
+    for _ in range(2):  # the second update is of other weights
+        found = []
+        for lasting in (casting_once(policy), contextlib.nullcontext()):
+            with lasting:
+                found.append(gradient(policy.train(), data, scorer, Cut("tree", 1, 4, None, 0)))
+        (loss, ours, passes), (expected, wanted, _) = found
+        assert passes > 2 and loss == expected and torch.equal(ours, wanted) and ours.any()
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 @settings(max_examples=20, deadline=None)

@@ -6,6 +6,7 @@ each token sees what it would see in a row of its own, so that all layouts compu
 a response predicts nothing and is left out.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -57,13 +58,27 @@ def copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Ten
     """Return `tensors` of the CPU on `device`, in one copy that the host does not wait for."""
     if device.type == "cpu":
         return dict(tensors)
-    aligned = {name: -(-t.numel() * t.element_size() // 8) * 8 for name, t in tensors.items()}  # bytes
-    together = torch.empty(sum(aligned.values()), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    parts = together.split([*aligned.values()])
-    for part, tensor in zip(parts, tensors.values(), strict=True):
+    is_cuda = device.type == "cuda"
+    with torch.cuda.device(device) if is_cuda else contextlib.nullcontext():  # of a thread it is a choice of its own
+        return _unpacked(_packed(tensors, is_cuda).to(device, non_blocking=True), tensors)
+
+
+def _packed(tensors: Mapping[str, Tensor], pin: bool) -> Tensor:
+    """Return the bytes of all `tensors`, each beginning at a multiple of 8, uint8."""
+    together = torch.empty(sum(map(_room, tensors.values())), dtype=torch.uint8, pin_memory=pin)
+    for part, tensor in zip(together.split([*map(_room, tensors.values())]), tensors.values(), strict=True):
         _view(part, tensor).copy_(tensor)
-    parts = together.to(device, non_blocking=True).split([*aligned.values()])
-    return {name: _view(part, tensor) for part, (name, tensor) in zip(parts, tensors.items(), strict=True)}
+    return together
+
+
+def _unpacked(together: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of `_packed`, as views."""
+    parts = together.split([*map(_room, like.values())])
+    return {name: _view(part, tensor) for part, (name, tensor) in zip(parts, like.items(), strict=True)}
+
+
+def _room(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // 8) * 8
 
 
 def _view(part: Tensor, like: Tensor) -> Tensor:

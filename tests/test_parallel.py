@@ -64,6 +64,8 @@ GROUPS: dict[str, tuple[int, str, dict[str, tuple[tuple[str, str], ...]]]] = {
     "FSDP 2": (2, FSDP, {"llama": SOME}),
     "TP 2": (2, TENSOR, {"llama": HARDEST}),
     "FSDP 2 other models": (2, FSDP, {"llama": MOST, "gpt_neox": SOME, "gpt2": SOME}),
+    "FSDP 2 reduced once": (2, f"{FSDP} fsdp_reduce_once=true", {"llama": HARDEST}),
+    "HSDP 2x2 reduced once": (4, f"{FSDP} fsdp_replicate_size=2 fsdp_reduce_once=true", {"llama": HARDEST}),
     "FSDP 4": (4, FSDP, {"llama": SOME, "gpt_neox": HARDEST, "gpt2": HARDEST}),
     "HSDP 2x2": (4, f"{FSDP} fsdp_replicate_size=2 fsdp_reshard_after_forward=false", {"llama": HARDEST}),
     "TP 2 other models": (2, TENSOR, {"llama": SOME, "gpt_neox": SOME, "qwen3": HARDEST, "olmo2": HARDEST}),

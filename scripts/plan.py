@@ -28,7 +28,7 @@ from dpo.data.batching import BLOCK, Batch, Example, deal, make_batch
 from dpo.data.records import PreferenceData
 from dpo.model import adapters
 from dpo.model.checks import refusing
-from dpo.model.loading import load_tokenizer, local_folder, make_ready
+from dpo.model.loading import load_tokenizer, make_ready, whole_model
 from dpo.model.logps import Computation, Laid, TokenLogps
 from dpo.model.patches import quiet_transformers
 from dpo.parallel.arrange import sharding_of
@@ -124,7 +124,7 @@ def _share_seen(laid: Laid) -> float:
 
 def meta_model(config: Config) -> PreTrainedModel:
     """Return the model without weights. Raise UserError if it has no configuration that can be read."""
-    source = local_folder(config.model.archive or config.model.name_or_path, config.cache)
+    source = whole_model(config.model.name_or_path, config)  # an archive has the same architecture
     own_code = {"trust_remote_code": config.model.trust_remote_code}
     with refusing(f"no model could be read from {source}"), torch.device("meta"):
         known = AutoConfig.from_pretrained(source, **own_code)
@@ -348,7 +348,7 @@ def as_text(found: Planned, name: str) -> str:
             f"{found.kernels} kernels, {found.moved / 1e9:.0f} GB moved; {found.useful:.2f} of the work is useful",
             f"traffic: {traffic or 'none'}",
             f"the host waits for the GPU: {waits or 'never'}",
-            f"estimate, not measured: {found.seconds:.2f} s for that update, {found.hours:.1f} h for "
+            f"estimate, not measured: {found.seconds:.2f} s for that update, {found.hours:.2g} h for "
             f"{found.updates} updates",
         ]
     )
@@ -388,8 +388,6 @@ def check_planned(config: Config) -> None:
         raise UserError(f"adapter.quantization={config.adapter.quantization} cannot be planned; plan adapter=lora")
     if config.trainer == "TensorParallelTrainer":
         raise UserError("trainer=TensorParallelTrainer cannot be planned yet; plan trainer=FSDPTrainer")
-    if config.model.archive and config.model.archive.endswith(".pt"):
-        raise UserError("model.archive=*.pt does not say its architecture: plan without it")
 
 
 if __name__ == "__main__":

@@ -168,8 +168,7 @@ class Trainer:
         parts = parts_to_check(data, batches, self.scorer, self.cut, evaluation, resumed)
         order = hashlib.sha256(np.concatenate(batches).tobytes()).hexdigest()
         checked = [data.identity, order, [unseen.identity, evaluator.examples] if unseen else None, resumed]
-        assert self.scorer.reference is not None
-        verdict = verdict_on(self.policy, config, self.scorer.reference, *checked)
+        verdict = verdict_on(self.policy, config, self.scorer, *checked)
         check_training_data(self.policy, self.scorer, parts, self.total_examples, verdict)
 
     def wanted_of_reference(self, batches: list[np.ndarray]) -> Wanted:
@@ -270,10 +269,10 @@ class Trainer:
         """Add the gradients of this process's micro-batches of a global batch of `n` examples. Return their metrics."""
         tally, laid = Tally(scorer.loss.rows == LABELLED), scorer.laid(self.policy, parts)
         with casting_once(self.policy):
-            for i, share in enumerate(parts, start=1):
+            for i, (share, placed) in enumerate(laid, start=1):
                 if self.config.fsdp_reduce_once:
                     parallel.reduce_gradients(self.policy, i == len(parts))
-                losses, values = scorer.score(self.policy, next(laid), "train")
+                losses, values = scorer.score(self.policy, placed, "train")
                 self.updater.backward(losses.sum() * share.counts / n)
                 tally.add(values, share.batch, share.counts)
         return tally

@@ -1,8 +1,7 @@
 """Count what training steps need on GPUs that are not there: python benchmarks/planned.py [--hh FOLDER]
 
-Llama shapes of 1B and 8B parameters, each step planned as scripts/plan.py does, on prompts and responses of made-up
-lengths (log-normal; medians of 150 tokens for prompts, 230 and 220 for responses; 50 to 500 tokens), 64 pairs a batch;
-and how evenly batches of 64 pairs are dealt to 8 processes. Writes plan.md into --folder.
+Llama shapes of 1B and 8B parameters, each step planned as scripts/plan.py does, on pairs of made-up lengths; and how
+evenly batches of 64 pairs are dealt to 8 processes. Writes plan.md into --folder.
 """
 
 import argparse
@@ -18,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import numpy as np
-import torch
 from transformers import LlamaConfig
 
 import plan
@@ -40,6 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
            "num_key_value_heads": 8},
 }  # fmt: skip
 VOCABULARY = 128256
+LENGTHS = "made-up lengths: log-normal, medians of 150 tokens for prompts, 230 and 220 for responses, 50 to 500"
 FSDP = ["trainer=FSDPTrainer", "activation_checkpointing=true", "mixed_precision=bfloat16"]
 CASES: list[tuple[str, int, list[str]]] = [
     ("1B", 1, ["mixed_precision=bfloat16", "microbatch_tokens=16384"]),
@@ -55,7 +54,7 @@ LIMITS = (512, 1024, 4096, 16384)
 
 
 class MadeUp:
-    """Pairs of the lengths that the module's docstring names. Stands for PreferenceData."""
+    """Pairs of LENGTHS. Stands for PreferenceData."""
 
     names, source_names, rows, identity = ("made-up",), (), "pairs", "made-up"
 
@@ -133,9 +132,9 @@ def main() -> None:
     if arguments.hh:
         config = load_config(["exp_name=plan", "model=smollm2", "datasets=[hh]", f"dataset_sources.hh={arguments.hh}"])
         sets["HH"] = load_data(data_settings(config), load_tokenizer(config), "train")
-    facts = machine() | {"torch": torch.__version__, "method": "scripts/plan.py: nothing ran on a GPU"}
+    facts = machine() | {"method": "scripts/plan.py: nothing ran on a GPU"}
     lines = ["# Planned steps", "", *(f"- {name}: {value}" for name, value in facts.items())]
-    lines += ["- data: " + (__doc__ or "").partition("on prompts and ")[2].partition(";\nand")[0].replace("\n", " ")]
+    lines += [f"- data: 64 pairs a batch, {LENGTHS}"]
     lines += ["- bytes a parameter: of the optimizer phase, of all processes together", ""]
     lines += ["| model, GPUs | overrides | passes | peak GiB | bytes a parameter | TFLOP | GB moved | kernels | waits "]
     lines[-1] += "| gathers | reduce-scatters | s on H100 (estimate) |"

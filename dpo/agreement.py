@@ -12,7 +12,7 @@ from dpo import parallel
 from dpo.data.batching import Cut, Example, as_examples, deal, make_batch
 from dpo.data.records import PreferenceData
 from dpo.model.verdicts import Verdict, structure
-from dpo.reference import LiveReference, Reference
+from dpo.reference import LiveReference
 from dpo.run import health
 from dpo.run.config import Config
 from dpo.scoring import Scorer, Share, shares
@@ -53,18 +53,19 @@ def check_training_data(
     verdict.keep(n_checked)
 
 
-def verdict_on(policy: PreTrainedModel, config: Config, reference: Reference, *checked: Any) -> Verdict:
+def verdict_on(policy: PreTrainedModel, config: Config, scorer: Scorer, *checked: Any) -> Verdict:
     """Return where the verdict of a run's `check_training_data` is kept. `checked`: JSON values that stand for the data
     and examples. A collective.
 
     It depends on the weights, which the folder of a stored reference is named after, and on the entries, whose files
     are named after their content. Nothing is kept of a live reference: its check is one batch.
     """
+    reference, how = scorer.reference, scorer.how
     if not isinstance(reference, StoredReference):
         return Verdict(None)
     entries = sorted(path.name for path in reference.folder.glob("*.safetensors"))
     work = (config.batch_size, config.gradient_accumulation_steps, config.eval_batch_size, config.microbatch_tokens)
-    content = [reference.folder.name, entries, work, LEAST_CHECKED, SECONDS, *checked]
+    content = [reference.folder.name, entries, how.layout, how.flex, work, LEAST_CHECKED, SECONDS, *checked]
     return Verdict.of(config.cache, "agreement", structure(policy, config), content)
 
 

@@ -54,6 +54,7 @@ def round_stochastically(target: Tensor, values: Tensor, random: Tensor) -> None
     A value between two neighbouring bfloat16 numbers becomes the one or the other, with probabilities that make its
     expectation the value itself. `random` are numbers in [0, 2^16), int32 of the same shape.
     """
+    random = random.masked_fill(values.isnan(), 0)  # the largest NaN would become 0
     bits = values.view(torch.int32)  # sign, exponent and fraction: the upper 16 are the next bfloat16 number towards 0
     target.copy_(bits.add_(random).bitwise_and_(-(2**16)).view(torch.float32))
 

@@ -120,10 +120,10 @@ class Scorer:
             others |= {"reference": stored.logps, "reference mask": stored.mask}
         return place(batch, self.how.layout, device, others)
 
-    def laid(self, policy: PreTrainedModel, parts: "Sequence[Share]") -> Iterator[Laid]:
-        """Yield each micro-batch in place. A thread lays out the next one while the caller computes."""
+    def laid(self, policy: PreTrainedModel, parts: "Sequence[Share]") -> Iterator[tuple["Share", Laid]]:
+        """Yield each micro-batch, and the same in place. A thread lays out the next one while the caller computes."""
         device = input_device(policy)  # asked here: the policy's parts may be exchanged while it computes
-        return one_ahead(lambda share: self.lay(share.batch, device), parts)
+        return one_ahead(lambda share: (share, self.lay(share.batch, device)), parts)
 
     def score(self, policy: PreTrainedModel, laid: Laid, split: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each example, shape [n], with gradients, and each metric's values [n], for a Tally. The
@@ -292,6 +292,6 @@ def evaluate_loss(
     """Return each metric of `Scorer` on this process's share of exactly `examples`, and that share."""
     scorer, parts = scorer.prepare(policy, data, examples, cut)
     tally, laid = Tally(scorer.loss.rows == LABELLED), scorer.laid(policy, parts)
-    for share in progress(parts, desc="evaluating", leave=False):
-        tally.add(scorer.score(policy, next(laid), "eval")[1], share.batch, share.counts)
+    for share, placed in progress(laid, desc="evaluating", leave=False, total=len(parts)):
+        tally.add(scorer.score(policy, placed, "eval")[1], share.batch, share.counts)
     return tally.read()[0], [example for share in parts for example in share.examples]

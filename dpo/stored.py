@@ -100,6 +100,8 @@ class StoredReference:
     def _come(self) -> tuple[list[str], list[str]]:
         """Return the files that have come since the last time, and those of them that must be verified."""
         for path in self.folder.glob(".*"):
+            if path.name.startswith(".nfs"):  # the file system's: another job has such a file open
+                continue
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > SECONDS_OF_A_WRITE:
                     path.unlink()
@@ -119,8 +121,8 @@ class StoredReference:
         return self.folder / f".{uuid.uuid4().hex}"
 
     def _add_index(self, names: list[str]) -> None:
-        """Make it known where the entries of the files `names` are. The first process of each machine writes that to a
-        file, which all of the machine map and which then has no name any more."""
+        """Write the index of the files `names`, map it, and unlink it. The first process of each machine writes; all of
+        the machine map one file."""
         path = self.folder / f".{parallel.from_main(uuid.uuid4().hex)}-{os.uname().nodename}"
         with parallel.one_per_machine_first():
             if not path.exists():

@@ -171,6 +171,7 @@ class Planned:
     """
 
     processes: int
+    shards: int
     parameters: int
     trained: int
     updates: int
@@ -224,6 +225,7 @@ def plan_run(config: Config, data: PreferenceData, device: torch.device, hardwar
     mean = seconds * sum(work) / len(work) / work[largest]
     return Planned(
         processes=processes,
+        shards=processes // config.fsdp_replicate_size,
         parameters=trainer.policy.num_parameters(),
         trained=trainer.policy.num_parameters(only_trainable=True),
         updates=trainer.total_steps,
@@ -286,11 +288,11 @@ def _passing(found: Planned) -> int:
 
 
 def fewest_processes(found: Planned, hardware: Device) -> int | None:
-    """Return with how many processes under FSDP the run would fit, as it is cut now: a power of 2, or None."""
+    """Return over how many shards under FSDP the run would fit, as it is cut now: a power of 2, or None."""
     for n in (2**i for i in range(11)):
         shared = (WEIGHTS, GRADIENTS, STATES, TEMPORARY)
         peaks = (
-            sum(size * found.processes / n if kind in shared else size for kind, size in kinds.items())
+            sum(size * found.shards / n if kind in shared else size for kind, size in kinds.items())
             for kinds in found.memory.values()
         )
         if max(peaks) <= usable(hardware):

@@ -157,13 +157,15 @@ def _logps(model: PreTrainedModel, how: Computation, *trees: Tree) -> TokenLogps
 
 def checked_computation(model: PreTrainedModel, config: Config, trains: bool) -> Computation:
     """Return `pick_computation`, after `check_noise` if the model `trains`, or what an earlier start found on the same
-    architecture, code, machine and settings (see `verdicts`). That log-probabilities are finite is seen each time.
+    architecture, code, machine and settings (see `verdicts`). With these weights it is checked on a short tree.
 
     Only what passed at once is kept: a layout that `auto` had to give up is tried again. A collective.
     """
     verdict = Verdict.of(config.cache, "layout", structure(model, config), trains)
-    if (layout := verdict.read()) is not None and _is_finite(model, config.compute_dtype):
-        return _computation(model, config, layout)
+    if (layout := verdict.read()) is not None:
+        how = _computation(model, config, layout)
+        if all(parallel.gather(_is_exact(model, how))):
+            return how
     how = pick_computation(model, config)
     if trains:
         check_noise(model, how)
@@ -172,11 +174,10 @@ def checked_computation(model: PreTrainedModel, config: Config, trains: bool) ->
     return how
 
 
-@torch.no_grad()
-def _is_finite(model: PreTrainedModel, dtype: torch.dtype) -> bool:
-    """Return whether the log-probability of a token can be computed, and is finite. A row of one token is fast."""
+def _is_exact(model: PreTrainedModel, how: Computation) -> bool:
+    """Return whether log-probabilities of short rows are finite, and the same in both layouts."""
     try:
-        return bool(_logps(model, Computation(dtype), Tree([0], [[1]])).logps.isfinite().all())
+        return layout_difference(model, how, 4, 16) <= how.tolerance  # false for NaN
     except Exception:  # models and compilers raise exceptions of any class; the whole check tells what it is
         if parallel.active():  # the other processes may not have failed
             raise

@@ -60,7 +60,8 @@ def copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Ten
         return dict(tensors)
     is_cuda = device.type == "cuda"
     with torch.cuda.device(device) if is_cuda else contextlib.nullcontext():  # of a thread it is a choice of its own
-        return _unpacked(_packed(tensors, is_cuda).to(device, non_blocking=True), tensors)
+        # Apple GPUs read memory that is not pinned, perhaps when it is gone.
+        return _unpacked(_packed(tensors, is_cuda).to(device, non_blocking=device.type != "mps"), tensors)
 
 
 def _packed(tensors: Mapping[str, Tensor], pin: bool) -> Tensor:

@@ -37,7 +37,7 @@ class TokenLogps:
     kl: Tensor | None = None
 
     def of(self, batch: Batch) -> "TokenLogps":
-        """Return these, on the CPU, without the tokens of `batch` that do not count."""
+        """Return these, which are on the CPU, without the tokens of `batch` that do not count."""
         counted = batch.counted(self.mask.shape[1])
         return self if counted is None else replace(self, mask=self.mask & torch.from_numpy(counted))
 
@@ -80,7 +80,7 @@ def add_token_logps(model: PreTrainedModel) -> PreTrainedModel:
 
     Without targets it returns those of every token: [n, vocabulary]. With `squares`, or `reference` (the reference's of
     every token), it returns [n, 2 or 3]: see TokenLogps. Logits for targets exist only at these slots,
-    `logits_at_once` of them at a time. If that is not all, backward computes them again: it would hold them all. This
+    `rows_at_once` at a time. If that is not all, backward computes them again: it would hold them all. This
     is a part of the model's forward because FSDP gathers the model's weights there.
     """
     own = model.forward
@@ -144,8 +144,9 @@ def laid_logps(
     batch, see TokenLogps."""
     rows = laid.rows
     held = (lambda: reference) if reference is not None else None
-    found = _forward(model, rows, how, targets=rows.targets, squares=squares, reference=held)
-    places = rows.places.to(found.device)
+    # The head of a model on several devices is on the last one; the loss is computed on the first.
+    found = _forward(model, rows, how, targets=rows.targets, squares=squares, reference=held).to(rows.places.device)
+    places = rows.places
     mask = torch.zeros(rows.shape, dtype=torch.bool, device=found.device).flatten().index_fill(0, places, True)
     columns = found.unbind(-1) if found.ndim > 1 else [found]
     on_grid = [column.new_zeros(mask.shape).index_put((places,), column).view(rows.shape) for column in columns]
@@ -189,7 +190,10 @@ def autocast(model: PreTrainedModel, compute: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def casting_once(model: PreTrainedModel) -> Iterator[None]:
-    """Let the casts of trained weights that `autocast` makes in the block last until its end: they are made once for
-    all passes. Let no pass without gradients (`no_grad`) of trained weights be inside: its casts have none."""
+    """Let the casts of trained weights that `autocast` makes last until the block ends, not one forward pass only.
+
+    On GPUs a pass that computes activations or logits again, in the thread of backward, ends them before (torch 2.13).
+    Weights must not change in the block.
+    """
     with torch.autocast(input_device(model).type, enabled=False):
         yield

@@ -25,9 +25,8 @@ from dpo.run.config import Config
 from dpo.utils import ROOT, file_hash_once
 
 FOLDER = "verdicts"
-# Code that computes log-probabilities: of libraries the version counts, of this project the content of these folders.
+# Code that computes log-probabilities: of libraries the version counts, of this project the content of the package.
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "flash_attn", "kernels", "triton")
-OWN_CODE = ("dpo/model", "dpo/parallel")
 # Keys of ParallelConfig that say nothing about how a given model computes.
 NOT_COMPUTED = ("cache_dir", "reference", "microbatch_tokens", "fsdp_port")
 NAMES = ("name_or_path", "archive", "tokenizer_name_or_path")
@@ -111,7 +110,7 @@ def _code(model: PreTrainedModel) -> dict[str, str] | None:
     parts = [model.config, *model.modules()]
     classes = {base for part in parts for base in type(part).__mro__}
     packages = {cls.__module__.partition(".")[0] for cls in classes} - {*LIBRARIES, *sys.stdlib_module_names}
-    files = {str(path.relative_to(ROOT)): path for folder in OWN_CODE for path in (ROOT / folder).glob("*.py")}
+    files = {str(path.relative_to(ROOT)): path for path in (ROOT / "dpo").rglob("*.py")}
     for package in packages:
         modules = {n: m for n, m in list(sys.modules.items()) if n.partition(".")[0] == package}
         found = {name: getattr(module, "__file__", None) for name, module in modules.items()}

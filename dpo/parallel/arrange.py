@@ -29,12 +29,13 @@ def sharding_of(config: ParallelConfig) -> parallel.Sharding | None:
         tensor=tensor,
         block_name=config.model.block_name or config.model.block,
         compute_dtype=config.compute_dtype,
-        reshard_after_forward=config.fsdp_reshard_after_forward,
+        reshard_after_forward=config.fsdp_reshard_after_forward and not config.fsdp_reduce_once,
         cpu_offload=config.fsdp_cpu_offload,
     )
     if not sharding.fsdp and (sharding.cpu_offload or not sharding.reshard_after_forward):
         raise UserError(
-            f"fsdp_cpu_offload and fsdp_reshard_after_forward are FSDP's, and with tensor_parallel_size={tensor} of "
-            f"{processes} processes nothing is left for it: leave them out, or lower tensor_parallel_size"
+            "fsdp_cpu_offload, fsdp_reshard_after_forward and fsdp_reduce_once are FSDP's, and with "
+            f"tensor_parallel_size={tensor} of {processes} processes nothing is left for it: leave them out, or lower "
+            "tensor_parallel_size"
         )
     return sharding

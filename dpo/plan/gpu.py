@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from transformers import AttentionInterface
 
-from dpo import rounding, scoring
+from dpo import parallel, rounding, scoring
 from dpo.model.layouts import FLEX
+from dpo.parallel import processes, sharding
 
 NAME = "gpu"
 # Operations of language models that CUDA's autocast computes in the lower type, and in float32. Others promote.
@@ -172,7 +173,8 @@ def pretending(mode: FakeTensorMode, fake_attention: Callable[..., Any] | None) 
     """Make tensors fake inside the block, in `mode`: they have a device and a size, and no content.
 
     Patched for that: reading tensors as lists, which gives ones; the end of autocast's cache; the thread that lays out
-    batches, since modes of torch are a thread's own; the random numbers of rounding; that an optimizer's foreach steps
+    batches, since modes of torch are a thread's own; the random numbers of rounding; what other
+    processes tell, who say the same; that an optimizer's foreach steps
     are for real tensors only; and transformers' attention, unless `fake_attention` is None.
     """
     clear = torch.clear_autocast_cache
@@ -183,6 +185,9 @@ def pretending(mode: FakeTensorMode, fake_attention: Callable[..., Any] | None) 
 
     def noise(key: str, start: int, shape: torch.Size, block: int, device: torch.device) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
+
+    def gather(value: Any, group: Any = None) -> list[Any]:
+        return [value] * parallel.world_size()
 
     def forget() -> None:
         clear()
@@ -196,6 +201,8 @@ def pretending(mode: FakeTensorMode, fake_attention: Callable[..., Any] | None) 
         stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", forget))
         stack.enter_context(mock.patch.object(scoring, "one_ahead", map))
         stack.enter_context(mock.patch.object(rounding, "noise", noise))
+        for module in (processes, sharding):
+            stack.enter_context(mock.patch.object(module, "gather", gather))
         stack.enter_context(mock.patch.object(optimizers, "_foreach_supported_types", foreach))
         stack.enter_context(mock.patch.dict(known, dict.fromkeys(names, fake_attention)))
         stack.enter_context(mode)

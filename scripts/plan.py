@@ -3,7 +3,8 @@
 The run's own training step computes its own batches on a GPU without memory and arithmetic (torch's fake tensors), with
 the processes of a group that does not exist. So no GPU is needed, and no weights: of the model only its configuration.
 Printed are memory by phase and kind, operations, traffic and waits of an update, an estimate of its time, and advice.
-Not planned: evaluations and samples (eval_batch_size), torch.compile, fragmentation of memory.
+Not planned: evaluations and samples, torch.compile (ignored), fragmentation of memory, quantised weights, experts, tensor
+parallelism. Its time takes all GPUs for linked as those of one machine are.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,14 @@ def _share_seen(laid: Laid) -> float:
 # Build -------------------------------------------------------------------------------------------------------------
 
 
+def _experts(config: Any) -> bool:
+    """Return whether a model's configuration names experts."""
+    text = config.get_text_config()
+    return any(
+        (getattr(text, f"{name}_experts", None) or 0) > 1 for name in ("num_local", "num", "n_routed", "moe_num")
+    )
+
+
 def meta_model(config: Config) -> PreTrainedModel:
     """Return the model without weights. Raise UserError if it has no configuration that can be read."""
     source = whole_model(config.model.name_or_path, config)  # an archive has the same architecture
@@ -131,6 +141,8 @@ def meta_model(config: Config) -> PreTrainedModel:
         model: Any = AutoModelForCausalLM.from_config(
             known, dtype=getattr(torch, config.model.policy_dtype), **own_code
         )
+    if _experts(model.config):
+        raise UserError(f"{source} has experts, whose work depends on the tokens: it cannot be planned")
     return model
 
 
@@ -216,9 +228,13 @@ def plan_run(config: Config, data: PreferenceData, device: torch.device, hardwar
         trainer.step(batches[largest])  # makes the optimizer's states
         first = tracker.peak
         tracker.reset()
-        tracker.cost = hardware.seconds
+        tracker.cost = (replace(hardware, float32=hardware.tf32) if config.allow_tf32 else hardware).seconds
         trainer.step(batches[largest])
+        tracker.phase = ""
     peaks = {p: max(kinds, first.get(p, kinds), key=lambda k: k.total()) for p, kinds in tracker.peak.items()}
+    made = peaks["optimizer"]  # in the first step states are made, and labelled at its end
+    late = min(made[TEMPORARY], max(tracker.now[STATES] - made[STATES], 0))
+    made.update({STATES: late, TEMPORARY: -late})
     ranks, processes = parallel.data_ranks(trainer.policy), parallel.world_size()
     sent = sum(tracker.traffic.values()) * (processes - 1) / processes / hardware.link / REACHED_LINK
     seconds = max(sum(tracker.seconds.values()), sent)  # they overlap
@@ -267,13 +283,15 @@ def usable(hardware: Device) -> float:
 def largest_limit(config: Config, data: PreferenceData, device: torch.device, hardware: Device, found: Planned) -> int:
     """Return the largest microbatch_tokens that fits, in steps of BLOCK; 0 if none does. It is planned, not only
     extrapolated from the memory that a token takes."""
-    other = plan_run(dataclasses.replace(config, microbatch_tokens=max(found.tokens // 2, 1)), data, device, hardware)
+    if sum(found.memory["between updates"].values()) + found.memory["clip"].get(GRADIENTS, 0) > usable(hardware):
+        return 0
+    other = plan_run(replace(config, microbatch_tokens=max(found.tokens // 2, 1)), data, device, hardware)
     if other.tokens == found.tokens:  # one prompt's responses are as long
         return found.tokens if found.peak <= usable(hardware) else 0
     a_token = (_passing(found) - _passing(other)) / (found.tokens - other.tokens)
     limit = found.tokens + (usable(hardware) - _passing(found)) / max(a_token, 1)
     while (limit := int(limit) // BLOCK * BLOCK) > 0:
-        there = plan_run(dataclasses.replace(config, microbatch_tokens=limit), data, device, hardware)
+        there = plan_run(replace(config, microbatch_tokens=limit), data, device, hardware)
         if there.peak <= usable(hardware):
             return limit
         if there.tokens > limit:
@@ -306,18 +324,24 @@ def advice(config: Config, data: PreferenceData, device: torch.device, name: str
     fits = found.peak <= usable(hardware)
     lines = []
     if not fits and not config.activation_checkpointing:
-        smaller = plan_run(dataclasses.replace(config, activation_checkpointing=True), data, device, hardware)
-        there = "it would fit" if smaller.peak <= usable(hardware) else "and still not fit"
-        lines.append(f"activation_checkpointing=true would take {smaller.peak / GiB:.1f} GiB: {there}")
+        smaller = plan_run(replace(config, activation_checkpointing=True), data, device, hardware)
+        there = "which fits" if smaller.peak <= usable(hardware) else "which does not fit either"
+        lines.append(f"activation_checkpointing=true takes {smaller.peak / GiB:.1f} GiB, {there}")
     if fits and found.passes == 1:
         lines.append(f"the largest update, of {found.tokens} tokens a process, fits into one pass")
     else:
         limit = largest_limit(config, data, device, hardware, found)
-        most = f"is {limit}" if limit else "is none with these settings"
-        lines.append(f"the largest microbatch_tokens that fits {most}")
-    fewest = fewest_processes(found, hardware)
-    least = f"{fewest}, under FSDPTrainer" if fewest else "no number is enough: a micro-batch is too large"
-    lines.append(f"the fewest {name} that it fits on, cut as now: {least}")
+        most = f"the largest microbatch_tokens that fits is {limit}"
+        lines.append(
+            most if limit else "no microbatch_tokens fits: weights, gradients and states leave too little room"
+        )
+    if not fits:
+        lines.append(
+            "less memory: model.policy_dtype=bfloat16, adapter=lora, optimizer=AdamW8bit, mixed_precision=bfloat16"
+        )
+        fewest = fewest_processes(found, hardware)
+        enough = f"trainer=FSDPTrainer with about {fewest} {name} for each copy of the model fits (by arithmetic)"
+        lines.append(enough if fewest else "no number of GPUs is enough: a micro-batch is too large")
     if sum(found.traffic.values()) / hardware.link / REACHED_LINK > found.seconds * 0.99:
         lines.append("traffic takes longer than the computation: a larger batch_size, or fsdp_reduce_once=true")
     return lines
@@ -338,7 +362,9 @@ def as_text(found: Planned, name: str) -> str:
     table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     fits = "fits" if found.peak <= usable(hardware) else "DOES NOT FIT"
     trained = f" ({found.trained / 1e6:.1f}M trained)" if found.trained != found.parameters else ""
-    traffic = ", ".join(f"{n} {call} ({found.traffic[call] / 1e9:.2f} GB)" for call, n in found.collectives.items())
+    sent = {call: n for call, n in found.collectives.items() if call != "wait_tensor"}
+    traffic = ", ".join(f"{n} {call.strip('_')} ({found.traffic[call] / 1e9:.2f} GB)" for call, n in sent.items())
+    hours = f"{found.hours:.1f} h" if found.hours >= 1 else f"{found.hours * 60:.1f} minutes"
     waits = ", ".join(f"{n} x {where}" for where, n in found.waits.items())
     return "\n".join(
         [
@@ -350,8 +376,7 @@ def as_text(found: Planned, name: str) -> str:
             f"{found.kernels} kernels, {found.moved / 1e9:.0f} GB moved; {found.useful:.2f} of the work is useful",
             f"traffic: {traffic or 'none'}",
             f"the host waits for the GPU: {waits or 'never'}",
-            f"estimate, not measured: {found.seconds:.2f} s for that update, {found.hours:.2g} h for "
-            f"{found.updates} updates",
+            f"estimate, not measured: {found.seconds:.2f} s for that update, {hours} for {found.updates} updates",
         ]
     )
 
@@ -359,13 +384,15 @@ def as_text(found: Planned, name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--gpu", choices=[*DEVICES], default="H100", help="the GPU to plan for")
-    parser.add_argument("--processes", type=int, default=8, help="GPUs of all machines, unless trainer=BasicTrainer")
+    parser.add_argument(
+        "--processes", type=int, help="GPUs of all machines, unless trainer=BasicTrainer; else nproc, or 8"
+    )
     parser.add_argument("--no-advice", action="store_true", help="do not look for better settings, which takes longer")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.usage = "%(prog)s [options] KEY=VALUE ..."
     others, overrides = take_overrides(sys.argv[1:])
     arguments = parser.parse_args(others)
-    if arguments.processes < 1:
+    if arguments.processes is not None and arguments.processes < 1:
         raise UserError(f"--processes {arguments.processes} must be at least 1")
     given = [] if any(override.startswith("exp_name=") for override in overrides) else ["exp_name=plan"]
     config = load_config([*given, *overrides])
@@ -375,13 +402,16 @@ def main() -> None:
         data = load_data(data_settings(config), load_tokenizer(config), "train")
     device = torch.device("cpu") if config.device == "cpu" else gpu.register()
     if config.needs_group:
-        gpu.join_fake_group(arguments.processes)
+        gpu.join_fake_group(arguments.processes or config.nproc or 8)
     found = plan_run(config, data, device, DEVICES[arguments.gpu])
+    if not arguments.json:
+        print(as_text(found, arguments.gpu), flush=True)
     lines = [] if arguments.no_advice else advice(config, data, device, arguments.gpu, found)
     if arguments.json:
-        print(json.dumps({**dataclasses.asdict(found), "gpu": arguments.gpu, "peak": found.peak, "advice": lines}))
-    else:
-        print("\n".join([as_text(found, arguments.gpu), *(f"advice: {line}" for line in lines)]))
+        facts = {"gpu": arguments.gpu, "peak": found.peak, "usable": int(usable(DEVICES[arguments.gpu]))}
+        print(json.dumps({**dataclasses.asdict(found), **facts, "advice": lines}))
+    for line in lines if not arguments.json else []:
+        print(f"advice: {line}")
 
 
 def check_planned(config: Config) -> None:

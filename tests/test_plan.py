@@ -162,7 +162,7 @@ def read(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("given", first_fast([
     ["microbatch_tokens=256", "mixed_precision=bfloat16"],
-    ["microbatch_tokens=256", "loss=aot", "adapter=lora"],
+    ["microbatch_tokens=256", "loss=aot", "adapter=lora", "optimizer=AdamW8bit"],
     ["microbatch_tokens=256", "reference.mode=live", "loss=tdpo", "activation_checkpointing=true"],
     ["microbatch_tokens=256", "loss=sft"],
 ]))  # fmt: skip
@@ -224,6 +224,7 @@ def test_llama_3_8b(processes: int, planned: Callable[..., Any], tmp_path: Path)
 
 @pytest.mark.parametrize(("given", "message"), [
     (["--processes", "0"], "--processes 0 must be at least 1"),
+    (["trainer=FSDPTrainer", "nproc=2", "--processes", "0"], "--processes 0 must be at least 1"),
     (["adapter=qlora"], "adapter.quantization=nf4 cannot be planned"),
     (["trainer=TensorParallelTrainer"], "TensorParallelTrainer cannot be planned yet"),
     (["batch_sise=3"], "batch_sise"),

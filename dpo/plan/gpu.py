@@ -173,7 +173,7 @@ def pretending(mode: FakeTensorMode, fake_attention: Callable[..., Any] | None) 
     """Make tensors fake inside the block, in `mode`: they have a device and a size, and no content.
 
     Patched for that: reading tensors as lists, which gives ones; the end of autocast's cache; the thread that lays out
-    batches, since modes of torch are a thread's own; the random numbers of rounding; what other
+    batches, since modes of torch are a thread's own; the numbers of rounding; what other
     processes tell, who say the same; that an optimizer's foreach steps
     are for real tensors only; and transformers' attention, unless `fake_attention` is None.
     """
@@ -185,6 +185,9 @@ def pretending(mode: FakeTensorMode, fake_attention: Callable[..., Any] | None) 
 
     def noise(key: str, start: int, shape: torch.Size, block: int, device: torch.device) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
+
+    def code_of(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+        return torch.empty(256, device=device), torch.empty(255, device=device)
 
     def gather(value: Any, group: Any = None) -> list[Any]:
         return [value] * parallel.world_size()
@@ -201,6 +204,7 @@ def pretending(mode: FakeTensorMode, fake_attention: Callable[..., Any] | None) 
         stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", forget))
         stack.enter_context(mock.patch.object(scoring, "one_ahead", map))
         stack.enter_context(mock.patch.object(rounding, "noise", noise))
+        stack.enter_context(mock.patch.object(rounding, "code_of", code_of))
         for module in (processes, sharding):
             stack.enter_context(mock.patch.object(module, "gather", gather))
         stack.enter_context(mock.patch.object(optimizers, "_foreach_supported_types", foreach))

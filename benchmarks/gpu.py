@@ -35,14 +35,14 @@ from utils import HelpFormatter, run_main
 
 # Functions of gpu_stages.py, in this order, and their limits in seconds.
 LIMITS = {
-    "tests": 150,
-    "correctness": 150,
+    "tests": 120,
+    "correctness": 120,
     "waits": 120,
     "dpo_embedded": 150,
     "dpo_1b": 210,
     "plan_1b": 180,
     "mfu_1b": 120,
-    "mfu_8b": 210,
+    "mfu_8b": 270,
     "sampling": 90,
     "optimizers": 120,
 }
@@ -123,19 +123,20 @@ def outcome(result: Mapping[str, Any]) -> str:
 def report(results: Mapping[str, Mapping[str, Any]], limits: Mapping[str, float]) -> str:
     """Return the page. Its head is of the last stage; a stage of another commit or machine says so."""
     *_, last = results.values()
-    head = {"GPU": last["place"], **last["machine"]}
+    head, tiny = {"GPU": last["place"], **last["machine"]}, last["place"] == TINY
     lines = ["# One GPU", "", "`python benchmarks/gpu.py`; random seeds are fixed, each stage is a process."]
     lines += ["Updates are those of a run: `trainers.py`, `train_step`. Memory is torch.cuda.max_memory_allocated.", ""]
+    lines += ["TINY, ON A CPU: only tries the stages out, on a small model. Nothing here is a measurement.", ""] * tiny
     lines += [*(f"- {key}: {value}" for key, value in head.items()), ""]
     waiting = [[name, "not run yet", ""] for name in limits if name not in results]
-    ended = [[name, outcome(result), f"{result['seconds']:.0f}"] for name, result in results.items()]
+    ended = [[name, outcome(r).replace("|", r"\|"), f"{r['seconds']:.0f}"] for name, r in results.items()]
     lines += markdown([["stage", "outcome", "seconds"], *ended, *waiting])
     for name, result in results.items():
-        lines += ["", f"## {name}", ""]
-        other = {"GPU": result["place"], **result["machine"]}
-        lines += [f"- {key}: {value}" for key, value in other.items() if value != head[key]]
-        paragraphs = [result.get("method", "No result."), result.get("note", ""), outcome(result)]
-        lines += ["", "\n\n".join(filter(None, paragraphs))]
+        other = {"GPU": result["place"], **result["machine"]}.items()
+        differs = [f"- {key}: {value}" for key, value in other if value != head[key]]
+        lines += ["", f"## {name}", *([""] if differs else []), *differs]
+        lines += ["", result.get("method", "No result.")]
+        lines += ["", result["note"]] if result.get("note") else []
         lines += ["", *markdown(result["table"])] if result.get("table") else []
     return "\n".join(lines) + "\n"
 

@@ -44,6 +44,7 @@ from preference_datasets import load_data
 from settings import data_settings, load_config, quoted
 
 ONE_B, EIGHT_B, TINY = "16x2048", "32x4096", "1x512"  # LAYERSxWIDTH, see speed.random_model
+BATCH = ["batch_size=64", "n_examples=64"]  # one batch: a plan of it, and its update
 # Largest relative difference of the GPU from the CPU in float32.
 BOUNDS = {"loss": 1e-4, "gradient norm": 1e-4, "gradient": 1e-3, "log-probabilities": 1e-4}
 SYNCHRONISE = ("cudaStreamSynchronize", "cudaEventSynchronize")
@@ -251,7 +252,7 @@ def plan_1b(setting: Setting) -> Found:
     table = [["optimizer", "planned, GiB", "measured", "ratio", "planned, s", "measured", "ratio", "goals"]]
     for optimizer in ("RMSprop", "AdamW"):
         given = setting.given(ONE_B, "mixed_precision=bfloat16", f"optimizer={optimizer}", "microbatch_tokens=8192")
-        given += ["batch_size=64", "n_examples=64"]
+        given += BATCH
         expected, measured = planned(given), update(setting, given)
         peaks = expected["peak"] / GiB, measured["peak_memory_mib"] / 1024
         memory, seconds = peaks[1] / peaks[0], measured["seconds"] / expected["seconds"]
@@ -298,7 +299,7 @@ def mfu_1b(setting: Setting) -> Found:
     """Updates of 64 pairs of made-up dialogues: 16x2048 with random weights in float32, autocast to bfloat16, RMSprop.
     Seconds are the median of 3 updates after 2, with the optimizer's step; dpo/run/throughput.py counts the rest.
     """
-    return utilisation(setting, ONE_B, ["mixed_precision=bfloat16", "microbatch_tokens=8192", "batch_size=64"])
+    return utilisation(setting, ONE_B, ["mixed_precision=bfloat16", "microbatch_tokens=8192", *BATCH])
 
 
 def mfu_8b(setting: Setting) -> Found:
@@ -307,7 +308,7 @@ def mfu_8b(setting: Setting) -> Found:
     """
     total = psutil.virtual_memory().total if setting.tiny else torch.cuda.get_device_properties(0).total_memory
     usable, tried = total * (1 - plan.RESERVE), []
-    more = ["model.policy_dtype=bfloat16", "microbatch_tokens=4096", "batch_size=64"]
+    more = ["model.policy_dtype=bfloat16", "microbatch_tokens=4096", *BATCH]
     for extra in ([], ["activation_checkpointing=true"], ["adapter=lora"]):
         more += extra
         peak = planned(setting.given(EIGHT_B, *more))["peak"]

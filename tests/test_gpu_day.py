@@ -142,7 +142,7 @@ def test_8b_is_trained_in_the_first_way_that_fits(
     if chosen is None:
         assert found.skipped.count("needs 1073741824.0 GiB") == 3 and "usable are" in found.skipped
     else:
-        assert found.note == (chosen or "batch_size=64") and next(left, None) is None
+        assert found.note == (chosen or "n_examples=64") and next(left, None) is None
 
 
 @pytest.fixture(scope="module")
@@ -190,5 +190,6 @@ def test_the_command(setting: Setting) -> None:
     before = (ROOT / "benchmarks" / "gpu.md").exists()
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| tests | done |" in (setting.folder / "gpu.md").read_text()
+    page = (setting.folder / "gpu.md").read_text()
+    assert "| tests | done |" in page and "TINY, ON A CPU" in page and "| passed | 0 |" in page
     assert (ROOT / "benchmarks" / "gpu.md").exists() == before

@@ -85,7 +85,7 @@ class Setting:
             return [*given, "datasets=[sentiment]", *more]
         rows, model = self.folder / "dialogues.jsonl", self.folder / f"{'weights' if weights else 'config'}_{shape}"
         if not rows.exists():
-            benchmark.write_dialogues(rows, 24 if self.tiny else 512)
+            benchmark.write_dialogues(rows, 8 if self.tiny else 512)
         if not (model / "tokenizer.json").exists():
             speed.random_model(shape, model, given, weights)
         chosen = ["model=blank_model", f"model.name_or_path={quoted(model)}", f"datasets=[{quoted(rows)}]"]

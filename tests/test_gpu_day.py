@@ -169,15 +169,20 @@ def test_correctness_on_a_cpu(setting: Setting, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(("stage", "rows"), [
     ("waits", 2), ("plan_1b", 2), ("dpo_embedded", 6), ("sampling", 3), ("optimizers", 5),
 ])  # fmt: skip
-def test_stages_on_a_cpu(stage: str, rows: int, setting: Setting) -> None:
+def test_stages_on_a_cpu(stage: str, rows: int, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = {"peak": 2**30, "seconds": 1.0, "waits": {"tally": 1}}
+    monkeypatch.setattr(gpu_stages, "planned", lambda given: plan)  # which takes long; see the next test
+    monkeypatch.setattr("benchmark.apart", lambda function, *arguments: function(*arguments))
     found = getattr(gpu_stages, stage)(setting)
     assert not found.problems and not found.skipped
     assert len(found.table) == 1 + rows and all(len(row) == len(found.table[0]) for row in found.table)
 
 
 @pytest.mark.full
-def test_updates_on_a_cpu(setting: Setting) -> None:
-    found = gpu_stages.update(setting, setting.given(None, "adapter=lora", "batch_size=4"))
+def test_an_update_and_its_plan(setting: Setting) -> None:
+    given = setting.given(None, "adapter=lora", "batch_size=4")
+    found, planned = gpu_stages.update(setting, given), gpu_stages.planned(given)
+    assert planned["peak"] > 0 and planned["seconds"] > 0 and sum(planned["waits"].values()) == 1
     assert found["seconds"] > 0 and found["tokens_per_second"] > 0 and found["flops_per_second"] > 0
 
 

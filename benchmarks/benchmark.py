@@ -271,13 +271,18 @@ def benchmark_start(arguments: argparse.Namespace) -> None:
     write_table("start", "Memory and time at the start", method, {}, table, cpu_table(arguments.repeats))
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table whose first row is its head."""
+    return [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+
+
 def write_table(name: str, title: str, method: str, facts: dict[str, str], *tables: Sequence[Sequence[str]]) -> None:
     """Write benchmarks/<name>.md: how it was measured, on what, and tables whose first row is their head."""
     described = {**machine(), **facts}
     command = f"`python benchmarks/benchmark.py {' '.join(sys.argv[1:])}`; {method}"
     lines = [f"# {title}", "", command, "", *(f"- {key}: {value}" for key, value in described.items())]
     for rows in tables:
-        lines += ["", *(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))]
+        lines += ["", *markdown(rows)]
     target = ROOT / "benchmarks" / f"{name}.md"
     target.parent.mkdir(exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -295,6 +300,12 @@ def peak_of_step(name: str, overrides: Sequence[str], micro: int) -> float:
 
 
 def benchmark_dpo(arguments: argparse.Namespace) -> None:
+    name = arguments.name or ("sweep" if arguments.sweep else "dpo")
+    write_table(name, "Speed of DPO", *dpo_table(arguments))
+
+
+def dpo_table(arguments: argparse.Namespace) -> tuple[str, dict[str, str], list[list[str]]]:
+    """Return method, facts and table of `dpo`."""
     import speed
 
     with tempfile.TemporaryDirectory() as folder:
@@ -302,10 +313,10 @@ def benchmark_dpo(arguments: argparse.Namespace) -> None:
             arguments.overrides += speed.random_model(
                 arguments.shape, Path(folder, f"random_{arguments.shape}"), arguments.overrides
             )
-        time_dpo(arguments)
+        return time_dpo(arguments)
 
 
-def time_dpo(arguments: argparse.Namespace) -> None:
+def time_dpo(arguments: argparse.Namespace) -> tuple[str, dict[str, str], list[list[str]]]:
     import speed
     from settings import load_config
 
@@ -332,14 +343,13 @@ def time_dpo(arguments: argparse.Namespace) -> None:
         "tokens": ", ".join(f"{value} {key}" for key, value in counts.items())
         + f"; of ours {counts['distinct'] / counts['ours']:.3f} are distinct",
     }
-    name = arguments.name or ("sweep" if arguments.sweep else "dpo")
     method = (
         f"medians of {arguments.repeats} runs in turn; all gave the same loss and gradient (relative {exact:g}). The "
         f"original's micro-batches have {micro} pairs, ours up to {work.config.microbatch_tokens} tokens. "
         f"`{speed.OURS}` counts the time to compute it. Useful: the policy's operations for distinct tokens, of the "
         "peak if that is known (model FLOPs utilisation)."
     )
-    write_table(name, "Speed of DPO", method, facts, rows)
+    return method, facts, rows
 
 
 def main() -> None:

@@ -84,10 +84,10 @@ def prepare(config: Config, pairs: int, micro: int) -> Work:
     return Work(config, policy.train(), reference.requires_grad_(False).eval(), tokenizer, data, examples, micro, how)
 
 
-def random_model(shape: str, folder: Path, given: list[str]) -> list[str]:
+def random_model(shape: str, folder: Path, given: list[str], weights: bool = True) -> list[str]:
     """Write a model like the embedded one with random weights into `folder`, for speed alone: `shape` is LAYERSxWIDTH,
-    with heads of 128. Returns the overrides that choose it, beside those `given`. Raises UserError for a
-    shape that cannot be."""
+    with heads of 128. Without `weights` only its configuration. Returns the overrides that choose it, beside those
+    `given`. Raises UserError for a shape that cannot be."""
     layers, _, width = shape.partition("x")
     if not (layers.isdecimal() and width.isdecimal() and int(layers) and int(width) and int(width) % 512 == 0):
         raise UserError(f"--shape {shape}: give LAYERSxWIDTH, the width a multiple of 512, such as 16x2048 (1B)")
@@ -96,7 +96,9 @@ def random_model(shape: str, folder: Path, given: list[str]) -> list[str]:
     shaped = AutoConfig.from_pretrained(local_folder(embedded.model.name_or_path, embedded.cache))
     shaped.update({"num_hidden_layers": int(layers), "hidden_size": size, "intermediate_size": 4 * size})
     shaped.update({"num_attention_heads": size // 128, "num_key_value_heads": size // 512, "head_dim": 128})
-    AutoModelForCausalLM.from_config(shaped, dtype=torch.bfloat16).save_pretrained(folder)
+    shaped.save_pretrained(folder)
+    if weights:
+        AutoModelForCausalLM.from_config(shaped, dtype=torch.bfloat16).save_pretrained(folder)
     load_tokenizer(embedded).save_pretrained(folder)
     return ["model=blank_model", f"model.name_or_path={quoted(folder)}"]
 

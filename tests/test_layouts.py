@@ -191,7 +191,7 @@ def test_flex_attention_computes_a_packed_row() -> None:
     assert model_key(model, how) == before  # the stored reference of one is that of the other
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("kind", EXACT)
 def test_gradients_of_flex_attention(kind: str) -> None:
     model, gradients = copy_of(kind).cuda(), []

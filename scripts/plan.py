@@ -3,8 +3,8 @@
 The run's own training step computes its own batches on a GPU without memory and arithmetic (torch's fake tensors), with
 the processes of a group that does not exist. So no GPU is needed, and no weights: of the model only its configuration.
 Printed are memory by phase and kind, operations, traffic and waits of an update, an estimate of its time, and advice.
-Not planned: evaluations and samples, torch.compile (ignored), fragmentation of memory, quantised weights, experts, tensor
-parallelism. Its time takes all GPUs for linked as those of one machine are.
+Not planned: evaluations and samples, torch.compile (ignored), fragmentation of memory, quantised weights, experts,
+tensor parallelism. The time takes all GPUs for linked as those of one machine are.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,10 +127,8 @@ def _share_seen(laid: Laid) -> float:
 
 def _experts(config: Any) -> bool:
     """Return whether a model's configuration names experts."""
-    text = config.get_text_config()
-    return any(
-        (getattr(text, f"{name}_experts", None) or 0) > 1 for name in ("num_local", "num", "n_routed", "moe_num")
-    )
+    text, names = config.get_text_config(), ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    return any((getattr(text, name, None) or 0) > 1 for name in names)
 
 
 def meta_model(config: Config) -> PreTrainedModel:
@@ -232,9 +231,9 @@ def plan_run(config: Config, data: PreferenceData, device: torch.device, hardwar
         trainer.step(batches[largest])
         tracker.phase = ""
     peaks = {p: max(kinds, first.get(p, kinds), key=lambda k: k.total()) for p, kinds in tracker.peak.items()}
-    made = peaks["optimizer"]  # in the first step states are made, and labelled at its end
+    made = peaks.get("optimizer", Counter())  # in the first step states are made, and labelled at its end
     late = min(made[TEMPORARY], max(tracker.now[STATES] - made[STATES], 0))
-    made.update({STATES: late, TEMPORARY: -late})
+    made.update({STATES: late, TEMPORARY: -late})  # adds
     ranks, processes = parallel.data_ranks(trainer.policy), parallel.world_size()
     sent = sum(tracker.traffic.values()) * (processes - 1) / processes / hardware.link / REACHED_LINK
     seconds = max(sum(tracker.seconds.values()), sent)  # they overlap
@@ -283,7 +282,8 @@ def usable(hardware: Device) -> float:
 def largest_limit(config: Config, data: PreferenceData, device: torch.device, hardware: Device, found: Planned) -> int:
     """Return the largest microbatch_tokens that fits, in steps of BLOCK; 0 if none does. It is planned, not only
     extrapolated from the memory that a token takes."""
-    if sum(found.memory["between updates"].values()) + found.memory["clip"].get(GRADIENTS, 0) > usable(hardware):
+    kept, gradients = (found.memory.get(phase, {}) for phase in ("between updates", "clip"))
+    if sum(kept.values()) + gradients.get(GRADIENTS, 0) > usable(hardware):
         return 0
     other = plan_run(replace(config, microbatch_tokens=max(found.tokens // 2, 1)), data, device, hardware)
     if other.tokens == found.tokens:  # one prompt's responses are as long

@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from conftest import EVERYTHING, make_model, read_jsonl, train_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batching import Data, make_data
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -23,6 +25,7 @@ from dpo.data.batching import Batch, Cut, Tree, epoch_order
 from dpo.data.records import Record
 from dpo.model.checks import disable_dropout, head_difference, pick_computation
 from dpo.model.layouts import FLEX, PADDING, _packed, _unpacked, block_mask, lay_out, set_attention, visible
+from dpo.model.loading import make_ready
 from dpo.model.logps import Computation, add_token_logps, casting_once, response_logps, rows_at_once
 from dpo.plan.tracker import Tracker
 from dpo.reference import LiveReference, build_reference, model_key, wanted_by
@@ -34,6 +37,7 @@ from settings import load_config
 
 SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 OTHERS = {
     "mistral of a window": ("mistral", {**SIZES, **HEADS, "sliding_window": 5}),
     "gemma2": ("gemma2", {**SIZES, **HEADS, "sliding_window": 5}),  # windows in every second layer, capped logits
@@ -288,13 +292,54 @@ def test_costs_are_those_of_the_rows(forest: list[Tree]) -> None:
         assert cost.predicted == sum(len(response) for tree in forest for response in tree.responses)
 
 
+@pytest.mark.parametrize("kind", ["llama", pytest.param("mixtral", marks=pytest.mark.full)])
+def test_widths_and_blocks_share_graphs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 widths, one row and several, 12 blocks, training and evaluation: four graphs. Sampling compiles nothing."""
+    graphs: list[Any] = []
+
+    def kept(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=kept))
+    torch._dynamo.reset()
+    counters.clear()
+    more = {"num_hidden_layers": 12, **(EXPERTS if kind == "mixtral" else {})}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **HEADS, **more}))
+    compiled = copy.deepcopy(model)
+    config = load_config(["exp_name=x", "model.block_name=null"])
+    make_ready(model, config, trains=True, compiled=False)
+    make_ready(compiled, config, trains=True, compiled=True)
+    how, random = Computation(torch.float32, "tree"), np.random.default_rng(0)
+    for width in range(6, 36):
+        ids = random.integers(1, 320, width).tolist()
+        trees = [Tree(ids[:3], [ids[3:], ids[4:]]), Tree(ids[:2], [ids[2:]])][: 1 + width % 2]
+        found, wanted = (response_logps(m.train(), Batch(trees, [], None), how).logps for m in (compiled, model))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        found.sum().backward()
+        with torch.no_grad():
+            response_logps(compiled.eval(), Batch(trees, [], None), how)
+    assert len(graphs) == 4
+    for batch in (1, 2):
+        compiled.generate(torch.ones(batch, 4, dtype=torch.long), max_new_tokens=4)
+    assert len(graphs) == 4 and not counters["graph_break"] and not counters["unimplemented"]
+    torch._dynamo.reset()
+
+
 @pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("kind", ["llama", *(["mixtral"] if EVERYTHING else [])])
 @pytest.mark.parametrize("trainer", ["BasicTrainer", *(["FSDPTrainer nproc=2"] if EVERYTHING else [])])
-def test_compiled_blocks_compute_the_same(trainer: str, overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_compiled_blocks_compute_the_same(
+    kind: str, trainer: str, overrides: Callable[..., list[str]], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = AutoConfig.for_model(kind, **{**SIZES, **HEADS, **(EXPERTS if kind == "mixtral" else {})})
+    AutoModelForCausalLM.from_config(model).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+
     def losses(name: str, *given: str) -> list[float]:
         given = ("n_examples=12", "lr=1e-3", "n_eval_examples=0", f"local_run_dir={tmp_path / name}", *given)
-        train_here(overrides(*given))
+        train_here(overrides(f"model.name_or_path={tmp_path / 'model'}", "model.block_name=null", *given))
         return [event["loss/train"] for event in read_jsonl(tmp_path / name / "metrics.jsonl")]
 
     compiled = losses("compiled", "compile=true", *f"trainer={trainer}".split())

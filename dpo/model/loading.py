@@ -1,6 +1,7 @@
 """Load the tokenizer and the policy: from a model folder, a hub id, a GGUF file or an archive."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
@@ -29,6 +30,9 @@ GGUF_VERSION = 2
 """Version of the folders that GGUF files are converted to. Raise it if the conversion changes."""
 MERGED_VERSION = 1
 """Version of the folders that adapters are merged into. Raise it if merging changes."""
+# Graphs of a block: training and evaluation have two each, of one row and of several. The checks before training, an
+# adapter's first block, activation checkpointing and a live reference add some. Beyond the limit nothing is compiled.
+MOST_GRAPHS = 32
 
 
 def pick_device(config: Config) -> torch.device:
@@ -151,8 +155,30 @@ def make_ready(model: PreTrainedModel, config: Config, trains: bool, compiled: b
     with refusing(f"{type(model).__name__} is not supported"):
         add_token_logps(model)
     if compiled:
-        for block in parallel.blocks(model, config.model.block_name or config.model.block):
-            block.forward = torch.compile(block.forward, dynamic=True)  # without hooks, which are FSDP's
+        _compile_blocks(model, config)
+
+
+def _compile_blocks(model: PreTrainedModel, config: Config) -> None:
+    """Compile the model's blocks for passes over whole rows, in which all blocks share a graph.
+
+    The model's own forward pass stays as it is: in sampling, with a cache, each block would have a graph of its own.
+    """
+    # Numbers of the blocks, such as the size of a head, are constants. FSDP would make variables of them, and blocks of
+    # experts would then compile for minutes.
+    torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    for block in parallel.blocks(model, config.model.block_name or config.model.block):
+        block.forward = torch.compile(block.forward, dynamic=True)  # without hooks, which are FSDP's
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def forward_by_rows(*args: Any, **inputs: Any) -> Any:
+        if "sources" in inputs:
+            return forward(*args, **inputs)
+        with torch.compiler.set_stance("force_eager"):
+            return forward(*args, **inputs)
+
+    model.forward = forward_by_rows  # type: ignore[method-assign]
 
 
 def whole_model(name: str, config: Config) -> str | Path:

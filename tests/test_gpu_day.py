@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import EVERYTHING, ROOT
 
 import gpu
 import gpu_stages
 from gpu_stages import Found, Setting
 
+DAY = pytest.mark.skipif(not EVERYTHING, reason="takes minutes on a CPU: DPO_ALL=1")
 RUN = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
 # Stage -> the code of its process; {} is where its result goes, and {counts} a file to which each run adds a sign.
 STAGES = {
@@ -153,6 +154,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Settin
     return Setting(folder, tiny=True)
 
 
+@DAY
 @pytest.mark.full
 def test_correctness_on_a_cpu(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     found = gpu_stages.correctness(setting)
@@ -165,6 +167,7 @@ def test_correctness_on_a_cpu(setting: Setting, monkeypatch: pytest.MonkeyPatch)
     assert any("packed, float32: gradient is off by" in problem for problem in gpu_stages.correctness(setting).problems)
 
 
+@DAY
 @pytest.mark.full
 @pytest.mark.parametrize(("stage", "rows"), [
     ("waits", 2), ("plan_1b", 2), ("dpo_embedded", 6), ("sampling", 3), ("optimizers", 5),
@@ -186,6 +189,7 @@ def test_an_update_and_its_plan(setting: Setting) -> None:
     assert found["seconds"] > 0 and found["tokens_per_second"] > 0 and found["flops_per_second"] > 0
 
 
+@DAY
 @pytest.mark.full
 def test_the_command(setting: Setting) -> None:
     """One stage of the command in its own process: the tests that need a GPU, which are skipped here."""

@@ -26,7 +26,7 @@ from dpo.agreement import check_training_data, evaluation_part, parts_to_check, 
 from dpo.data.batching import Cut, Example, Mismatched, Plan
 from dpo.data.checks import check_format, check_overlap, trained_on
 from dpo.data.records import PreferenceData, format_funnel
-from dpo.data.sources import HUB_ID, LABELLED, find_source
+from dpo.data.sources import HUB_ID, find_source
 from dpo.evaluation import Evaluator
 from dpo.model import adapters
 from dpo.model.checks import check_fits, checked_computation
@@ -267,7 +267,7 @@ class Trainer:
 
     def accumulate(self, scorer: Scorer, parts: list[Share], n: int) -> Tally:
         """Add the gradients of this process's micro-batches of a global batch of `n` examples. Return their metrics."""
-        tally, laid = Tally(scorer.loss.rows == LABELLED), scorer.laid(self.policy, parts)
+        tally, laid = scorer.tally(), scorer.laid(self.policy, parts)
         with casting_once(self.policy):
             for i, (share, placed) in enumerate(laid, start=1):
                 if self.config.fsdp_reduce_once:

@@ -35,6 +35,7 @@ from dpo.optimizer import build_optimizer
 from dpo.plan.hardware import DEVICES, GiB
 from dpo.plan.tracker import Tracker
 from dpo.run.config import Config
+from dpo.run.saved import Saved
 from dpo.run.throughput import Cost, cost_of, peak_memory, throughput
 from dpo.sampling import Sampling, prompts_of, sample
 from dpo.scoring import Scorer, shares
@@ -126,8 +127,8 @@ def forget() -> None:
 def random_weights(config: Config, device: torch.device) -> PreTrainedModel:
     """Return the configuration's model with random weights. Its files are not read."""
     torch.manual_seed(0)
+    known, dtype = Saved(config, {}).architecture(), getattr(torch, config.model.policy_dtype)
     with torch.device(device):
-        known, dtype = plan.meta_model(config).config, getattr(torch, config.model.policy_dtype)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(known, dtype=dtype)
     return model
 

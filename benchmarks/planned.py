@@ -20,7 +20,7 @@ import numpy as np
 from transformers import LlamaConfig
 
 import plan
-from benchmark import machine
+from benchmark import machine, markdown
 from dpo.data.batching import Cut, Plan, deal, make_batch
 from dpo.data.records import Record
 from dpo.model.loading import load_tokenizer
@@ -51,6 +51,8 @@ CASES: list[tuple[str, int, list[str]]] = [
     ("8B", 64, [*FSDP, "microbatch_tokens=4096", "fsdp_replicate_size=8"]),
 ]
 LIMITS = (512, 1024, 4096, 16384)
+HEAD = ["model, GPUs", "overrides", "passes", "peak GiB", "bytes a parameter", "TFLOP", "GB moved", "kernels", "waits"]
+HEAD += ["gathers", "reduce-scatters", "s on H100 (estimate)"]
 
 
 class MadeUp:
@@ -106,17 +108,17 @@ def useful_share(data: Any, limit: int, layout: str = "packed", ranks: int = 8, 
     return useful / busiest
 
 
-def as_row(shape: str, processes: int, overrides: list[str], found: dict[str, Any]) -> str:
+def as_row(shape: str, processes: int, overrides: list[str], found: dict[str, Any]) -> list[str]:
     """Return a row of the table."""
     calls = found["collectives"]
-    bytes_each = max(sum(found["memory"]["optimizer"].values()) / found["parameters"] * processes, 0)
+    bytes_each = sum(found["memory"]["optimizer"].values()) / found["parameters"] * processes
     cells = [
         f"{shape}, {processes}", f"`{' '.join(overrides)}`", found["passes"], f"{found['peak'] / GiB:.1f}",
         f"{bytes_each:.2f}", f"{found['tflop']:.0f}", f"{found['moved'] / 1e9:.0f}", found["kernels"],
         sum(found["waits"].values()), calls.get("_allgather_base_", 0), calls.get("_reduce_scatter_base_", 0),
         f"{found['seconds']:.2f}",
     ]  # fmt: skip
-    return f"| {' | '.join(map(str, cells))} |"
+    return [*map(str, cells)]
 
 
 def main() -> None:
@@ -136,13 +138,10 @@ def main() -> None:
     lines = ["# Planned steps", "", *(f"- {name}: {value}" for name, value in facts.items())]
     lines += [f"- data: 64 pairs a batch, {LENGTHS}"]
     lines += ["- bytes a parameter: of the optimizer phase, of all processes together", ""]
-    lines += ["| model, GPUs | overrides | passes | peak GiB | bytes a parameter | TFLOP | GB moved | kernels | waits "]
-    lines[-1] += "| gathers | reduce-scatters | s on H100 (estimate) |"
-    lines += ["|" + "---|" * 12, *(as_row(*case, count(*case)) for case in CASES), ""]
+    lines += [*markdown([HEAD, *(as_row(*case, count(*case)) for case in CASES)]), ""]
     lines += ["Useful share of the work, 8 processes, 64 pairs a batch, layout packed, by microbatch_tokens:", ""]
-    lines += [f"| data | {' | '.join(map(str, LIMITS))} |", "|" + "---|" * (len(LIMITS) + 1)]
-    for name, data in sets.items():
-        lines.append(f"| {name} | {' | '.join(f'{useful_share(data, limit):.3f}' for limit in LIMITS)} |")
+    useful = [[name, *(f"{useful_share(data, limit):.3f}" for limit in LIMITS)] for name, data in sets.items()]
+    lines += markdown([["data", *map(str, LIMITS)], *useful])
     (arguments.folder / "plan.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from benchmark import apart, machine
+from benchmark import apart, machine, markdown
 from dpo import parallel
 from dpo.data.batching import Batch, Plan, Tree
 from dpo.data.records import Record
@@ -130,14 +130,14 @@ def run(folder: Path, pairs: int, nproc: int) -> dict[str, np.ndarray]:
 
 
 def table(pairs: int, first: dict[str, np.ndarray], steps: dict[str, np.ndarray]) -> list[str]:
-    lines = [f"| {pairs:,} pairs | seconds | MiB of a process after it | peak MiB, sum of all processes |"]
-    lines.append("|---|---|---|---|")
+    rows = [[f"{pairs:,} pairs", "seconds", "MiB of a process after it", "peak MiB, sum of all processes"]]
     for step, values in steps.items():
         if step == "open the store":
-            lines.append(f"| {step}, all files new | {first[step][:, 0].max():.3g} | | {first[step][:, 2].sum():.0f} |")
+            new = first[step]
+            rows.append([f"{step}, all files new", f"{new[:, 0].max():.3g}", "", f"{new[:, 2].sum():.0f}"])
         seconds, after, peak = values[:, 0].max(), values[:, 1].mean(), values[:, 2].sum()
-        lines.append(f"| {step} | {seconds:.3g} | {after:.0f} | {peak:.0f} |")
-    return [*lines, ""]
+        rows.append([step, f"{seconds:.3g}", f"{after:.0f}", f"{peak:.0f}"])
+    return [*markdown(rows), ""]
 
 
 def main() -> None:
@@ -158,13 +158,13 @@ def main() -> None:
         peaks.append(max(values[:, 2].sum() for values in [*first.values(), *steps.values()]) / given.nproc)
         before.append(apart(dictionary, pairs))
     growth = (TARGET[0] - given.pairs[1]) / (given.pairs[1] - given.pairs[0])
-    sizes = " | ".join(f"{n:,} pairs" for n in given.pairs)
-    lines.append(f"| MiB of a process | {sizes} | {TARGET[0]:,} pairs, extrapolated | {TARGET[1]} of these, GiB |")
-    lines.append("|---|---|---|---|---|")
+    sizes = [f"{n:,} pairs" for n in given.pairs]
+    rows = [["MiB of a process", *sizes, f"{TARGET[0]:,} pairs, extrapolated", f"{TARGET[1]} of these, GiB"]]
     for what, values in (("this", held), ("this, at its peak", peaks), ("dictionary and tuples, before", before)):
         there = values[1] + growth * (values[1] - values[0])
-        shown = " | ".join(f"{value:.0f}" for value in [*values, there])
-        lines.append(f"| {what} | {shown} | {there * TARGET[1] / 1024:.1f} |")
+        shown = [f"{value:.0f}" for value in [*values, there]]
+        rows.append([what, *shown, f"{there * TARGET[1] / 1024:.1f}"])
+    lines += markdown(rows)
     command = f"`python benchmarks/reference_scale.py --pairs {given.pairs[0]} {given.pairs[1]} --nproc {given.nproc}`"
     head = ["# A stored reference of many pairs", "", f"{command}; the method stands in the script.", ""]
     text = "\n".join([*head, *(f"- {key}: {value}" for key, value in machine().items()), "", *lines, ""])

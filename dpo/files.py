@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -16,11 +17,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def atomic_write(path: Path, content: str | bytes, temporary: Path | None = None) -> None:
+def atomic_write(path: Path, content: str | bytes | Iterable[memoryview], temporary: Path | None = None) -> None:
     """Replace the content of `path`. `temporary`, by default a hidden file beside it, is removed if that fails."""
     temporary = temporary or path.with_name(f".{path.name}-{os.getpid()}")
+    content = content.encode() if isinstance(content, str) else content
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        with open(temporary, "wb") as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
         sync(temporary)
         os.replace(temporary, path)
     except OSError:

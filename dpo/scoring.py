@@ -106,9 +106,13 @@ class Scorer:
     def __call__(self, policy: PreTrainedModel, batch: Batch, split: str) -> tuple[Tensor, Metrics]:
         """Return the loss of each example, shape [n], with gradients, and the metrics of each example."""
         losses, values = self.score(policy, self.lay(batch, input_device(policy)), split)
-        tally = Tally(self.loss.rows == LABELLED)
+        tally = self.tally()
         tally.add(values, batch)
         return losses, tally.read()[0]
+
+    def tally(self) -> "Tally":
+        """Return what collects the metrics of this scorer's micro-batches."""
+        return Tally(labelled=self.loss.rows == LABELLED)
 
     def lay(self, batch: Batch, device: torch.device) -> Laid:
         """Return a micro-batch on `device`, with what the loss needs besides."""
@@ -291,7 +295,7 @@ def evaluate_loss(
 ) -> tuple[Metrics, list[Example]]:
     """Return each metric of `Scorer` on this process's share of exactly `examples`, and that share."""
     scorer, parts = scorer.prepare(policy, data, examples, cut)
-    tally, laid = Tally(scorer.loss.rows == LABELLED), scorer.laid(policy, parts)
+    tally, laid = scorer.tally(), scorer.laid(policy, parts)
     for share, placed in progress(laid, desc="evaluating", leave=False, total=len(parts)):
         tally.add(scorer.score(policy, placed, "eval")[1], share.batch, share.counts)
     return tally.read()[0], [example for share in parts for example in share.examples]

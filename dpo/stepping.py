@@ -91,9 +91,8 @@ class InPieces(torch.optim.Optimizer):
                 continue
             part = parallel.local(parameter)
             n = len(part)
-            rows = max(STEP_BYTES // 16 * n // max(part.numel(), 1), 1)
-            if self._in_bfloat16(parameter):  # its kernels depend on where a tensor ends (CPU, RMSprop's momentum)
-                rows = max(n, 1)
+            # bfloat16 is not cut: its kernels depend on where a tensor ends (CPU, RMSprop's momentum).
+            rows = max(n if self._in_bfloat16(parameter) else STEP_BYTES // 16 * n // max(part.numel(), 1), 1)
             for first in range(0, max(n, 1), rows):
                 yield Piece(parameter, number, (first, min(first + rows, n)), first + rows >= n)
 
@@ -101,15 +100,18 @@ class InPieces(torch.optim.Optimizer):
         """Return whether the optimizer computes with `tensor` in bfloat16."""
         return tensor.dtype == torch.bfloat16 and self.seed is None and not self.eight_bits
 
+    def _in_float32(self, tensor: Tensor) -> bool:
+        """Return whether the optimizer computes with a float32 copy of `tensor`."""
+        return tensor.dtype == torch.bfloat16 and not self._in_bfloat16(tensor)
+
     def _wide(self, tensor: Tensor) -> Tensor:
-        return tensor.float() if tensor.dtype == torch.bfloat16 and not self._in_bfloat16(tensor) else tensor
+        return tensor.float() if self._in_float32(tensor) else tensor
 
     def _lend(self, piece: Piece, is_fresh: bool) -> Tensor:
         """Return the weights of a piece with gradient and state, for the optimizer to step on: if there is nothing to
         convert or to cut, the parameter itself."""
         parameter = piece.parameter
-        widened = parameter.dtype == torch.bfloat16 and not self._in_bfloat16(parameter)
-        if piece.rows is None and not widened and not self.eight_bits:
+        if piece.rows is None and not self._in_float32(parameter) and not self.eight_bits:
             return parameter
         weights = torch.nn.Parameter(self._wide(piece.of(parameter.detach())))
         weights.grad = self._wide(piece.of(parameter.grad))  # type: ignore[arg-type]

@@ -30,7 +30,8 @@ SECONDS_PER_SHARD = 60.0
 MOST_MAPPED = 16_384  # files that a process maps at once; Linux allows 65,530
 SECONDS_OF_A_WRITE = 86_400  # a hidden file that is older was left by a job that was killed
 VERIFIED = "verified.json"
-# Whole, with checksums of its entries; whole, without, so that it is read whole at each start; ...; removed meanwhile.
+# States of a file. CHECKED: whole, and its entries have checksums. UNCHECKED: whole, without checksums, so that it is
+# hashed at each start. GONE: another job removed it meanwhile.
 STATES = CHECKED, UNCHECKED, DAMAGED, GONE = "checked", "unchecked", "damaged", "gone"
 TYPES = {"F32": np.float32, "I32": np.int32, "U32": np.uint32, "U8": np.uint8}
 KEY = np.dtype("V16")
@@ -222,16 +223,9 @@ class StoredReference:
 
     def _put(self, path: Path, content: Iterable[np.ndarray]) -> None:
         """Write arrays to a file that appears at `path` when it is complete. Raise UserError if the disk refuses."""
-        temporary = self._hidden()
         try:
-            with open(temporary, "wb") as file:
-                for part in content:
-                    file.write(part.data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
+            atomic_write(path, (part.data for part in content), self._hidden())
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise UserError(
                 f"reference log-probabilities cannot be written to {self.folder}: {error}; free space, set "
                 "cache_dir, or set reference.mode=live"
@@ -240,7 +234,11 @@ class StoredReference:
 
 def shard_name(content: bytes) -> str:
     """Return the name of the file of this content."""
-    return f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
+    return _named(hashlib.sha256(content).hexdigest())
+
+
+def _named(digest: str) -> str:
+    return f"{digest[:32]}.safetensors"
 
 
 def read_shard(path: Path) -> Shard:
@@ -282,7 +280,7 @@ def _verify(path: Path) -> tuple[str, list[int]]:
     """Return a file's state, one of STATES, and its `_stat` before that was looked at. Remove it if it is damaged."""
     stat = _stat(path)
     try:
-        if f"{file_hash(path)[:32]}.safetensors" != path.name:
+        if _named(file_hash(path)) != path.name:
             raise ValueError
         return CHECKED if "checks" in read_shard(path) else UNCHECKED, stat
     except FileNotFoundError:

@@ -14,7 +14,7 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo import parallel
 from dpo.data.batching import BLOCK, Batch, Example, deal, make_batch
 from dpo.data.records import PreferenceData
 from dpo.model import adapters
-from dpo.model.checks import refusing
-from dpo.model.loading import load_tokenizer, make_ready, whole_model
-from dpo.model.logps import Computation, Laid, TokenLogps
+from dpo.model.checks import computation_of, layouts_to_try, refusing
+from dpo.model.loading import load_tokenizer, make_ready
+from dpo.model.logps import Laid, TokenLogps
 from dpo.model.patches import quiet_transformers
 from dpo.parallel.arrange import sharding_of
 from dpo.plan import gpu
@@ -40,6 +40,7 @@ from dpo.plan.hardware import DEVICES, REACHED_LINK, Device, GiB
 from dpo.plan.tracker import GRADIENTS, KINDS, STATES, TEMPORARY, WEIGHTS, Tracker
 from dpo.reference import LiveReference
 from dpo.run.config import Config
+from dpo.run.saved import Saved
 from dpo.run.throughput import cost_of
 from dpo.scoring import Scorer
 from dpo.utils import UserError
@@ -133,15 +134,13 @@ def _experts(config: Any) -> bool:
 
 def meta_model(config: Config) -> PreTrainedModel:
     """Return the model without weights. Raise UserError if it has no configuration that can be read."""
-    source = whole_model(config.model.name_or_path, config)  # an archive has the same architecture
+    name, dtype = config.model.name_or_path, getattr(torch, config.model.policy_dtype)
+    known = Saved(config, {}).architecture()  # an archive has the same
+    if _experts(known):
+        raise UserError(f"{name} has experts, whose work depends on the tokens: it cannot be planned")
     own_code = {"trust_remote_code": config.model.trust_remote_code}
-    with refusing(f"no model could be read from {source}"), torch.device("meta"):
-        known = AutoConfig.from_pretrained(source, **own_code)
-        model: Any = AutoModelForCausalLM.from_config(
-            known, dtype=getattr(torch, config.model.policy_dtype), **own_code
-        )
-    if _experts(model.config):
-        raise UserError(f"{source} has experts, whose work depends on the tokens: it cannot be planned")
+    with refusing(f"no model could be made of {name}"), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(known, dtype=dtype, **own_code)
     return model
 
 
@@ -160,8 +159,7 @@ def arranged(
 
 def scorer_of(config: Config, policy: PreTrainedModel, other: PreTrainedModel | None, device: torch.device) -> Scorer:
     """Return the scorer of a policy, with the live reference `other`. That a layout is exact is taken for granted."""
-    layout = config.layout if config.layout != "auto" else "tree" if device.type == "cpu" else "packed"
-    how = Computation(config.compute_dtype, layout, flex=layout == "packed" and device.type != "cpu")
+    how = computation_of(config, device, layouts_to_try(config, device)[0])
     reference: Any = None
     if config.loss.needs_reference:
         reference = LiveReference(other, how) if other is not None else _ZeroReference()
@@ -233,10 +231,11 @@ def plan_run(config: Config, data: PreferenceData, device: torch.device, hardwar
     peaks = {p: max(kinds, first.get(p, kinds), key=lambda k: k.total()) for p, kinds in tracker.peak.items()}
     made = peaks.get("optimizer", Counter())  # in the first step states are made, and labelled at its end
     late = min(made[TEMPORARY], max(tracker.now[STATES] - made[STATES], 0))
-    made.update({STATES: late, TEMPORARY: -late})  # adds
+    made[STATES] += late
+    made[TEMPORARY] -= late
     ranks, processes = parallel.data_ranks(trainer.policy), parallel.world_size()
-    sent = sum(tracker.traffic.values()) * (processes - 1) / processes / hardware.link / REACHED_LINK
-    seconds = max(sum(tracker.seconds.values()), sent)  # they overlap
+    sent = _sending(tracker.traffic, hardware) * (processes - 1) / processes
+    seconds = max(tracker.seconds, sent)  # they overlap
     mean = seconds * sum(work) / len(work) / work[largest]
     return Planned(
         processes=processes,
@@ -248,15 +247,20 @@ def plan_run(config: Config, data: PreferenceData, device: torch.device, hardwar
         tokens=max(map(max, sizes[largest])),
         useful=sum(n for passes in sizes for some in passes for n in some) / (ranks * sum(work)),
         memory={phase: {kind: kinds[kind] for kind in KINDS if kinds[kind]} for phase, kinds in peaks.items() if phase},
-        tflop=sum(tracker.flops.values()) / 1e12,
+        tflop=tracker.flops / 1e12,
         kernels=tracker.kernels,
-        moved=sum(tracker.bytes.values()),
+        moved=tracker.bytes,
         waits=dict(tracker.waits),
         collectives=dict(tracker.collectives),
         traffic=dict(tracker.traffic),
         seconds=seconds,
         hours=mean * trainer.total_steps / 3600,
     )
+
+
+def _sending(traffic: Mapping[str, int], hardware: Device) -> float:
+    """Return the seconds that the links need for the bytes of collectives."""
+    return sum(traffic.values()) / hardware.link / REACHED_LINK
 
 
 def _has_second_model(config: Config) -> bool:
@@ -318,33 +322,27 @@ def fewest_processes(found: Planned, hardware: Device) -> int | None:
     return None
 
 
-def advice(config: Config, data: PreferenceData, device: torch.device, name: str, found: Planned) -> list[str]:
-    """Return sentences on what to change."""
+def advice(config: Config, data: PreferenceData, device: torch.device, name: str, found: Planned) -> Iterator[str]:
+    """Yield sentences on what to change. Each may take as long as the plan."""
     hardware = DEVICES[name]
     fits = found.peak <= usable(hardware)
-    lines = []
     if not fits and not config.activation_checkpointing:
         smaller = plan_run(replace(config, activation_checkpointing=True), data, device, hardware)
         there = "which fits" if smaller.peak <= usable(hardware) else "which does not fit either"
-        lines.append(f"activation_checkpointing=true takes {smaller.peak / GiB:.1f} GiB, {there}")
+        yield f"activation_checkpointing=true takes {smaller.peak / GiB:.1f} GiB, {there}"
     if fits and found.passes == 1:
-        lines.append(f"the largest update, of {found.tokens} tokens a process, fits into one pass")
+        yield f"the largest update, of {found.tokens} tokens a process, fits into one pass"
     else:
         limit = largest_limit(config, data, device, hardware, found)
         most = f"the largest microbatch_tokens that fits is {limit}"
-        lines.append(
-            most if limit else "no microbatch_tokens fits: weights, gradients and states leave too little room"
-        )
+        yield most if limit else "no microbatch_tokens fits: weights, gradients and states leave too little room"
     if not fits:
-        lines.append(
-            "less memory: model.policy_dtype=bfloat16, adapter=lora, optimizer=AdamW8bit, mixed_precision=bfloat16"
-        )
+        yield "less memory: model.policy_dtype=bfloat16, adapter=lora, optimizer=AdamW8bit, mixed_precision=bfloat16"
         fewest = fewest_processes(found, hardware)
         enough = f"trainer=FSDPTrainer with about {fewest} {name} for each copy of the model fits (by arithmetic)"
-        lines.append(enough if fewest else "no number of GPUs is enough: a micro-batch is too large")
-    if sum(found.traffic.values()) / hardware.link / REACHED_LINK > found.seconds * 0.99:
-        lines.append("traffic takes longer than the computation: a larger batch_size, or fsdp_reduce_once=true")
-    return lines
+        yield enough if fewest else "no number of GPUs is enough: a micro-batch is too large"
+    if _sending(found.traffic, hardware) > found.seconds * 0.99:
+        yield "traffic takes longer than the computation: a larger batch_size, or fsdp_reduce_once=true"
 
 
 # Show --------------------------------------------------------------------------------------------------------------
@@ -404,14 +402,14 @@ def main() -> None:
     if config.needs_group:
         gpu.join_fake_group(arguments.processes or config.nproc or 8)
     found = plan_run(config, data, device, DEVICES[arguments.gpu])
-    if not arguments.json:
-        print(as_text(found, arguments.gpu), flush=True)
-    lines = [] if arguments.no_advice else advice(config, data, device, arguments.gpu, found)
+    lines = () if arguments.no_advice else advice(config, data, device, arguments.gpu, found)
     if arguments.json:
         facts = {"gpu": arguments.gpu, "peak": found.peak, "usable": int(usable(DEVICES[arguments.gpu]))}
-        print(json.dumps({**dataclasses.asdict(found), **facts, "advice": lines}))
-    for line in lines if not arguments.json else []:
-        print(f"advice: {line}")
+        print(json.dumps({**dataclasses.asdict(found), **facts, "advice": [*lines]}))
+        return
+    print(as_text(found, arguments.gpu), flush=True)
+    for line in lines:
+        print(f"advice: {line}", flush=True)
 
 
 def check_planned(config: Config) -> None:

@@ -163,13 +163,13 @@ def checked_computation(model: PreTrainedModel, config: Config, trains: bool) ->
     """
     verdict = Verdict.of(config.cache, "layout", structure(model, config), trains)
     if (layout := verdict.read()) is not None:
-        how = _computation(model, config, layout)
+        how = computation_of(config, input_device(model), layout)
         if all(parallel.gather(_is_exact(model, how))):
             return how
     how = pick_computation(model, config)
     if trains:
         check_noise(model, how)
-    if how.layout == _wanted(model, config)[0]:
+    if how.layout == layouts_to_try(config, input_device(model))[0]:
         verdict.keep(how.layout)
     return how
 
@@ -184,17 +184,24 @@ def _is_exact(model: PreTrainedModel, how: Computation) -> bool:
         return False
 
 
-def _computation(model: PreTrainedModel, config: Config, layout: str) -> Computation:
-    dtype, cuda = config.compute_dtype, input_device(model).type == "cuda"
-    exact = dtype == torch.float32 and not (cuda and config.allow_tf32)
-    return Computation(dtype, layout, flex=cuda and layout == "packed", tolerance=1e-4 if exact else 0.1)
+def computation_of(config: Config, device: torch.device, layout: str) -> Computation:
+    """Return how log-probabilities are computed in a layout on `device`."""
+    on_gpu = _on_gpu(device)
+    exact = config.compute_dtype == torch.float32 and not (on_gpu and config.allow_tf32)
+    flex = on_gpu and layout == "packed"
+    return Computation(config.compute_dtype, layout, flex, tolerance=1e-4 if exact else 0.1)
 
 
-def _wanted(model: PreTrainedModel, config: Config) -> list[str]:
-    """Return the layouts to try, in this order."""
+def layouts_to_try(config: Config, device: torch.device) -> list[str]:
+    """Return the layouts that the configuration allows on `device`, the fastest first."""
     if config.layout != "auto":
         return [config.layout]
-    return ["packed", "tree"] if input_device(model).type == "cuda" else ["tree"]
+    return ["packed", "tree"] if _on_gpu(device) else ["tree"]
+
+
+def _on_gpu(device: torch.device) -> bool:
+    """Return whether FlexAttention and TF32 are there: on CUDA, and where a plan pretends to be on it."""
+    return device.type not in ("cpu", "mps")
 
 
 def pick_computation(model: PreTrainedModel, config: Config) -> Computation:
@@ -203,10 +210,11 @@ def pick_computation(model: PreTrainedModel, config: Config) -> Computation:
     Layouts are compared on made-up trees as long as the data's may be, so that a window or learned position that is
     counted along the row shows. Raises UserError if the model, or the layout that `config` names, is not exact.
     """
-    padded = _computation(model, config, "padded")
+    device = input_device(model)
+    padded = computation_of(config, device, "padded")
     _check_supported(model, padded, config)
-    for layout in _wanted(model, config) if config.layout != "padded" else []:
-        how = _computation(model, config, layout)
+    for layout in layouts_to_try(config, device) if config.layout != "padded" else []:
+        how = computation_of(config, device, layout)
         try:
             difference = layout_difference(model, how, config.max_prompt_length, config.max_length)
             if difference <= how.tolerance:

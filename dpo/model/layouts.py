@@ -8,7 +8,7 @@ a response predicts nothing and is left out.
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -47,11 +47,6 @@ class Rows:
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are tensors."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
-    def to(self, device: torch.device) -> "Rows":
-        """Return the same with every tensor on `device`."""
-        moved: Any = copied(self.tensors, device)
-        return replace(self, **moved)
 
 
 def copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -241,8 +236,7 @@ def _runs(rows: Rows, window: int | None) -> tuple[Tensor, Tensor, Tensor, Tenso
     if window is not None:  # padding has no positions, and sees all padding before it
         first = torch.where(branch == PADDING, first, torch.maximum(first, column - window + 1))
         prompt_first = torch.maximum(prompt_first, prompt_first + rows.positions - window + 1)
-    found = (first, column + 1, prompt_first, prompt_stop)
-    return found[0].int(), found[1].int(), found[2].int(), found[3].int()
+    return first.int(), (column + 1).int(), prompt_first.int(), prompt_stop.int()
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:

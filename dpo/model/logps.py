@@ -162,7 +162,7 @@ def next_token_logps(model: PreTrainedModel, batch: Batch, how: Computation) -> 
 
     Shape [n, vocabulary], float32. All exist at once, so this is for few rows.
     """
-    rows = lay_out(batch, how.layout).to(input_device(model))
+    rows = place(batch, how.layout, input_device(model)).rows
     return _forward(model, rows, how), rows
 
 

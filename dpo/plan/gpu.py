@@ -96,12 +96,8 @@ class _Casts:
             found = self.kept[id(tensor)] = weakref.ref(tensor), tensor.to(dtype)
         return found[1]
 
-    def clear(self) -> None:
-        self.kept.clear()
-
 
 CASTS = _Casts()
-_LIBRARIES: list[Any] = []  # torch forgets kernels whose library is gone
 
 
 def _autocast(name: str, dtype: Callable[[], torch.dtype]) -> Callable[..., Any]:
@@ -123,17 +119,22 @@ def _autocast(name: str, dtype: Callable[[], torch.dtype]) -> Callable[..., Any]
 def register() -> torch.device:
     """Make the device known to torch, once in a process. Return it."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    _add_kernels()
+    return torch.device(NAME, 0)
+
+
+@functools.cache
+def _add_kernels() -> tuple[Any, ...]:
+    """Add kernels to torch, and return their libraries: the cache keeps them, as torch forgets those that are gone."""
     others, aten = torch.library.Library("_", "IMPL", KEY), torch.library.Library("aten", "IMPL", KEY)
-    _LIBRARIES.extend((others, aten))
     others.fallback(torch.library.fallthrough_kernel)
     # Without a kernel, which is never called, torch would take this operation apart, as CUDA does not.
     kernels = torch.library.Library("aten", "IMPL", "PrivateUse1")
-    _LIBRARIES.append(kernels)
     kernels.impl("silu_backward", lambda *arguments: NotImplemented)
     for names, dtype in ((LOWER, lambda: torch.get_autocast_dtype(NAME)), (FLOAT32, lambda: torch.float32)):
         for name in names:
             aten.impl(name, _autocast(name, dtype), KEY)
-    return torch.device(NAME, 0)
+    return others, aten, kernels
 
 
 class _Attention(torch.autograd.Function):
@@ -173,9 +174,9 @@ def pretending(mode: FakeTensorMode, fake_attention: Callable[..., Any] | None) 
     """Make tensors fake inside the block, in `mode`: they have a device and a size, and no content.
 
     Patched for that: reading tensors as lists, which gives ones; the end of autocast's cache; the thread that lays out
-    batches, since modes of torch are a thread's own; the numbers of rounding; what other
-    processes tell, who say the same; that an optimizer's foreach steps
-    are for real tensors only; and transformers' attention, unless `fake_attention` is None.
+    batches, since modes of torch are a thread's own; the numbers of rounding; what other processes tell, who say the
+    same; that an optimizer's foreach steps are for real tensors only; and transformers' attention, unless
+    `fake_attention` is None.
     """
     clear = torch.clear_autocast_cache
 
@@ -194,7 +195,7 @@ def pretending(mode: FakeTensorMode, fake_attention: Callable[..., Any] | None) 
 
     def forget() -> None:
         clear()
-        CASTS.clear()
+        CASTS.kept.clear()
 
     known, optimizers = AttentionInterface._global_mapping, importlib.import_module("torch.optim.optimizer")
     foreach = [*optimizers._foreach_supported_types, FakeTensor]

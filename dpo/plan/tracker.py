@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -39,9 +40,9 @@ aten = torch.ops.aten
 class Tracker(TorchDispatchMode):
     """Counts what the operations inside its block do on a kind of device. `vocabulary` tells logits from the rest.
 
-    `peak[phase]` holds the bytes by kind at the moment when most were allocated; `flops` and `bytes` are by phase,
-    `waits` and `collectives` by what they are. `cost` gives the seconds of a kernel from its operations, the bytes of
-    its numbers, and the bytes that it moves. `reset` forgets all but what is allocated.
+    `peak[phase]` holds the bytes by kind at the moment when most were allocated; `flops`, `bytes` (moved) and `seconds`
+    are of all phases; `waits` and `collectives` by what they are. `cost` gives the seconds of a kernel from its
+    operations, the bytes of its numbers, and the bytes that it moves. `reset` forgets all but what is allocated.
     """
 
     def __init__(self, device: str, vocabulary: int = 0):
@@ -54,14 +55,11 @@ class Tracker(TorchDispatchMode):
     def reset(self) -> None:
         """Forget what was counted. What is allocated stays known."""
         self.peak: dict[str, Counter[str]] = {}
-        self.kernels = 0
-        self.flops: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-        self.operations: Counter[str] = Counter()
+        self.kernels = self.flops = self.bytes = 0
         self.waits: Counter[str] = Counter()
         self.collectives: Counter[str] = Counter()
         self.traffic: Counter[str] = Counter()
-        self.seconds: dict[str, float] = {}
+        self.seconds = 0.0
         self.cost: Callable[[int, int, int], float] = lambda flops, size, moved: 0.0
 
     # Memory ------------------------------------------------------------------------------------------------------
@@ -72,13 +70,11 @@ class Tracker(TorchDispatchMode):
             return
         storage = parallel.local(tensor).untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self.sizes:
-            if kind is not None:
-                self._forget(key)
-                self._hold(key, size, kind)
-            return
-        self._hold(key, size, kind or self._kind_of(tensor))
-        weakref.finalize(storage, self._forget, key)
+        is_new = key not in self.sizes
+        if is_new or kind is not None:
+            self._hold(key, size, kind or self._kind_of(tensor))
+        if is_new:
+            weakref.finalize(storage, self._forget, key)
 
     def _kind_of(self, tensor: Tensor) -> str:
         if self.phase == "optimizer":
@@ -87,6 +83,7 @@ class Tracker(TorchDispatchMode):
         return LOGITS if is_logits else ACTIVATIONS
 
     def _hold(self, key: int, size: int, kind: str) -> None:
+        self._forget(key)
         self.sizes[key] = size, kind
         self.now[kind] += size
         if self.phase not in self.peak or self.now.total() > self.peak[self.phase].total():
@@ -109,7 +106,6 @@ class Tracker(TorchDispatchMode):
         def resize_(storage: Any, size: int) -> Any:
             found = resize(storage, size)
             if storage._cdata in self.sizes:
-                self._forget(storage._cdata)
                 self._hold(storage._cdata, size, GATHERED)
             return found
 
@@ -134,7 +130,7 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and args[0].device.type == self.device:
             self.wait("read one number")
-            if _is_fake(args[0]):
+            if isinstance(args[0], FakeTensor):
                 return 1.0 if args[0].is_floating_point() else 1
         result = func(*args, **kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -155,14 +151,15 @@ class Tracker(TorchDispatchMode):
             source, target = (given[0], made[0]) if func is aten._to_copy.default else (given[1], given[0])
             if source.device.type != target.device.type and self.device != "cpu":
                 queued = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
-                self.wait(f"copy from {source.device.type} to {target.device.type}") if not queued else None
+                if not queued:
+                    self.wait(f"copy from {source.device.type} to {target.device.type}")
         if func.is_view or name in NO_KERNEL or func.namespace == "prim":
             return
-        inputs = {id(t) for t in given}
         if name in PICKING:
             picked = _bytes(made[0]) if name[-1] != "_" else _bytes(given[-1])
             self.work(name, 0, 4, 2 * picked + sum(_bytes(t) for t in given[1:]))
             return
+        inputs = {id(t) for t in given}
         moved = sum(map(_bytes, given)) + sum(_bytes(t) for t in made if id(t) not in inputs)
         if name.endswith("_") and name != "copy_":  # in place: read and written
             moved += sum(_bytes(t) for t in tree_leaves(args[0]) if isinstance(t, Tensor))
@@ -173,10 +170,9 @@ class Tracker(TorchDispatchMode):
     def work(self, name: str, flops: int, size: int, moved: int) -> None:
         """Count a kernel of `flops` operations on numbers of `size` bytes that moves `moved` bytes."""
         self.kernels += 1
-        self.operations[name] += 1
-        self.flops[self.phase] += flops
-        self.bytes[self.phase] += moved
-        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + self.cost(flops, size, moved)
+        self.flops += flops
+        self.bytes += moved
+        self.seconds += self.cost(flops, size, moved)
 
     def wait(self, reason: str) -> None:
         """Count that the host waits for the device, and where in the project."""
@@ -184,10 +180,6 @@ class Tracker(TorchDispatchMode):
         own = [f for f in frames if ".venv" not in f.filename and "/plan/" not in f.filename]
         place = f"{Path(own[-1].filename).relative_to(ROOT)}, {own[-1].name}" if own else "?"
         self.waits[f"{reason}: {place}"] += 1
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 def _bytes(tensor: Tensor) -> int:

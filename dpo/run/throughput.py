@@ -11,9 +11,7 @@ from transformers import PreTrainedModel
 
 from dpo import parallel
 from dpo.data.batching import Batch, n_tokens, packed_width
-
-# Dense peak of matrix products in bfloat16, FLOP/s, from the makers' data sheets.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "RTX 4090": 165e12}
+from dpo.plan.hardware import DEVICES
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def throughput(model: PreTrainedModel, cost: Cost, seconds: float) -> dict[str, 
     head = _operations(model.get_output_embeddings().weight)
     flops = (body * total.distinct + head * total.predicted) / seconds
     device = torch.cuda.get_device_name() if parallel.device_of(next(model.parameters())).type == "cuda" else ""
-    peak = next((value for name, value in PEAKS.items() if name in device), None)
+    peak = next((known.bfloat16 for name, known in DEVICES.items() if name in device), None)
     return {
         "tokens_per_second": total.distinct / seconds,
         "tokens_distinct_over_computed": total.distinct / total.computed,

@@ -262,6 +262,18 @@ class PreferenceData:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def row_tokens(self, padded: bool) -> np.ndarray:
+        """Return how many tokens are computed for each record with all its responses, int64 [records]: as one row, or,
+        `padded`, as one for each response. A response's last token predicts nothing."""
+        lists = pc.list_flatten(self._rows.table["responses"])
+        lengths = pc.list_value_length(lists).to_numpy() - 1
+        counts = pc.list_value_length(self._rows.table["responses"]).to_numpy()
+        prompts = pc.list_value_length(self._rows.table["prompt"]).to_numpy().astype(np.int64)
+        starts = np.cumsum(counts) - counts
+        if padded:
+            return counts * (prompts + np.maximum.reduceat(lengths, starts))
+        return prompts + np.add.reduceat(lengths, starts)
+
     def __getitem__(self, i: int) -> Record:
         row = self._rows.row(range(len(self))[i])
         prompt, responses, pairs, masks, columns = (row.column(name)[0] for name in RECORDS.names[:5])

@@ -34,6 +34,7 @@ from dpo.model.checks import check_fits, checked_computation
 from dpo.model.loading import load_policy, load_tokenizer, local_folder, merged_folder, pick_device
 from dpo.model.logps import casting_once
 from dpo.model.patches import quiet_transformers
+from dpo.model.verdicts import Verdict
 from dpo.optimizer import Updater
 from dpo.parallel.arrange import sharding_of
 from dpo.plan.hardware import DEVICES, Device, free_memory
@@ -220,7 +221,8 @@ class Trainer(Updates):
             wanted = self.wanted_of_reference(batches)
             n_responses = len(wanted.responses)
             cut = self.cut(n_responses, n_responses if config.token_limit else 2 * config.eval_batch_size)
-            reference = build_reference(other, how, cut, config.cache / "reference", wanted)
+            folder = config.cache / "reference"
+            reference = build_reference(other, how, cut, folder, wanted, functools.partial(self.agreed, batches))
         self.scorer = dataclasses.replace(self.scorer, reference=reference)
         if self.other is None:
             self.check_agreement(batches)
@@ -240,15 +242,29 @@ class Trainer(Updates):
 
     def check_agreement(self, batches: list[np.ndarray]) -> None:
         """Raise UserError unless rewards are 0 on the examples of the global `batches`."""
-        config, data, evaluator = self.config, self.train_data, self.evaluator
-        # The first evaluation checks its examples itself.
-        unseen, resumed = evaluator.data if not config.do_first_eval else None, config.checkpoint is not None
-        evaluation = evaluation_part(unseen, evaluator.examples, self.eval_cut)
-        parts = parts_to_check(data, batches, self.scorer, self.cut, evaluation, resumed)
-        order = hashlib.sha256(np.concatenate(batches).tobytes()).hexdigest()
-        checked = [data.identity, order, [unseen.identity, evaluator.examples] if unseen else None, resumed]
-        verdict = verdict_on(self.policy, config, self.scorer, *checked)
+        evaluation = evaluation_part(self.unseen, self.evaluator.examples, self.eval_cut)
+        resumed = self.config.checkpoint is not None
+        parts = parts_to_check(self.train_data, batches, self.scorer, self.cut, evaluation, resumed)
+        verdict = self.verdict(batches, self.scorer)
         check_training_data(self.policy, self.scorer, parts, self.total_examples, verdict)
+
+    @property
+    def unseen(self) -> PreferenceData | None:
+        """The evaluation data that is checked before training: the first evaluation checks its examples itself."""
+        return self.evaluator.data if not self.config.do_first_eval else None
+
+    def verdict(self, batches: list[np.ndarray], scorer: Scorer) -> Verdict:
+        """Return what `check_agreement` found on the global `batches`, or where to keep it. A collective."""
+        order, unseen = hashlib.sha256(np.concatenate(batches).tobytes()).hexdigest(), self.unseen
+        evaluation = [unseen.identity, self.evaluator.examples] if unseen else None
+        checked = [self.train_data.identity, order, evaluation, self.config.checkpoint is not None]
+        parallel.reshard(self.policy)  # weights that a pass has gathered may be of another type
+        return verdict_on(self.policy, self.config, scorer, *checked)
+
+    def agreed(self, batches: list[np.ndarray], reference: StoredReference) -> bool:
+        """Return whether an earlier start found that policy and `reference` agree on the global `batches`."""
+        scorer = dataclasses.replace(self.scorer, reference=reference)
+        return self.other is None and self.verdict(batches, scorer).read() is not None
 
     def wanted_of_reference(self, batches: list[np.ndarray]) -> Wanted:
         """Return all responses whose reference log-probabilities a run of these global batches needs."""
@@ -411,7 +427,7 @@ class Trainer(Updates):
         reference = self.scorer.reference
         name = reference.folder.name if isinstance(reference, StoredReference) else None
         starts = {checkpoint.START: self.start.identity, checkpoint.REFERENCE: self.other and self.other.identity}
-        return {"training data": self.train_data.identity, "reference": name, **starts}
+        return {"training data": self.train_data.identity, "stored reference": name, **starts}
 
 
 def _sources(data: PreferenceData | None) -> list[dict[str, Any]]:

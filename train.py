@@ -34,6 +34,11 @@ from utils import run_main
 def train(composed: DictConfig, overrides: list[str], stop: Any = None) -> None:
     """Validate Hydra's configuration and train. `stop` is a StopRequest, or None for one of the run's own."""
     config = build_config(composed)
+    if config.plan:
+        others = [override for override in overrides if not override.startswith("plan=")]
+        if code := subprocess.call([sys.executable, str(ROOT / "scripts" / "plan.py"), *others]):
+            sys.exit(code)
+        return
     import trainers
 
     if not gc.isenabled():

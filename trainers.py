@@ -9,12 +9,13 @@ import functools
 import gc
 import hashlib
 import math
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,8 +34,10 @@ from dpo.model.checks import check_fits, checked_computation
 from dpo.model.loading import load_policy, load_tokenizer, local_folder, merged_folder, pick_device
 from dpo.model.logps import casting_once
 from dpo.model.patches import quiet_transformers
+from dpo.model.verdicts import Verdict
 from dpo.optimizer import Updater
 from dpo.parallel.arrange import sharding_of
+from dpo.plan.hardware import DEVICES, Device, free_memory
 from dpo.reference import LiveReference, Reference, Wanted, build_reference, wanted_by
 from dpo.run import checkpoint, health, resume, stopping, tensors, weights
 from dpo.run.config import Config
@@ -51,6 +54,9 @@ from preference_datasets import REGISTRY, load_data
 from settings import data_settings, literal
 from utils import run_main
 
+if TYPE_CHECKING:
+    from dpo.plan.planning import Planner
+
 SHOWN = {"loss": "loss/train", "acc": "rewards_train/accuracies", "margin": "rewards_train/margins"}
 
 
@@ -59,53 +65,18 @@ def plan_of(config: Config) -> Plan:
     return Plan(config.seed, config.batch_size, config.n_epochs, config.n_examples, config.dataset_weights)
 
 
-class Trainer:
-    """Trains a policy. `load(archive)` gives a new model with the weights of `archive`, or with the base model's if it
-    is None, and `load_reference(compiled)` a new reference; they decide how models lie on devices and processes."""
+class Updates:
+    """Makes updates of `policy` by `scorer`, which are set later, on the batches that the configuration asks for."""
 
-    def __init__(
-        self,
-        config: Config,
-        load: Callable[[str | None], PreTrainedModel],
-        load_reference: Callable[[bool], PreTrainedModel],
-        tokenizer: PreTrainedTokenizerBase,
-        train_data: PreferenceData,
-        eval_data: PreferenceData | None,
-        logger: RunLogger,
-        command: str = "",
-        stop: stopping.StopRequest | None = None,
-    ):
-        self.config, self.load, self.logger, self.command = config, load, logger, command
-        self.read_reference = load_reference
-        self.stop = stop or stopping.StopRequest()
-        self.train_data = train_data
+    def __init__(self, config: Config, train_data: PreferenceData):
+        self.config, self.train_data = config, train_data
         self.plan = plan_of(config)
         self.total_examples, self.total_steps = self.plan.size(train_data)
-        self.examples = self.evaluated = 0  # seen by training; at the last evaluation that was due
-        self.eval_metrics: dict[str, float] = {}
+        self.examples = 0  # seen by training
         self.reference_seconds = 0.0
-        self.watch = health.Watch(config.warn_loss_spike, config.warn_chosen_drop)
-        self.deadline = stopping.Deadline(config.max_runtime)
-        self.start = weights.Start(config.model.start)
-        self.other = weights.Start(config.reference.archive) if config.reference.archive else None
-        self.use(self.start.read(lambda: load(config.model.archive)))
-        self.starting = adapters.Starting(self.policy) if config.adapter.peft_type else None
-        check_fits(self.policy, tokenizer, config)
-        if not parallel.all_finite(self.policy):
-            raise UserError(f"{config.model.start}: {health.broken_parameters(self.policy)}; it cannot be trained")
-        health.warn_of_lost_steps(self.policy, config)
-        how = checked_computation(self.policy, config, trains=True)
-        self.scorer = Scorer(config.loss, how, None, state=config.loss.initial_state())
-        self.evaluator = Evaluator(config, eval_data, tokenizer, logger, self.live_reference)
-        archive = Path(config.model.archive) if config.model.archive else None
-        kept = (config.keep_last_n, config.keep_optimizer_last_n)
-        files = trained_on(train_data, archive)
-        checks = (logger.check, self.stop.at_once)
-        writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, *kept, files, *checks)
-        self.saver = Saver(config, writer, tokenizer, self.state)
-        if config.loss.needs_reference:
-            self.prepare_reference()
-        parallel.reshard(self.policy)
+        self.eval_metrics: dict[str, float] = {}
+        self.other: weights.Start | None = None  # of a reference that training does not start from
+        self.scorer: Scorer
 
     def use(self, policy: PreTrainedModel) -> None:
         """Train `policy` from here on, with a fresh optimizer."""
@@ -113,121 +84,17 @@ class Trainer:
         scaled = self.config.compute_dtype == torch.float16 and policy.dtype == torch.float32
         self.updater = Updater(policy, self.config, scaled)
 
-    def live_reference(self, compiled: bool = False) -> LiveReference:
-        """Return the reference in memory: the policy with its adapter as it was in the beginning, or a second model.
-        That is read now: reference.archive, or the weights that training started from."""
-        if self.starting is not None and self.other is None:
-            return LiveReference(self.policy, self.scorer.how, self.starting)
-        model = (self.other or self.start).read(lambda: self.read_reference(compiled))
-        return LiveReference(model, self.scorer.how)
-
-    def prepare_reference(self) -> None:
-        """Compute reference log-probabilities and samples while the policy is still untrained, and check them."""
-        config, start = self.config, time.perf_counter()
-        batches = list(self.plan.arrays(self.train_data))
-        reference: Reference
-        live = self.live_reference(compiled=True) if self.other or config.reference.mode == "live" else None
-        other = live.model if live is not None else self.policy
-        sizes = [model.config.get_text_config().vocab_size for model in (self.policy, other)]
-        if len(set(sizes)) > 1:
-            raise UserError(f"reference.archive has a vocabulary of {sizes[1]} tokens, and the policy of {sizes[0]}")
-        how = checked_computation(other, config, trains=False) if self.other else self.scorer.how
-        if how.layout != self.scorer.how.layout:  # both compute one batch for the KL
-            how = dataclasses.replace(how, layout="padded")
-            self.scorer = dataclasses.replace(self.scorer, how=how)
-        if live is not None and config.reference.mode == "live":
-            live.how, reference = how, live
-        else:
-            wanted = self.wanted_of_reference(batches)
-            n_responses = len(wanted.responses)
-            cut = self.cut(n_responses, n_responses if config.microbatch_tokens else 2 * config.eval_batch_size)
-            reference = build_reference(other, how, cut, config.cache / "reference", wanted)
-        self.scorer = dataclasses.replace(self.scorer, reference=reference)
-        if self.other is None:
-            self.check_agreement(batches)
-        else:
-            log(
-                f"reference.archive={self.other.name} is not where training starts: rewards do not start at 0, and "
-                "whether policy and reference agree is not checked"
-            )
-        evaluates_first = config.do_first_eval and config.checkpoint is None
-        if self.evaluator.sampler is not None and (self.other or not evaluates_first):
-            self.evaluator.sampler.remember(other)  # else the first evaluation does, of the policy, which equals it
-        del other
-        if live is not None:
-            del live  # a second model, unless it is a live reference
-            gc.collect()  # a model refers to itself
-        self.reference_seconds = time.perf_counter() - start
-
-    def check_agreement(self, batches: list[np.ndarray]) -> None:
-        """Raise UserError unless rewards are 0 on the examples of the global `batches`."""
-        config, data, evaluator = self.config, self.train_data, self.evaluator
-        # The first evaluation checks its examples itself.
-        unseen, resumed = evaluator.data if not config.do_first_eval else None, config.checkpoint is not None
-        evaluation = evaluation_part(unseen, evaluator.examples, self.eval_cut)
-        parts = parts_to_check(data, batches, self.scorer, self.cut, evaluation, resumed)
-        order = hashlib.sha256(np.concatenate(batches).tobytes()).hexdigest()
-        checked = [data.identity, order, [unseen.identity, evaluator.examples] if unseen else None, resumed]
-        verdict = verdict_on(self.policy, config, self.scorer, *checked)
-        check_training_data(self.policy, self.scorer, parts, self.total_examples, verdict)
-
-    def wanted_of_reference(self, batches: list[np.ndarray]) -> Wanted:
-        """Return all responses whose reference log-probabilities a run of these global batches needs."""
-        data, eval_data, eval_examples = self.train_data, self.evaluator.data, self.evaluator.examples
-        wanted = wanted_by(data, np.concatenate(batches))
-        views = [Mismatched(data, *batches)] if self.config.loss.observes_mismatched else []
-        if eval_data is not None:
-            wanted += wanted_by(eval_data, eval_examples)
-            views += [Mismatched(eval_data, eval_examples)] if views else []
-        for view in views:
-            wanted += wanted_by(view, view.order)
-        return wanted
-
     def cut(self, n: int, pass_size: int | None = None) -> Cut:
         """Return how `n` examples are cut into passes, of about `pass_size` examples or as in training."""
         config, ranks = self.config, parallel.data_ranks(self.policy)
         size = max(pass_size or config.batch_size // config.gradient_accumulation_steps, ranks)
         rank = parallel.data_rank(self.policy)
-        return Cut(self.scorer.how.layout, ranks, -(-n // size), config.microbatch_tokens, rank)
+        return Cut(self.scorer.how.layout, ranks, -(-n // size), config.token_limit, rank)
 
     @property
     def untrained(self) -> bool:
         """Whether the policy still equals the reference."""
         return not self.updater.updates and self.other is None
-
-    @property
-    def eval_cut(self) -> Cut:
-        """How the evaluation examples are cut into passes."""
-        return self.cut(len(self.evaluator.examples), self.config.eval_batch_size)
-
-    # The loop ----------------------------------------------------------------------------------------------------
-
-    def fit(self) -> None:
-        """Train to the end of the plan, evaluating and saving on the way. Raise Stopped if asked to end early."""
-        self.saver.try_out(self.policy, self.updater.optimizer)
-        if not self.examples and self.config.do_first_eval:
-            with self.stop.gracefully():
-                self.evaluate()
-        bar = progress(total=self.total_examples, initial=self.examples, unit="ex", desc=self.config.exp_name)
-        with self.stop.gracefully(), bar:
-            self.deadline.start()
-            self.evaluate_and_save()
-            for examples in self.plan.batches_after(self.train_data, self.examples):
-                metrics = self.train_step(examples)
-                self.logger.log(metrics, self.examples)
-                self.watch.update(metrics, self.examples)
-                bar.set_postfix(
-                    {k: f"{metrics[name]:.3g}" for k, name in SHOWN.items() if name in metrics}, refresh=False
-                )
-                bar.update(len(examples))
-                self.stop_if_asked()
-                self.evaluate_and_save()
-            if self.evaluated != self.examples and self.config.do_final_eval and self.evaluator.data is not None:
-                self.evaluated, self.saver.saved = self.examples, 0  # force a checkpoint that includes this evaluation
-                self.evaluate()
-            if self.saver.needs_last(self.examples):
-                self.saver.saved = self.examples
-                self.save(last=True)
 
     def train_step(self, examples: list[Example]) -> dict[str, float]:
         """Make one update on a global batch. Return the batch's mean metrics.
@@ -276,6 +143,174 @@ class Trainer:
                 self.updater.backward(losses.sum() * share.counts / n)
                 tally.add(values, share.batch, share.counts)
         return tally
+
+    def on_nonfinite(self, examples: list[Example], culprits: str, grad_norm: float) -> None:
+        """Raise UserError for an update that is not finite."""
+        raise UserError(f"the update of examples {examples} is not finite: {culprits}; gradient norm {grad_norm}")
+
+
+class Trainer(Updates):
+    """Trains a policy. `load(archive)` gives a new model with the weights of `archive`, or with the base model's if it
+    is None, and `load_reference(compiled)` a new reference; they decide how models lie on devices and processes."""
+
+    def __init__(
+        self,
+        config: Config,
+        load: Callable[[str | None], PreTrainedModel],
+        load_reference: Callable[[bool], PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        train_data: PreferenceData,
+        eval_data: PreferenceData | None,
+        logger: RunLogger,
+        command: str = "",
+        stop: stopping.StopRequest | None = None,
+    ):
+        super().__init__(config, train_data)
+        self.load, self.logger, self.command = load, logger, command
+        self.read_reference = load_reference
+        self.stop = stop or stopping.StopRequest()
+        self.evaluated = 0  # examples at the last evaluation that was due
+        self.watch = health.Watch(config.warn_loss_spike, config.warn_chosen_drop)
+        self.deadline = stopping.Deadline(config.max_runtime)
+        self.start = weights.Start(config.model.start)
+        self.other = weights.Start(config.reference.archive) if config.reference.archive else None
+        self.use(self.start.read(lambda: load(config.model.archive)))
+        self.starting = adapters.Starting(self.policy) if config.adapter.peft_type else None
+        check_fits(self.policy, tokenizer, config)
+        if not parallel.all_finite(self.policy):
+            raise UserError(f"{config.model.start}: {health.broken_parameters(self.policy)}; it cannot be trained")
+        health.warn_of_lost_steps(self.policy, config)
+        how = checked_computation(self.policy, config, trains=True)
+        self.scorer = Scorer(config.loss, how, None, state=config.loss.initial_state())
+        self.evaluator = Evaluator(config, eval_data, tokenizer, logger, self.live_reference)
+        archive = Path(config.model.archive) if config.model.archive else None
+        kept = (config.keep_last_n, config.keep_optimizer_last_n)
+        files = trained_on(train_data, archive)
+        checks = (logger.check, self.stop.at_once)
+        writer = checkpoint.CheckpointWriter(logger.run_dir, config.async_save, *kept, files, *checks)
+        self.saver = Saver(config, writer, tokenizer, self.state)
+        if config.loss.needs_reference:
+            self.prepare_reference()
+        parallel.reshard(self.policy)
+
+    def live_reference(self, compiled: bool = False) -> LiveReference:
+        """Return the reference in memory: the policy with its adapter as it was in the beginning, or a second model.
+        That is read now: reference.archive, or the weights that training started from."""
+        if self.starting is not None and self.other is None:
+            return LiveReference(self.policy, self.scorer.how, self.starting)
+        model = (self.other or self.start).read(lambda: self.read_reference(compiled))
+        return LiveReference(model, self.scorer.how)
+
+    def prepare_reference(self) -> None:
+        """Compute reference log-probabilities and samples while the policy is still untrained, and check them."""
+        config, start = self.config, time.perf_counter()
+        batches = list(self.plan.arrays(self.train_data))
+        reference: Reference
+        live = self.live_reference(compiled=True) if self.other or config.reference.mode == "live" else None
+        other = live.model if live is not None else self.policy
+        sizes = [model.config.get_text_config().vocab_size for model in (self.policy, other)]
+        if len(set(sizes)) > 1:
+            raise UserError(f"reference.archive has a vocabulary of {sizes[1]} tokens, and the policy of {sizes[0]}")
+        how = checked_computation(other, config, trains=False) if self.other else self.scorer.how
+        if how.layout != self.scorer.how.layout:  # both compute one batch for the KL
+            how = dataclasses.replace(how, layout="padded")
+            self.scorer = dataclasses.replace(self.scorer, how=how)
+        if live is not None and config.reference.mode == "live":
+            live.how, reference = how, live
+        else:
+            wanted = self.wanted_of_reference(batches)
+            n_responses = len(wanted.responses)
+            cut = self.cut(n_responses, n_responses if config.token_limit else 2 * config.eval_batch_size)
+            folder = config.cache / "reference"
+            reference = build_reference(other, how, cut, folder, wanted, functools.partial(self.agreed, batches))
+        self.scorer = dataclasses.replace(self.scorer, reference=reference)
+        if self.other is None:
+            self.check_agreement(batches)
+        else:
+            log(
+                f"reference.archive={self.other.name} is not where training starts: rewards do not start at 0, and "
+                "whether policy and reference agree is not checked"
+            )
+        evaluates_first = config.do_first_eval and config.checkpoint is None
+        if self.evaluator.sampler is not None and (self.other or not evaluates_first):
+            self.evaluator.sampler.remember(other)  # else the first evaluation does, of the policy, which equals it
+        del other
+        if live is not None:
+            del live  # a second model, unless it is a live reference
+            gc.collect()  # a model refers to itself
+        self.reference_seconds = time.perf_counter() - start
+
+    def check_agreement(self, batches: list[np.ndarray]) -> None:
+        """Raise UserError unless rewards are 0 on the examples of the global `batches`."""
+        evaluation = evaluation_part(self.unseen, self.evaluator.examples, self.eval_cut)
+        resumed = self.config.checkpoint is not None
+        parts = parts_to_check(self.train_data, batches, self.scorer, self.cut, evaluation, resumed)
+        verdict = self.verdict(batches, self.scorer)
+        check_training_data(self.policy, self.scorer, parts, self.total_examples, verdict)
+
+    @property
+    def unseen(self) -> PreferenceData | None:
+        """The evaluation data that is checked before training: the first evaluation checks its examples itself."""
+        return self.evaluator.data if not self.config.do_first_eval else None
+
+    def verdict(self, batches: list[np.ndarray], scorer: Scorer) -> Verdict:
+        """Return what `check_agreement` found on the global `batches`, or where to keep it. A collective."""
+        order, unseen = hashlib.sha256(np.concatenate(batches).tobytes()).hexdigest(), self.unseen
+        evaluation = [unseen.identity, self.evaluator.examples] if unseen else None
+        checked = [self.train_data.identity, order, evaluation, self.config.checkpoint is not None]
+        parallel.reshard(self.policy)  # weights that a pass has gathered may be of another type
+        return verdict_on(self.policy, self.config, scorer, *checked)
+
+    def agreed(self, batches: list[np.ndarray], reference: StoredReference) -> bool:
+        """Return whether an earlier start found that policy and `reference` agree on the global `batches`."""
+        scorer = dataclasses.replace(self.scorer, reference=reference)
+        return self.other is None and self.verdict(batches, scorer).read() is not None
+
+    def wanted_of_reference(self, batches: list[np.ndarray]) -> Wanted:
+        """Return all responses whose reference log-probabilities a run of these global batches needs."""
+        data, eval_data, eval_examples = self.train_data, self.evaluator.data, self.evaluator.examples
+        wanted = wanted_by(data, np.concatenate(batches))
+        views = [Mismatched(data, *batches)] if self.config.loss.observes_mismatched else []
+        if eval_data is not None:
+            wanted += wanted_by(eval_data, eval_examples)
+            views += [Mismatched(eval_data, eval_examples)] if views else []
+        for view in views:
+            wanted += wanted_by(view, view.order)
+        return wanted
+
+    @property
+    def eval_cut(self) -> Cut:
+        """How the evaluation examples are cut into passes."""
+        return self.cut(len(self.evaluator.examples), self.config.eval_batch_size)
+
+    # The loop ----------------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train to the end of the plan, evaluating and saving on the way. Raise Stopped if asked to end early."""
+        self.saver.try_out(self.policy, self.updater.optimizer)
+        if not self.examples and self.config.do_first_eval:
+            with self.stop.gracefully():
+                self.evaluate()
+        bar = progress(total=self.total_examples, initial=self.examples, unit="ex", desc=self.config.exp_name)
+        with self.stop.gracefully(), bar:
+            self.deadline.start()
+            self.evaluate_and_save()
+            for examples in self.plan.batches_after(self.train_data, self.examples):
+                metrics = self.train_step(examples)
+                self.logger.log(metrics, self.examples)
+                self.watch.update(metrics, self.examples)
+                bar.set_postfix(
+                    {k: f"{metrics[name]:.3g}" for k, name in SHOWN.items() if name in metrics}, refresh=False
+                )
+                bar.update(len(examples))
+                self.stop_if_asked()
+                self.evaluate_and_save()
+            if self.evaluated != self.examples and self.config.do_final_eval and self.evaluator.data is not None:
+                self.evaluated, self.saver.saved = self.examples, 0  # force a checkpoint that includes this evaluation
+                self.evaluate()
+            if self.saver.needs_last(self.examples):
+                self.saver.saved = self.examples
+                self.save(last=True)
 
     def on_nonfinite(self, examples: list[Example], culprits: str, grad_norm: float) -> None:
         """Write the state before an update that is not finite. Raise UserError, or skip the update (on_nonfinite)."""
@@ -392,7 +427,7 @@ class Trainer:
         reference = self.scorer.reference
         name = reference.folder.name if isinstance(reference, StoredReference) else None
         starts = {checkpoint.START: self.start.identity, checkpoint.REFERENCE: self.other and self.other.identity}
-        return {"training data": self.train_data.identity, "reference": name, **starts}
+        return {"training data": self.train_data.identity, "stored reference": name, **starts}
 
 
 def _sources(data: PreferenceData | None) -> list[dict[str, Any]]:
@@ -416,7 +451,7 @@ def train(config: Config, overrides: list[str] | None = None, stop: stopping.Sto
     if parallel.is_main():
         check_sources(config)
         found, run_dir = resume.find_resume(config)
-        config = dataclasses.replace(config, resume=found, local_run_dir=run_dir)
+        config = with_limits(dataclasses.replace(config, resume=found, local_run_dir=run_dir))
     arguments = (config, overrides)
     if not config.needs_group:
         if parallel.world_size() > 1:
@@ -432,9 +467,8 @@ def train(config: Config, overrides: list[str] | None = None, stop: stopping.Sto
 def train_in_new_processes(config: Config, arguments: tuple[Any, ...]) -> None:
     """Start a group of processes that train. This one waits, and clears up if they fail."""
     pick_device(config)
-    n = config.nproc or (torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 2)
     try:
-        parallel.launch(work, arguments, n, config.fsdp_port)
+        parallel.launch(work, arguments, processes_of(config), config.fsdp_port)
     except BaseException:  # Ctrl-C among them
         run_dir = Path(config.local_run_dir)
         if run_dir.exists():
@@ -442,6 +476,51 @@ def train_in_new_processes(config: Config, arguments: tuple[Any, ...]) -> None:
                 leave(run_dir)
                 open_log(run_dir)  # for the reason, if no process could give one
         raise
+
+
+def processes_of(config: Config) -> int:
+    """Return how many processes `train` starts, if it has to start them."""
+    return config.nproc or (torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 2)
+
+
+def with_limits(config: Config) -> Config:
+    """Return the configuration with a number for microbatch_tokens=auto: that of the checkpoint which is resumed, or
+    the largest for which `limits_on_gpu` finds room. Raise UserError if there is none."""
+    if config.microbatch_tokens != "auto":
+        return config
+    if config.checkpoint is not None:
+        known = checkpoint.read_state(config.checkpoint)["config"]
+        found = {key: known.get(key) for key in ("microbatch_tokens", "fsdp_reduce_once")}
+    elif pick_device(config).type != "cuda":
+        raise UserError("microbatch_tokens=auto plans the memory of a GPU, and there is none: set a number")
+    else:
+        log("microbatch_tokens=auto: planning the memory of an update ...")
+        n = (parallel.world_size() if parallel.joined() else processes_of(config)) if config.needs_group else 1
+        memory = parallel.apart(free_memory, config.device, config.needs_group)
+        found = parallel.apart(limits_on_gpu, config, memory, n)
+    log(f"microbatch_tokens=auto is {found['microbatch_tokens']}; fsdp_reduce_once={found['fsdp_reduce_once']}")
+    return dataclasses.replace(config, **found)
+
+
+def limits_on_gpu(config: Config, memory: float, processes: int) -> dict[str, Any]:
+    """Return the keys that microbatch_tokens=auto stands for, with `memory` bytes free on each GPU. Patches torch for
+    good and hides the GPUs, so it is to run in a process of its own."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return planner(config, dataclasses.replace(DEVICES["H100"], memory=memory), processes).limits(config)
+
+
+def planner(config: Config, hardware: Device, processes: int) -> "Planner":
+    """Return what plans runs on the configuration's data and a group of `processes`. Patches torch for good."""
+    from dpo.plan import gpu
+    from dpo.plan.planning import Planner, check_planned
+
+    check_planned(config)
+    quiet_transformers()
+    data = load_data(data_settings(config), load_tokenizer(config), "train")
+    device = torch.device("cpu") if config.device == "cpu" else gpu.register()
+    if config.needs_group:
+        gpu.join_fake_group(processes)
+    return Planner(data, device, hardware, Updates)
 
 
 def work(config: Config, overrides: list[str] | None) -> None:
@@ -576,6 +655,17 @@ def check_sources(config: Config) -> None:
             find_source(name, settings, "train", REGISTRY)
 
 
+def note_split_prompts(data: PreferenceData, config: Config) -> None:
+    """Log how many prompts have pairs that do not all fit into a micro-batch."""
+    limit, padded = config.token_limit or math.inf, config.layout == "padded"
+    tokens = data.row_tokens(padded)[data.n_examples > 1]
+    if n := int((tokens > limit).sum()):
+        log(
+            f"note: microbatch_tokens={limit}: the responses of {n} of {len(data)} prompts together take more, up to "
+            f"{tokens.max()} tokens: their pairs go into several micro-batches, and each computes the prompt again"
+        )
+
+
 def load_splits(
     config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreferenceData, PreferenceData | None, dict[str, Any]]:
@@ -593,6 +683,7 @@ def load_splits(
     if not examples:
         raise UserError(f"dataset_weights={config.dataset_weights} of these data sets leave no example; raise them")
     log(f"this run: {examples} examples in {steps} updates of up to {config.batch_size}")
+    note_split_prompts(train_data, config)
     if steps <= (warmup := config.warmup(steps)):
         reached = config.lr * steps / (warmup + 1)
         log(f"note: warmup_steps={warmup} outlasts the run: lr reaches {reached:.2g} of {config.lr:.2g}")

@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import datetime
 import json
-import multiprocessing
 import os
 import platform
 import random
@@ -37,19 +36,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import psutil
 
+from dpo import parallel
 from dpo.utils import UserError
 from utils import HelpFormatter, run_main
 
@@ -78,15 +75,6 @@ def machine() -> dict[str, str]:
         "commit": commit or "none",
         "date": datetime.date.today().isoformat(),
     }
-
-
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise UserError("the measured process was killed (by the system, if memory ran out)") from error
 
 
 @contextlib.contextmanager
@@ -164,7 +152,7 @@ def load_once(source: Path, cache: Path, num_proc: int) -> dict[str, float]:
 
 def measured_load(source: Path, cache: Path, num_proc: int) -> dict[str, float]:
     with watched(0.1) as found:
-        result = apart(load_once, source, cache, num_proc)
+        result = parallel.apart(load_once, source, cache, num_proc)
     return {**result, "peak memory (GiB)": max(own + files for _, own, files in found) / 1024}
 
 
@@ -176,7 +164,7 @@ def benchmark_data(arguments: argparse.Namespace) -> None:
         write_dialogues(source, rows)
         size = source.stat().st_size / 2**20
         write_dialogues(few, 10)
-        apart(load_once, few, cache, num_proc)  # converts the embedded model, which is no part of the data
+        parallel.apart(load_once, few, cache, num_proc)  # converts the embedded model, which is no part of the data
         first, *others = [measured_load(source, cache, num_proc) for _ in range(1 + arguments.repeats)]
     method = f"the method stands in the script. Second start: the median of {arguments.repeats}."
     facts = {"input": f"{rows} HH-like pairs, {size:.0f} MiB of JSON lines, default max_length 512"}
@@ -321,7 +309,7 @@ def time_dpo(arguments: argparse.Namespace) -> tuple[str, dict[str, str], list[l
     from settings import load_config
 
     given, micro = arguments.overrides, arguments.micro
-    peaks = {name: apart(peak_of_step, name, given, micro) for name in (speed.ORIGINAL, speed.OURS)}
+    peaks = {name: parallel.apart(peak_of_step, name, given, micro) for name in (speed.ORIGINAL, speed.OURS)}
     work = speed.prepare(load_config([*DPO, *given]), arguments.pairs, micro)
     steps = speed.sweeps(work, (0.05, 0.1, 0.3, 1.0)) if arguments.sweep else speed.variants(work)
     steps = {name: step for name, step in steps.items() if not arguments.only or name in arguments.only.split(",")}

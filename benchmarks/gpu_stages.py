@@ -24,7 +24,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import benchmark
-import plan
 import speed
 from dpo.data.batching import Example, make_batch
 from dpo.model import adapters
@@ -33,7 +32,7 @@ from dpo.model.logps import Computation
 from dpo.model.patches import quiet_transformers
 from dpo.optimizer import build_optimizer
 from dpo.plan.hardware import DEVICES, GiB
-from dpo.plan.tracker import Tracker
+from dpo.plan.planning import RESERVE, scorer_of
 from dpo.run.config import Config
 from dpo.run.saved import Saved
 from dpo.run.throughput import Cost, cost_of, peak_memory, throughput
@@ -43,6 +42,7 @@ from dpo.stored import StoredReference
 from dpo.utils import ROOT, UserError
 from preference_datasets import load_data
 from settings import data_settings, load_config, quoted
+from trainers import Updates
 
 ONE_B, EIGHT_B, TINY = "16x2048", "32x4096", "1x512"  # LAYERSxWIDTH, see speed.random_model
 BATCH = ["batch_size=64", "n_examples=64"]  # one batch: a plan of it, and its update
@@ -133,8 +133,8 @@ def random_weights(config: Config, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def trainer_of(setting: Setting, given: list[str]) -> tuple[plan.PlannedTrainer, list[Example]]:
-    """Return the trainer that scripts/plan.py watches, on a real model with random weights, and its first batch."""
+def trainer_of(setting: Setting, given: list[str]) -> tuple[Updates, list[Example]]:
+    """Return what scripts/plan.py watches, with a real model with random weights, and its first batch."""
     config = setting.config(given)
     forget()
     model = random_weights(config, setting.device)
@@ -142,8 +142,9 @@ def trainer_of(setting: Setting, given: list[str]) -> tuple[plan.PlannedTrainer,
         adapters.put_on(model, adapters.peft_config(config.adapter), "random weights", config.seed)
     make_ready(model, config, True, config.compile)
     data = load_data(data_settings(config), load_tokenizer(config), "train")
-    scorer = plan.scorer_of(config, model, None, setting.device)
-    trainer = plan.PlannedTrainer(config, model, scorer, data, Tracker("none"))  # watches no device
+    trainer = Updates(config, data)
+    trainer.scorer = scorer_of(config, model, None, setting.device)
+    trainer.use(model)
     return trainer, next(trainer.plan.batches(data))
 
 
@@ -232,7 +233,7 @@ def waits(setting: Setting) -> Found:
     return Found(table, problems)
 
 
-def synchronisations(trainer: plan.PlannedTrainer, batch: list[Example]) -> Counter[str]:
+def synchronisations(trainer: Updates, batch: list[Example]) -> Counter[str]:
     """Return how often the host waits for the GPU in an update, by the place in the program."""
     mode = torch.cuda.set_sync_debug_mode if torch.cuda.is_available() else lambda name: None
     with warnings.catch_warnings(record=True) as seen:
@@ -308,7 +309,7 @@ def mfu_8b(setting: Setting) -> Found:
     checkpointing; LoRA.
     """
     total = psutil.virtual_memory().total if setting.tiny else torch.cuda.get_device_properties(0).total_memory
-    usable, tried = total * (1 - plan.RESERVE), []
+    usable, tried = total * (1 - RESERVE), []
     more = ["model.policy_dtype=bfloat16", "microbatch_tokens=4096", *BATCH]
     for extra in ([], ["activation_checkpointing=true"], ["adapter=lora"]):
         more += extra

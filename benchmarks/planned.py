@@ -19,16 +19,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import numpy as np
 from transformers import LlamaConfig
 
-import plan
 from benchmark import machine, markdown
 from dpo.data.batching import Cut, Plan, deal, make_batch
 from dpo.data.records import Record
 from dpo.model.loading import load_tokenizer
 from dpo.plan import gpu
 from dpo.plan.hardware import DEVICES, GiB
+from dpo.plan.planning import Planner
 from dpo.run.throughput import cost_of
 from preference_datasets import load_data
 from settings import data_settings, load_config
+from trainers import Updates
 from utils import HelpFormatter, run_main
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -91,7 +92,7 @@ def count_here(shape: str, processes: int, overrides: list[str]) -> dict[str, An
         if config.needs_group:
             gpu.join_fake_group(processes)
         data: Any = MadeUp()
-        found = plan.plan_run(config, data, device, DEVICES["H100"])
+        found = Planner(data, device, DEVICES["H100"], Updates)(config)
     return dataclasses.asdict(found) | {"peak": found.peak}
 
 

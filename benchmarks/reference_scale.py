@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from benchmark import apart, machine, markdown
+from benchmark import machine, markdown
 from dpo import parallel
 from dpo.data.batching import Batch, Plan, Tree
 from dpo.data.records import Record
@@ -150,13 +150,13 @@ def main() -> None:
     for pairs in given.pairs:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            apart(write, folder, pairs)
+            parallel.apart(write, folder, pairs)
             gib = sum(path.stat().st_size for path in folder.iterdir()) / 2**30
             first, steps = (run(folder, pairs, given.nproc) for _ in range(2))
         lines += [f"{gib:.2f} GiB of log-probabilities, {given.nproc} processes.", "", *table(pairs, first, steps)]
         held.append(max(values[:, 1].max() for values in steps.values()))
         peaks.append(max(values[:, 2].sum() for values in [*first.values(), *steps.values()]) / given.nproc)
-        before.append(apart(dictionary, pairs))
+        before.append(parallel.apart(dictionary, pairs))
     growth = (TARGET[0] - given.pairs[1]) / (given.pairs[1] - given.pairs[0])
     sizes = [f"{n:,} pairs" for n in given.pairs]
     rows = [["MiB of a process", *sizes, f"{TARGET[0]:,} pairs, extrapolated", f"{TARGET[1]} of these, GiB"]]

@@ -49,7 +49,7 @@ class Work:
         return len(self.examples)
 
     def cut(self, how: Computation) -> Cut:
-        return Cut(how.layout, 1, 1, self.config.microbatch_tokens, 0)
+        return Cut(how.layout, 1, 1, self.config.token_limit, 0)
 
     def shares(self, how: Computation) -> list[Share]:
         """Sorted, and cut by tokens."""

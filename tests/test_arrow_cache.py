@@ -288,3 +288,18 @@ def test_workers_go_with_a_parent_that_dies_before_they_ask_to() -> None:
 def test_a_manifest_names_every_file(tmp_path: Path) -> None:
     folder = arrow_cache.cached(tmp_path, "name", build)
     assert set(json.loads((folder / "cache_manifest.json").read_text())["files"]) == {"a.arrow", "inner/b.json"}
+
+
+START = """
+import sys
+import pyarrow as pa
+from dpo.data.records import _numbers
+
+numbers = _numbers(pa.chunked_array([[7, 8], [9]], pa.uint64())[1:])
+print("pandas" in sys.modules, numbers.tolist())
+"""
+
+
+def test_numbers_of_arrow_need_no_pandas() -> None:
+    found = subprocess.run([sys.executable, "-c", START], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "False [8, 9]\n"

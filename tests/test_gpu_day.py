@@ -175,7 +175,7 @@ def test_correctness_on_a_cpu(setting: Setting, monkeypatch: pytest.MonkeyPatch)
 def test_stages_on_a_cpu(stage: str, rows: int, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = {"peak": 2**30, "seconds": 1.0, "waits": {"tally": 1}}
     monkeypatch.setattr(gpu_stages, "planned", lambda given: plan)  # which takes long; see the next test
-    monkeypatch.setattr("benchmark.apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr("dpo.parallel.processes.apart", lambda function, *arguments: function(*arguments))
     found = getattr(gpu_stages, stage)(setting)
     assert not found.problems and not found.skipped
     assert len(found.table) == 1 + rows and all(len(row) == len(found.table[0]) for row in found.table)

@@ -252,6 +252,22 @@ def test_every_trainer_writes_the_bytes_of_save_pretrained(folder: Path, monkeyp
             assert (folder / name / "LATEST" / file).read_bytes() == (folder / "expected" / file).read_bytes(), file
 
 
+def test_ranks_write_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To gather a file takes all ranks. So a rank that has a file to write has first helped to gather the others'."""
+    model, gathered = make_model(), []
+    monkeypatch.setattr(tensors, "MAX_FILE_SIZE", "20KB")
+    monkeypatch.setattr(tensors.parallel, "full", lambda tensor: gathered.append(tensor) or tensor, raising=False)
+    state, seen = model.state_dict(), []
+    for rank in range(3):
+        gathered.clear()
+        counts = [(file, len(gathered)) for file, _ in tensors._split(model, state, rank, 3) if "index" not in file]
+        assert len(gathered) == len(state)
+        seen.append(counts)
+    assert sum(map(len, seen)) > 3 and len({count for _, count in seen[0]}) == len(seen[0])
+    for others in seen[1:]:  # the files of a round are written after the same gathers
+        assert [count for _, count in others] == [count for _, count in seen[0]][: len(others)]
+
+
 def _start_with_small_files(*arguments: Any) -> None:
     tensors.MAX_FILE_SIZE = "20KB"
     START(*arguments)

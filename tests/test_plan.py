@@ -12,17 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, first_fast
+from conftest import ROOT, first_fast, train_here
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import plan
-from dpo.data.batching import Example
+import trainers
+from dpo import parallel
 from dpo.data.records import PreferenceData
 from dpo.model import adapters
 from dpo.model.loading import load_tokenizer, make_ready
+from dpo.plan import planning
 from dpo.plan.hardware import DEVICES
-from dpo.plan.tracker import Tracker
+from dpo.plan.planning import Planner
 from dpo.run.config import Config
 from dpo.utils import UserError
 from preference_datasets import load_data
@@ -55,17 +57,10 @@ def allocations(events: Any) -> Iterator[tuple[int, int]]:
         yield from allocations(event.children)
 
 
-class Whole(plan.PlannedTrainer):
-    """The same trainer, on a model that has weights."""
-
-    def step(self, examples: list[Example]) -> None:
-        self.train_step(examples)
-
-
 def really_peaks(config: Config, data: PreferenceData) -> int:
     """Return the most bytes that two updates of a real model hold, as torch's allocator reports them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        model = AutoModelForCausalLM.from_config(plan.meta_model(config).config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(planning.meta_model(config).config, dtype=torch.float32)
         if config.adapter.peft_type:
             adapters.put_on(model, adapters.peft_config(config.adapter), "x", 0)
         make_ready(model, config, True, compiled=False)
@@ -73,11 +68,12 @@ def really_peaks(config: Config, data: PreferenceData) -> int:
         if config.reference.mode == "live":
             other = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).requires_grad_(False)
             make_ready(other, config, False, compiled=False)
-        scorer = plan.scorer_of(config, model, other, CPU)
-        trainer = Whole(config, model, scorer, data, Tracker("cpu"))
+        trainer = trainers.Updates(config, data)
+        trainer.scorer = planning.scorer_of(config, model, other, CPU)
+        trainer.use(model)
         batch = next(trainer.plan.batches(data))
         for _ in range(2):
-            trainer.step(batch)
+            trainer.train_step(batch)
     calls = sorted(allocations(seen.profiler.kineto_results.experimental_event_tree()))
     return max(itertools.accumulate(size for _, size in calls))
 
@@ -95,7 +91,7 @@ def test_its_memory_is_what_the_allocator_sees(
 ) -> None:
     tokenizer = f"model.tokenizer_name_or_path={tiny_model_dir}"
     config, data = loaded(overrides(*RUN, *given, "batch_size=24", "max_length=128", shape, tokenizer))
-    planned = plan.plan_run(config, data, CPU, DEVICES["H100"])
+    planned = Planner(data, CPU, DEVICES["H100"], trainers.Updates)(config)
     assert planned.peak == pytest.approx(really_peaks(config, data), rel=0.01)
 
 
@@ -108,7 +104,7 @@ def test_the_readme_has_its_bytes_a_parameter(
 ) -> None:
     tokenizer = f"model.tokenizer_name_or_path={tiny_model_dir}"
     config, data = loaded(overrides(*RUN, *given, shape, tokenizer))
-    found = plan.plan_run(config, data, CPU, DEVICES["H100"])
+    found = Planner(data, CPU, DEVICES["H100"], trainers.Updates)(config)
     kinds = found.memory["backward"] | {"gradients": found.memory["clip"]["gradients"]}
     each = [round(kinds[kind] / found.parameters, 1) for kind in ("weights", "gradients", "optimizer state")]
     [row] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(start)]
@@ -235,3 +231,83 @@ def test_misuse(
     monkeypatch.setattr(sys, "argv", ["plan.py", *overrides("loss=dpo", "loss.beta=0.1"), *given])
     with pytest.raises(UserError, match=re.escape(message)):
         plan.main()
+
+
+LIMITS = """
+import sys
+from dpo.plan.hardware import DEVICES
+from settings import load_config
+from trainers import planner
+
+config = load_config(sys.argv[1:])
+plan = planner(config, DEVICES["H100"], 1)
+whole = plan(replace(config, microbatch_tokens=None))
+
+def limit_of(share):
+    hardware = replace(DEVICES["H100"], memory=share * whole.peak / (plan.usable / plan.hardware.memory))
+    small = replace(plan, hardware=hardware)
+    limit = small.limits(config)["microbatch_tokens"]
+    return limit, *(small.fits(small(replace(config, microbatch_tokens=n))) for n in (limit, int(1.15 * limit) + 128))
+
+print("found", whole.tokens, limit_of(1.1)[0], *limit_of(0.8))
+"""
+
+
+@pytest.mark.full
+def test_the_limit_is_the_largest_that_fits(planned: Callable[..., Any]) -> None:
+    done = planned("microbatch_tokens=auto", "mixed_precision=bfloat16", code=LIMITS)
+    found = re.search(r"found (\d+) (\d+) (\d+) (\w+) (\w+)", done.stdout)
+    assert found, done.stderr
+    whole, all_of_it, limit = map(int, found.groups()[:3])
+    assert 0 <= all_of_it - whole < 128 and 0.5 * whole < limit < whole
+    assert found[4] == "True" and found[5] == "False"  # a little more does not fit
+
+
+@pytest.mark.full
+def test_auto_in_a_process_of_its_own(
+    overrides: Callable[..., list[str]], shape: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """What train.py asks on a machine with GPUs; only their memory is made up."""
+    gpus = ["device=auto", "trainer=FSDPTrainer", "nproc=2", "microbatch_tokens=auto", "mixed_precision=bfloat16"]
+    tokenizer = f"model.tokenizer_name_or_path={tiny_model_dir}"
+    config = load_config(overrides(*RUN, "batch_size=24", "max_length=128", shape, tokenizer, *gpus))
+    real, memory = parallel.apart, [float(2**40)]
+    monkeypatch.setattr(
+        "dpo.parallel.processes.apart",
+        lambda function, *given: memory[0] if function is trainers.free_memory else real(function, *given),
+    )
+    monkeypatch.setattr(trainers, "pick_device", lambda config: torch.device("cuda"))
+    found = trainers.with_limits(config)
+    assert found.token_limit and found.token_limit % 128 == 0 and found.fsdp_reduce_once is False  # one pass
+    assert f"microbatch_tokens=auto is {found.token_limit}; fsdp_reduce_once=False" in capsys.readouterr().out
+    memory[0] = 1e6
+    with pytest.raises(UserError, match="microbatch_tokens=auto: none fits into"):
+        trainers.with_limits(config)
+
+
+def test_auto_without_a_gpu_and_in_other_scripts(overrides: Callable[..., list[str]]) -> None:
+    config = load_config(overrides(*RUN, "microbatch_tokens=auto"))
+    with pytest.raises(UserError, match="plans the memory of a GPU, and there is none: set a number"):
+        trainers.train(config)
+    with pytest.raises(UserError, match="microbatch_tokens=auto is for train"):
+        _ = config.token_limit
+    with pytest.raises(UserError, match="microbatch_tokens=most"):
+        load_config(overrides(*RUN, "microbatch_tokens=most"))
+
+
+def test_a_resumed_run_keeps_its_limit(overrides: Callable[..., list[str]], capsys: Any) -> None:
+    train_here(overrides(*RUN, "microbatch_tokens=384", "n_examples=8"))
+    capsys.readouterr()
+    train_here(overrides(*RUN, "microbatch_tokens=auto", "n_examples=16", "resume=auto", "resume_allow_changes=true"))
+    assert "microbatch_tokens=auto is 384; fsdp_reduce_once=None" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_train_py_plans_instead_of_training(
+    overrides: Callable[..., list[str]], shape: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    given = overrides(*RUN, shape, f"model.tokenizer_name_or_path={tiny_model_dir}", "plan=true")
+    done = subprocess.run([sys.executable, "train.py", *given], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert not done.returncode, done.stderr
+    assert "estimate, not measured" in done.stdout and "memory of a GPU" in done.stdout
+    assert not [*tmp_path.rglob("metrics.jsonl")]

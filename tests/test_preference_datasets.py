@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+import trainers
 from dpo.data import cache as arrow_cache
 from dpo.data import files as data_files
 from dpo.data import parse, records, tokenise
@@ -238,6 +240,26 @@ def test_embedded_sentiment(settings: DataSettings, tokenizer: Any) -> None:
         data = load_data(replace(settings, names=("sentiment",)), tokenizer, split)
         check_funnel(data)
         assert len(data) > 10
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_tokens_of_each_prompt_with_all_its_responses(
+    settings: DataSettings, tokenizer: Any, capsys: Any, padded: bool
+) -> None:
+    data = load_data(replace(settings, names=("sentiment",)), tokenizer, "train")
+    trees = [
+        (len(record.prompt), [len(r) - 1 for r in record.responses]) for record in (data[i] for i in range(len(data)))
+    ]
+    slow = [len(rest) * (prompt + max(rest)) if padded else prompt + sum(rest) for prompt, rest in trees]
+    assert data.row_tokens(padded).tolist() == slow
+    limit = sorted(slow)[-3]
+    config: Any = SimpleNamespace(token_limit=limit, layout="padded" if padded else "tree")
+    trainers.note_split_prompts(data, config)
+    above = [tokens for tokens in slow if tokens > limit]
+    assert f"microbatch_tokens={limit}: the responses of {len(above)} of {len(data)} prompts" in capsys.readouterr().out
+    config.token_limit = max(slow)
+    trainers.note_split_prompts(data, config)
+    assert not capsys.readouterr().out
 
 
 # Real rows

@@ -123,6 +123,12 @@ def test_the_model_key_knows_configuration_and_type(model: PreTrainedModel) -> N
     assert key == model_key(model, HOW)
 
 
+def test_keys_of_other_versions_name_other_folders(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = model_key(model, HOW)
+    monkeypatch.setattr(reference, "KEY_VERSION", reference.KEY_VERSION + 1)
+    assert key != model_key(model, HOW)
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "flip"])
 def test_a_damaged_shard_is_computed_again(
     damage: str, model: PreTrainedModel, tmp_path: Path, counted: list[int], capsys: pytest.CaptureFixture[str]
@@ -170,6 +176,31 @@ def test_entries_that_are_not_the_models_stop_the_run(model: PreTrainedModel, tm
     (path.parent / stored.shard_name(content)).write_bytes(content)
     with pytest.raises(UserError, match=r"differ from those this model computes by 0.01"):
         build(model, data, tmp_path)
+
+
+def test_numbers_that_are_not_finite_do_not_pass_for_equal(model: PreTrainedModel, tmp_path: Path) -> None:
+    data = make_data()
+    built = build(model, data, tmp_path)
+    (path,) = built.folder.glob("*.safetensors")
+    shard = load(path.read_bytes())
+    del shard["checks"]
+    content = save({**shard, "logps": shard["logps"] * np.float32("nan")})
+    path.unlink()
+    (path.parent / stored.shard_name(content)).write_bytes(content)
+    with pytest.raises(UserError, match="differ from those this model computes by nan"):
+        build(model, data, tmp_path)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    build(model, data, tmp_path)  # the check of all examples refuses this model
+    with pytest.raises(UserError, match="log-probabilities are not finite: the model overflows"):
+        build(model, data, tmp_path)
+
+
+def test_a_token_alone_has_nothing_to_compare(model: PreTrainedModel, tmp_path: Path) -> None:
+    data = make_data()
+    data.records[0] = Record([], [[5], [6]], [(0, 1)])
+    for _ in range(2):
+        assert len(build_reference(model, HOW, Cut("tree", 1, 1, 60), tmp_path, wanted_by(data, [(0, 0)]))) == 2
 
 
 WRITER = """

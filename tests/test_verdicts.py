@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel
 
 import trainers
-from dpo import parallel, sampling, scoring
+from dpo import parallel, reference, sampling, scoring
 from dpo.model import checks, verdicts
 from dpo.model.checks import checked_computation, disable_dropout
 from dpo.model.logps import add_token_logps
@@ -241,6 +241,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         monkeypatch.setattr(place, name, counting)
 
     count(scoring.Scorer, "differences")
+    count(reference, "_check")
     count(sampling, "sample")
     count(sampling, "_compare")
     count(trainers, "load_reference")
@@ -259,11 +260,11 @@ def test_examples_on_which_policy_and_reference_agreed_are_not_compared_again(
         train_here(overrides(*given, f"local_run_dir={tmp_path / str(next(runs))}"))
         return counted.get("differences", 0)
 
-    assert compared() > 1 and compared() == 0
+    assert compared() > 1 and compared() == 0 and "_check" not in counted  # of an entry alone
     assert "agree on 8 of 8 training examples, as an earlier start found" in capsys.readouterr().out
     assert compared("loss.beta=0.3", "lr=1e-4") == 0  # the runs of a sweep
     assert compared("seed=1") > 1  # other examples, whose entries are new: so the store is another, too
-    assert compared() > 1 and compared() == 0
+    assert compared() > 1 and counted["_check"] == 1 and compared() == 0 and "_check" not in counted
     assert compared("batch_size=8") > 1
     rows, again = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("0", "1"))
     assert rows and len(rows) == len(again)

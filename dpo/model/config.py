@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dpo.config import AboveZero, Component, Count, Inherited, MayChange, NotNegative, Positive
-from dpo.utils import default_cache
+from dpo.utils import UserError, default_cache
 
 
 @dataclass(kw_only=True)
@@ -117,7 +117,7 @@ class ComputeConfig(Component):
     allow_tf32: bool
     layout: Annotated[Literal["auto", "packed", "tree", "padded"], Inherited, MayChange]
     compile: Annotated[bool, MayChange]
-    microbatch_tokens: Annotated[Positive | None, MayChange]
+    microbatch_tokens: Annotated[Positive | Literal["auto"] | None, MayChange]
     activation_checkpointing: Annotated[bool, MayChange]
     activation_checkpointing_every: Annotated[Positive, MayChange]
 
@@ -127,6 +127,13 @@ class ComputeConfig(Component):
         import torch
 
         return getattr(torch, self.mixed_precision or self.model.policy_dtype)
+
+    @property
+    def token_limit(self) -> int | None:
+        """microbatch_tokens as a number, or None. Raise UserError if it is still to be planned."""
+        if self.microbatch_tokens == "auto":
+            raise UserError("microbatch_tokens=auto is for train.py and scripts/plan.py: set a number")
+        return self.microbatch_tokens
 
     @property
     def cache(self) -> Path:
@@ -160,13 +167,18 @@ class ParallelConfig(ComputeConfig):
     fsdp_port: Annotated[Annotated[int, Field(gt=0, lt=2**16)] | None, MayChange]
     fsdp_replicate_size: Annotated[Positive, MayChange]
     fsdp_reshard_after_forward: Annotated[bool, MayChange]
-    fsdp_reduce_once: Annotated[bool, MayChange]
+    fsdp_reduce_once: Annotated[bool | None, MayChange]
     fsdp_cpu_offload: Annotated[bool, MayChange]
 
     @property
     def needs_group(self) -> bool:
         """Whether the trainer works in a group of processes."""
         return self.trainer != "BasicTrainer"
+
+    @property
+    def may_reduce_once(self) -> bool:
+        """Whether fsdp_reduce_once=true can be set."""
+        return self.trainer == "FSDPTrainer" and not self.adapter.peft_type and not self.fsdp_cpu_offload
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -214,7 +226,11 @@ class ParallelConfig(ComputeConfig):
 
     def _single_problems(self) -> Iterator[str]:
         without: dict[str, tuple[Any, ...]] = {"nproc": (None, 1), "fsdp_replicate_size": (1,)}
-        without |= {"fsdp_reshard_after_forward": (True,), "fsdp_reduce_once": (False,), "fsdp_cpu_offload": (False,)}
+        without |= {
+            "fsdp_reshard_after_forward": (True,),
+            "fsdp_reduce_once": (None, False),
+            "fsdp_cpu_offload": (False,),
+        }
         for key, values in without.items():
             if getattr(self, key) not in values:
                 nothing = f"{key}={getattr(self, key)} does nothing with trainer={self.trainer}"

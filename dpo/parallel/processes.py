@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -11,6 +12,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -117,6 +120,17 @@ def launch(worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port
         for process in context.processes:
             process.kill()
             process.join()
+
+
+def apart(function: Callable[..., T], *arguments: Any) -> T:
+    """Return what `function` returns in a process of its own. Raise UserError if it is killed."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"the process of {function.__name__} was killed (by the system, if memory ran out)"
+            ) from error
 
 
 def _start(index: int, parent: int, worker: Callable[..., None], arguments: tuple[Any, ...], n: int, port: int) -> None:

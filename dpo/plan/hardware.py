@@ -25,6 +25,16 @@ class Device:
         return max(flops / peak / REACHED, moved / self.bandwidth / REACHED_BANDWIDTH, LATENCY)
 
 
+def free_memory(device: str, in_group: bool) -> int:
+    """Return the free bytes of CUDA's `device` ("auto": the first), or, for a group, of the GPU that has least. Opens
+    each GPU that it asks, and that takes memory until the process ends."""
+    import torch
+
+    index = device.partition(":")[2]
+    numbers = [int(index)] if index else [*range(torch.cuda.device_count() if in_group else 1)]
+    return min(torch.cuda.mem_get_info(number)[0] for number in numbers)
+
+
 GiB = 2**30
 # Data sheets: nvidia.com (A100 80GB SXM, H100 SXM, H200 SXM, L40S, Ada architecture whitepaper for the RTX 4090), the
 # AWS page of G5 instances (A10G), amd.com (MI300X).

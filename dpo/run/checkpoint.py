@@ -386,6 +386,8 @@ class CheckpointWriter:
 
         def look() -> dict[str, list[Any]]:
             names = _names(folder)[parallel.rank() :: parallel.world_size()]
+            for name in names:  # each rank some; `finish` then finds little left to wait for
+                sync(folder / name)
             return {name: [os.path.getsize(folder / name), file_hash(folder / name, SHORT_HASH)] for name in names}
 
         def finish() -> None:

@@ -107,6 +107,7 @@ class RunConfig(Component):
     local_dirs: Annotated[list[str], MayChange]
     local_run_dir: Annotated[str, MayChange]
     debug: Annotated[bool, MayChange]
+    plan: Annotated[bool, MayChange]
     wandb: Annotated[WandbConfig, MayChange]
     tensorboard: Annotated[bool, MayChange]
     minimum_log_interval_secs: Annotated[NotNegative, MayChange]

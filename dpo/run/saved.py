@@ -63,8 +63,8 @@ def token_logps(
     """Return log p(token | all before it) of the responses of each entry of `wanted`, float32, in nats; NaN for tokens
     that do not count, such as a user's between two answers. Raise UserError if one that counts is not finite."""
     n = sum(len(responses) for *_, responses in wanted)
-    passes = 1 if config.microbatch_tokens else max(-(-n // (2 * config.eval_batch_size)), 1)
-    cut = Cut(how.layout, 1, passes, config.microbatch_tokens)
+    passes = 1 if config.token_limit else max(-(-n // (2 * config.eval_batch_size)), 1)
+    cut = Cut(how.layout, 1, passes, config.token_limit)
     found: dict[tuple[int, int, int], np.ndarray] = {}
     with progress(total=n, desc=desc, unit="responses") as bar:
         for (data, record, responses), _, rows in tree_logps(model, how, Wanted.of(wanted), cut):

@@ -177,19 +177,22 @@ def weight_files(model: PreTrainedModel) -> Iterator[WeightFile]:
 
 
 def _split(model: PreTrainedModel, tensors: dict[str, Tensor], rank: int, n: int) -> Iterator[WeightFile]:
-    """Yield files of up to MAX_FILE_SIZE: every n-th, starting with file `rank`."""
+    """Yield files of up to MAX_FILE_SIZE: every n-th, starting with file `rank`, once the next n are gathered."""
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
     split = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_FILE_SIZE
     )
-    for turn, (file, names) in enumerate(split.filename_to_tensors.items()):
-        content = {}
-        for name in names:
-            tensor = parallel.full(tensors[name])
-            if turn % n == rank:
-                content[name] = tensor.detach().cpu().contiguous()
-        if content:
-            yield file, content
+    files = [*split.filename_to_tensors.items()]
+    for start in range(0, len(files), n):
+        mine: list[WeightFile] = []
+        for turn, (file, names) in enumerate(files[start : start + n]):
+            content = {}
+            for name in names:
+                tensor = parallel.full(tensors[name])
+                if turn == rank:
+                    content[name] = tensor.detach().cpu().contiguous()
+            mine += [(file, content)] if content else []
+        yield from mine  # not before: to gather a file takes all ranks, and a rank that writes would keep them waiting
     if split.is_sharded and rank == 0:
         total = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": total, "weight_map": split.tensor_to_filename}

@@ -84,14 +84,17 @@ def as_text(given: Text, prompt: bool = True) -> str:
     return HH.prompt(given) if prompt else "\n\n".join(message["content"] for message in given)
 
 
-def read_rows(name: str, config: Config, own: bool, parse: Callable[[Any], ParsedRow] | None = None) -> list[ParsedRow]:
-    """Return the rows of a file or data set, of its test split if it has one. Raise UserError.
+def read_rows(
+    name: str, config: Config, own: bool, parse: Callable[[Any], ParsedRow] | None = None, split: str = "test"
+) -> list[ParsedRow]:
+    """Return the rows of a file or data set, of its `split` if it has one. Raise UserError.
 
-    `own`: of undivided data only what a run of `config` holds out. `parse`: by default the data set's own parser.
+    `own`: of undivided data only what a run of `config` holds out ("test"), or trains on ("train"). `parse`: by default
+    the data set's own parser.
     """
     kind = TARGETS if name in REGISTRY and REGISTRY[name].sft_only else PAIRS
     settings = replace(data_settings(config), names=(name,), rows=kind)
-    facts, source = find_source(name, settings, "test", REGISTRY)
+    facts, source = find_source(name, settings, split, REGISTRY)
     rows = []
     for where, row in (each for chunk in source.chunks() for each in numbered_rows(chunk)):
         try:
@@ -105,7 +108,7 @@ def read_rows(name: str, config: Config, own: bool, parse: Callable[[Any], Parse
                 raise UserError(f"{where}: {bad}; mend or remove the row, or set drop_bad_rows=true") from None
     if own and source.held_out:
         test = in_test_split(np.array([prompt_key(row) for row in rows]), settings.holdout_fraction)
-        rows = [row for row, wanted in zip(rows, test, strict=True) if wanted]
+        rows = [row for row, held_out in zip(rows, test, strict=True) if held_out == (split == "test")]
     if not rows:
         raise UserError(f"{name} holds no rows; give a file or data set with at least one")
     return rows
@@ -322,11 +325,8 @@ def usage(judge: Endpoint, given: argparse.Namespace) -> dict[str, Any]:
     return used._asdict() | {"cost": cost}
 
 
-def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.usage = "%(prog)s A B (--endpoint URL --model NAME | --reward-model NAME | --function M:F | --sentiment) ..."
-    parser.add_argument("a", metavar="A")
-    parser.add_argument("b", metavar="B")
+def add_judges(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a judge; see `find_judge`."""
     judges = parser.add_mutually_exclusive_group(required=True)
     judges.add_argument("--endpoint", metavar="URL", help="judge: --model at an OpenAI-compatible endpoint")
     judges.add_argument("--reward-model", metavar="NAME", help="judge: a sequence classifier with one label")
@@ -339,12 +339,20 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=4, help="requests at a time")
     parser.add_argument("--price-in", type=float, metavar="X", help="of a million tokens of questions")
     parser.add_argument("--price-out", type=float, metavar="X", help="of a million tokens of answers")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples, or rows of a reward model, at a time")
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.usage = "%(prog)s A B (--endpoint URL --model NAME | --reward-model NAME | --function M:F | --sentiment) ..."
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
+    add_judges(parser)
     parser.add_argument("--prompts", nargs="+", metavar="FILE_OR_SET", help="as datasets=[...] takes them")
     parser.add_argument("--limit", type=int, default=256, metavar="N", help="compare on the first N prompts")
     parser.add_argument("--temperatures", default="1", metavar="T,T", help="at which models are sampled")
     parser.add_argument("--n", type=int, default=1, help="samples a prompt")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="of each sample")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples, or rows of a reward model, at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--out", type=Path, default=Path("judge"), help="folder of answers, samples and results")
     parser.add_argument("--wandb", action="store_true", help="log tables to Weights & Biases, too")
@@ -357,29 +365,43 @@ def read_arguments() -> argparse.Namespace:
     return given
 
 
-def problems(given: argparse.Namespace) -> list[str]:
-    """Return what is wrong with the options."""
+def read(function: Callable[[], Any]) -> Any:
+    """Return what `function` reads from text, or None."""
+    try:
+        return function()
+    except ValueError:
+        return None
 
-    def read(function: Callable[[], Any]) -> Any:
-        try:
-            return function()
-        except ValueError:
-            return None
 
-    temperatures = read(lambda: [*map(float, given.temperatures.split(","))])
-    counts = ("limit", "n", "max_new_tokens", "batch_size", "parallel")
+def refused(given: argparse.Namespace, rules: Sequence[tuple[str, Any, str]]) -> list[str]:
+    """Return a message for each (option, whether its value is allowed, what is allowed) that is not."""
+    names = [(key, key.replace("_", "-"), ok, allowed) for key, ok, allowed in rules]
+    return [f"--{name} {vars(given)[key]} must be {allowed}" for key, name, ok, allowed in names if not ok]
+
+
+def judge_problems(given: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the options of `add_judges`."""
     rules = [
-        *((key, vars(given)[key] >= 1, "at least 1") for key in counts),
-        ("seed", 0 <= given.seed < 2**62, "0 or more, and less than 2^62"),
+        *((key, vars(given)[key] >= 1, "at least 1") for key in ("batch_size", "parallel")),
         ("timeout", given.timeout > 0, "above 0"),
-        ("temperatures", temperatures and all(0 <= t < float("inf") for t in temperatures), "numbers such as 0,0.5,1"),
         ("fields", isinstance(read(lambda: json.loads(given.fields)), dict), "a JSON object"),
     ]
-    wrong = [f"--{key.replace('_', '-')} {vars(given)[key]} must be {allowed}" for key, ok, allowed in rules if not ok]
+    wrong = refused(given, rules)
     for one, other in (("endpoint", "model"), ("price_in", "price_out")):
         if (vars(given)[one] is None) != (vars(given)[other] is None):
             wrong.append(f"--{one} and --{other} go together: give both".replace("_", "-"))
     return wrong
+
+
+def problems(given: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the options."""
+    temperatures = read(lambda: [*map(float, given.temperatures.split(","))])
+    rules = [
+        *((key, vars(given)[key] >= 1, "at least 1") for key in ("limit", "n", "max_new_tokens")),
+        ("seed", 0 <= given.seed < 2**62, "0 or more, and less than 2^62"),
+        ("temperatures", temperatures and all(0 <= t < float("inf") for t in temperatures), "numbers such as 0,0.5,1"),
+    ]
+    return refused(given, rules) + judge_problems(given)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ replaced. KEY=VALUE are overrides as train.py takes them, for both models.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import sys
@@ -61,7 +62,7 @@ from dpo.utils import UserError, log, make_dir, redact
 from opening import find_saved, take_overrides
 from preference_datasets import REGISTRY
 from results import sentiment
-from sample import as_prompt, settings_of, write_samples
+from sample import as_prompt, sampled, settings_of, write_samples
 from settings import data_settings, load_config
 from utils import HelpFormatter, run_main
 
@@ -191,7 +192,8 @@ def responses_of(side: Saved, prompts: Mapping[str, Text], given: argparse.Names
     settings = settings_of(side, None, given.overrides, digest, n, options)
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     how = Sampling(dtype=config.compute_dtype, **options)
-    rows = write_samples(given.out / f"samples-{name}.jsonl", side, None, how, items, settings) if items else []
+    make = functools.partial(sampled, side, None, how, items)
+    rows = write_samples(given.out / f"samples-{name}.jsonl", make, items, settings) if items else []
     return {text: [row["policy"] for row in rows[i * n : (i + 1) * n]] for i, text in enumerate(fitting)}
 
 

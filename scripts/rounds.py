@@ -8,19 +8,24 @@ makes pairs, and trains on these through train.py, from the newest policy. KEY=V
 the same in each round: lengths such as n_examples are those of a round. Prompts are those of `datasets`; the held-out
 ones measure every round. The very start is model.archive, or the base model.
 
+--serve 'vllm serve {model} --port {port}' takes the samples to train on from any OpenAI-compatible server of
+completions, started anew for each policy; what is measured is sampled here.
+
 One folder, --out, holds all: round-<i>/pairs.jsonl, round-<i>/run (train.py's), samples, rounds.md, rounds.json,
 rounds.png and a report. Run it again to resume: the result is that of an uninterrupted run. With --prompts N it can
 go on with more --rounds, too.
 """
 
 import argparse
+import contextlib
+import functools
 import gc
 import hashlib
 import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +42,19 @@ from dpo.data.rows import Text
 from dpo.files import atomic_write
 from dpo.judging.judges import Judge, Scorer
 from dpo.judging.statistics import interval, win_rate
-from dpo.model.loading import load_tokenizer
+from dpo.model.loading import load_tokenizer, local_folder
 from dpo.model.patches import quiet_transformers
 from dpo.run.config import Config
 from dpo.run.saved import Saved
 from dpo.sampling import Sampling, mean_and_error
-from dpo.utils import ROOT, UserError, log, make_dir, redact
+from dpo.serving import serving
+from dpo.utils import ROOT, UserError, log, make_dir, progress, redact
 from judge import add_judges, as_text, find_judge, judge_problems, read_rows, refused
 from opening import find_saved, take_overrides
 from report import write_report
 from results import Z95, load_runs
 from sample import Prompt, as_prompt, settings_of, write_samples
+from sample import sampled as sample
 from settings import load_config, quoted
 from utils import HelpFormatter, run_main
 
@@ -101,15 +108,27 @@ def rendered(prompts: Mapping[str, Text], policy: Saved, config: Config) -> dict
 
 def sampled(
     path: Path, policy: Saved, reference: Saved | None, prompts: Mapping[str, Prompt], n: int,
-    options: dict[str, Any], given: argparse.Namespace,
+    options: dict[str, Any], given: argparse.Namespace, serve: str | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Return `n` samples of each prompt, of which those written to `path` before are kept."""
+    """Return `n` samples of each prompt, of which those written to `path` before are kept. They come from the
+    server that the command `serve` starts, or from this process."""
     options = {"max_new_tokens": given.max_new_tokens, "batch_size": given.batch_size} | options
     digest = hashlib.sha256(json.dumps([prompt.text for prompt in prompts.values()]).encode()).hexdigest()
     items = [(prompt, i) for prompt in prompts.values() for i in range(n)]
     settings = settings_of(policy, reference, given.opening, digest, n, options)
     how = Sampling(dtype=policy.config.compute_dtype, **options)
-    rows = write_samples(path, policy, reference, how, items, settings)
+    with contextlib.ExitStack() as stack:
+
+        def served_after(done: int) -> Iterator[list[dict[str, Any]]]:
+            model = str(local_folder(policy.config.model.start, policy.config.cache))
+            server = stack.enter_context(serving(serve or "", model, path.with_name("server.log")))
+            for start in progress(range(done, len(items), how.batch_size), desc="batches"):
+                some = items[start : start + how.batch_size]
+                found = server.sample([prompt.text for prompt, _ in some], start, how)
+                yield [{"prompt": prompt.text, "sample": i} | row for (prompt, i), row in zip(some, found, strict=True)]
+
+        here = functools.partial(sample, policy, reference, how, items)
+        rows = write_samples(path, served_after if serve else here, items, settings)
     gc.collect()  # before training loads its models: one refers to itself
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -268,6 +287,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=128, help="of each sample")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the samples to train on")
     parser.add_argument("--top-p", type=float, default=1.0, help="of the samples to train on")
+    parser.add_argument("--serve", metavar="COMMAND", help="sample from the server that this starts: see above")
     parser.add_argument("--eval-prompts", type=int, default=256, metavar="N", help="held-out prompts to measure on")
     parser.add_argument("--eval-n", type=int, default=2, metavar="N", help="samples of each, at temperature 1")
     parser.add_argument("--seed", type=int, default=0, help="of samples and of the order of prompts")
@@ -297,6 +317,10 @@ def main() -> None:
     given = read_arguments()
     quiet_transformers()
     config = load_config(["exp_name=rounds", *given.overrides])
+    if given.serve and config.adapter.peft_type:
+        raise UserError(
+            f"--serve needs whole weights, and adapter={config.adapter.peft_type} writes an adapter: leave one out"
+        )
     if not config.loss.needs_rejected:
         raise UserError(f"loss={config.loss.name} learns from no pairs: choose a loss of pairs, such as loss=dpo")
     train_prompts, eval_prompts = find_prompts(given, config)
@@ -336,7 +360,7 @@ def one_round(
         chosen = prompts_of_round(prompts, number, given)
         fitting = rendered(chosen, policy, config)
         options = {"temperature": given.temperature, "top_p": given.top_p, "seed": given.seed + number}
-        rows = sampled(folder / "samples.jsonl", policy, None, fitting, given.k, options, given)
+        rows = sampled(folder / "samples.jsonl", policy, None, fitting, given.k, options, given, given.serve)
         found = paired({text: chosen[text] for text in fitting}, rows, judge, given)
         atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
     archive = str(folder.with_name(f"round-{number - 1}") / "run") if number > 1 else config.model.archive

@@ -12,10 +12,11 @@ takes them: device=cpu, model.policy_dtype=bfloat16.
 
 import argparse
 import fcntl
+import functools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -213,16 +214,16 @@ def sampled(
 
 
 def write_samples(
-    path: Path, policy: Saved, reference: Saved | None, how: Sampling, items: Sequence[Item], settings: dict[str, Any],
-    overwrite: bool = False,
+    path: Path, rows_after: Callable[[int], Iterator[list[dict[str, Any]]]], items: Sequence[Item],
+    settings: dict[str, Any], overwrite: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Write the samples of `items` to `path`, after those that are there, and return all rows. Raise UserError as
-    `open_out` does."""
+    `open_out` does. `rows_after(done)` yields the missing ones, a batch at a time."""
     file, done = open_out(path, settings, items, overwrite)
     with file:
         if done:
             log(f"{path} has {done} of {len(items)} samples")
-        for rows in sampled(policy, reference, how, items, done) if done < len(items) else ():
+        for rows in rows_after(done) if done < len(items) else ():
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -303,7 +304,8 @@ def main() -> None:
     how = Sampling(dtype=config.compute_dtype, **options)
     settings = settings_of(policy, reference, overrides, file_hash(given.prompts), given.n, options)
     make_dir(given.out.parent, "--out")
-    rows = write_samples(given.out, policy, reference, how, items, settings, given.overwrite)
+    make = functools.partial(sampled, policy, reference, how, items)
+    rows = write_samples(given.out, make, items, settings, given.overwrite)
     log(summary(rows, how))
     log(f"written to {given.out}")
 

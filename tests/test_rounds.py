@@ -8,17 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
 import rounds
 from dpo.judging.judges import Scorer
+from dpo.sampling import Sampling
+from dpo.serving import serving
 from dpo.utils import UserError
 
 JUDGE = "def letters(prompt, response):\n    return response.count('e') / (len(response) + 1)\n"
@@ -59,7 +64,7 @@ def test_pairs_of_samples(changed: dict[str, Any], expected: list[list[str]], ca
 
 def test_no_pair_at_all() -> None:
     rows = [{"policy": "a", "ended": False}] * 3
-    with pytest.raises(UserError, match="no prompt has two responses of different score: raise --k .* --keep-cut"):
+    with pytest.raises(UserError, match=r"no prompt has two responses of different score: raise --k .* --keep-cut"):
         rounds.paired({"prompt 0": "prompt 0"}, rows, GOOD, given())
 
 
@@ -88,6 +93,76 @@ def test_misuse(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match=re.escape(message)):
         rounds.main()
     assert not (tmp_path / "out").exists()
+
+
+# A server of completions, in a process of its own: python server.py MODEL PORT
+SERVER = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer({"data": []})
+
+    def do_POST(self):
+        given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/v1/completions" and given["model"] == sys.argv[1], given
+        ids = tokenizer(given["prompt"], return_tensors="pt").input_ids
+        torch.manual_seed(given["seed"])
+        out = model.generate(ids, do_sample=True, max_new_tokens=given["max_tokens"], temperature=given["temperature"])
+        new = out[0, ids.shape[1]:]
+        ended = new[-1] == tokenizer.eos_token_id
+        choice = {"index": 0, "text": tokenizer.decode(new, skip_special_tokens=True)}
+        choice["finish_reason"] = "stop" if ended else "length"
+        usage = {"prompt_tokens": ids.numel(), "completion_tokens": len(new), "total_tokens": out.numel()}
+        self.answer({"id": "1", "object": "text_completion", "created": 1, "model": given["model"],
+                     "choices": [choice], "usage": usage})
+
+    def answer(self, content):
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+torch.set_num_threads(1)
+import threading
+lock, post = threading.Lock(), Handler.do_POST
+def one_at_a_time(self):
+    with lock:  # seeds are the process's
+        post(self)
+Handler.do_POST = one_at_a_time
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.full
+def test_samples_of_a_server(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    how = Sampling(max_new_tokens=8, batch_size=4, seed=1, dtype=torch.float32)
+    command = f"{sys.executable} {tmp_path / 'server.py'} {{model}} {{port}}"
+    with serving(command, str(tiny_model_dir), tmp_path / "server.log") as server:
+        four = server.sample(["one", "two", "three", "four"], 0, how)
+        assert server.sample(["three", "four"], 2, how) == four[2:]  # as if it had been interrupted
+        assert server.sample(["three", "four"], 2, replace(how, seed=2)) != four[2:]
+        assert all(0 < row["tokens_policy"] <= 8 and isinstance(row["policy"], str) for row in four)
+        assert [row["ended"] for row in four] == [row["tokens_policy"] < 8 for row in four]
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"{server.url}/models")
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    ("no-such-program {model}", "--serve: no-such-program cannot be started"),
+    (f"{sys.executable} -c 'import sys; sys.exit(\"no room for {{model}}\")'", "ended with code 1: no room for tiny"),
+])  # fmt: skip
+def test_a_server_that_does_not_start(command: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(message)), serving(command, "tiny", tmp_path / "log"):
+        pass
 
 
 @pytest.fixture
@@ -124,6 +199,16 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 STAGES = ("round-1/samples.jsonl", "round-1/pairs.jsonl", "round-1/run", "round-2/samples.jsonl", "round-2/run/LATEST")
+
+
+@pytest.mark.full
+def test_rounds_from_a_server(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    command = f"{sys.executable} {tmp_path / 'server.py'} {{model}} {{port}}"
+    text = finish(start(tmp_path / "out", "--serve", command, "--rounds", "2"))
+    assert f"serving {tmp_path / 'out' / 'round-1' / 'run'}" in text  # the newest policy, in the second round
+    rows = [json.loads(line) for line in (tmp_path / "out" / "round-2" / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 36 and len({row["policy"] for row in rows}) > 20
 
 
 @pytest.mark.full

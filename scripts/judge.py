@@ -162,7 +162,7 @@ def find_prompts(given: argparse.Namespace, sides: Sequence[Side]) -> tuple[dict
     known = [*files, *[chosen] * (None in sides)]
     common = [text for text in prompts if all(text in each for each in known)]
     if not common:
-        firsts = "; ".join(repr([*texts][0])[:80] for texts in ([*prompts], *known))
+        firsts = "; ".join(repr(next(iter(texts)))[:80] for texts in ([*prompts], *known))
         raise UserError(f"no prompts in common, the first are {firsts}; give responses to the same prompts")
     log(f"{min(given.limit, len(common))} of {len(prompts)} prompts" + " (--limit)" * (given.limit < len(common)))
     return {text: prompts[text] for text in common[: given.limit]}, chosen

@@ -154,6 +154,8 @@ def find_prompts(given: argparse.Namespace, sides: Sequence[Side]) -> tuple[dict
         config = load_config(["exp_name=judge", *given.overrides]) if given.prompts else runs[0]
         names = given.prompts or config.datasets
         rows = [row for name in names for row in read_rows(name, config, own=not given.prompts)]
+        if any(row.tools for row in rows):
+            log("warning: tools of the prompts are not shown to models and judges")
         prompts = {as_text(row.prompt): row.prompt for row in rows}
         preferred = [row for row in rows if row.responses and row.label is not False]
         chosen = {as_text(row.prompt): [as_text(row.responses[row.target], prompt=False)] for row in preferred}

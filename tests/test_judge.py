@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, read_jsonl
+from conftest import ROOT, read_jsonl, train_here
 from judge_server import SECRET, Server
 
 import judge as script
+from dpo.model.loading import load_tokenizer
 from dpo.sampling import Sampling
 from dpo.utils import UserError
 from opening import find_saved
+from preference_datasets import load_data
 from results import sentiment
+from settings import data_settings, load_config
 
 WORDS = ("awful", "dull", "good", "wonderful")
 Call = Callable[..., dict[str, Any]]
@@ -124,6 +127,20 @@ def test_runs_are_sampled(call: Call, run_dir: Path, tiny_model_dir: Path, cache
         for pair in ((run_dir, tiny_model_dir), (tiny_model_dir, run_dir))
     ]
     assert rates[0] == 1 - rates[1] and call(run_dir, run_dir, *given)["results"]["1"]["ties"] == 5
+
+
+def test_the_own_prompts_of_undivided_data_are_the_held_out_ones(
+    call: Call, overrides: Callable[..., list[str]], pairs_dir: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    rows = [row for split in ("train", "test") for row in read_jsonl(pairs_dir / f"{split}.jsonl")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:5]]))
+    own = [f"datasets=[{tmp_path / 'rows.jsonl'}]", "loss=dpo", "loss.beta=0.1", "n_examples=4", "batch_size=4"]
+    train_here(overrides(*own, "n_eval_examples=1", "sample_during_eval=false"))
+    call(tmp_path / "run", "chosen", "--sentiment", "--max-new-tokens", 2)
+    judged = {row["instruction"] for row in json.loads((tmp_path / "out" / "model_outputs.json").read_text())}
+    saved = find_saved(str(tmp_path / "run"), [f"cache_dir={cache_dir}", "device=cpu", "num_proc=1"])
+    test = load_data(data_settings(saved.config), tokenizer := load_tokenizer(saved.config), "test")
+    assert judged == {tokenizer.decode(test[i].prompt) for i in range(len(test))} and 0 < len(judged) < len(rows)
 
 
 def command(a: Path, b: Path, server: Server, out: Path, *arguments: str) -> list[str]:
@@ -308,8 +325,6 @@ def test_transformers_serve_judges(call: Call, tmp_path: Path) -> None:
 
 
 def find_embedded() -> str:
-    from settings import load_config
-
     return load_config(["exp_name=judge", "model=smollm2"]).model.name_or_path
 
 

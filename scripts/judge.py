@@ -324,11 +324,8 @@ def usage(judge: Endpoint, given: argparse.Namespace) -> dict[str, Any]:
     return used._asdict() | {"cost": cost}
 
 
-def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.usage = "%(prog)s A B (--endpoint URL --model NAME | --reward-model NAME | --function M:F | --sentiment) ..."
-    parser.add_argument("a", metavar="A")
-    parser.add_argument("b", metavar="B")
+def add_judges(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `find_judge` reads, besides --out, --batch-size and overrides."""
     judges = parser.add_mutually_exclusive_group(required=True)
     judges.add_argument("--endpoint", metavar="URL", help="judge: --model at an OpenAI-compatible endpoint")
     judges.add_argument("--reward-model", metavar="NAME", help="judge: a sequence classifier with one label")
@@ -341,6 +338,14 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=4, help="requests at a time")
     parser.add_argument("--price-in", type=float, metavar="X", help="of a million tokens of questions")
     parser.add_argument("--price-out", type=float, metavar="X", help="of a million tokens of answers")
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.usage = "%(prog)s A B (--endpoint URL --model NAME | --reward-model NAME | --function M:F | --sentiment) ..."
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
+    add_judges(parser)
     parser.add_argument("--prompts", nargs="+", metavar="FILE_OR_SET", help="as datasets=[...] takes them")
     parser.add_argument("--limit", type=int, default=256, metavar="N", help="compare on the first N prompts")
     parser.add_argument("--temperatures", default="1", metavar="T,T", help="at which models are sampled")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dpo.data.parse import decode
 from dpo.data.rendering import ChatFormat
-from dpo.data.rows import BadRow, ParsedRow, text_or_messages, to_messages
+from dpo.data.rows import BadRow, ParsedRow, Text, text_or_messages, to_messages
 from dpo.data.tokenise import own_bos
 from dpo.model.checks import positions
 from dpo.model.loading import load_tokenizer, pick_device
@@ -61,22 +61,27 @@ def read_prompts(path: Path, tokenizer: Any, chat: ChatFormat) -> list[Prompt]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path} cannot be read: {error}; give a UTF-8 text file") from error
-    prompts, bos = [], own_bos(tokenizer)
+    prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             prompt = line.removesuffix("\r") if path.suffix == ".txt" else _prompt_of(line)
-            text, format_ = _rendered(prompt, chat)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if not text.strip() or not ids:
-                raise BadRow("empty prompt")
+            prompts.append(as_prompt(f"{path}:{number}", prompt, tokenizer, chat))
         except BadRow as bad:
             raise UserError(f"{path}:{number}: {bad}; mend or remove the line") from None
-        prompts.append(Prompt(f"{path}:{number}", text, ids if ids[: len(bos)] == bos else bos + ids, format_))
     if not prompts:
         raise UserError(f"--prompts {path} holds no prompt; give a file with at least one")
     return prompts
+
+
+def as_prompt(where: str, prompt: Text, tokenizer: Any, chat: ChatFormat) -> Prompt:
+    """Return text or messages as the model sees them. Raise BadRow."""
+    text, format_ = _rendered(prompt, chat)
+    ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], own_bos(tokenizer)
+    if not text.strip() or not ids:
+        raise BadRow("empty prompt")
+    return Prompt(where, text, ids if ids[: len(bos)] == bos else bos + ids, format_)
 
 
 def _prompt_of(line: str) -> Any:
@@ -117,6 +122,22 @@ def check_lengths(prompts: Sequence[Prompt], models: Sequence[Saved], max_new_to
 def identity(saved: Saved) -> list[str | None]:
     """Return a model's name, and what tells its weights from others."""
     return [saved.config.model.start, weights_identity(saved.config.model.start)]
+
+
+def settings_of(
+    policy: Saved, reference: Saved | None, overrides: Sequence[str], prompts: str, n: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what samples depend on. `prompts` is a hash of them, `options` those of Sampling."""
+    return {
+        "policy": identity(policy),
+        "reference": reference and identity(reference),
+        "overrides": sorted(overrides),
+        "device": str(pick_device(policy.config)),
+        "dtype": str(policy.config.compute_dtype),
+        "prompts_sha256": prompts,
+        "n": n,
+        **options,
+    }
 
 
 # --- The file that grows ---
@@ -191,6 +212,24 @@ def sampled(
         yield [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
+def write_samples(
+    path: Path, policy: Saved, reference: Saved | None, how: Sampling, items: Sequence[Item], settings: dict[str, Any],
+    overwrite: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Write the samples of `items` to `path`, after those that are there, and return all rows. Raise UserError as
+    `open_out` does."""
+    file, done = open_out(path, settings, items, overwrite)
+    with file:
+        if done:
+            log(f"{path} has {done} of {len(items)} samples")
+        for rows in sampled(policy, reference, how, items, done) if done < len(items) else ():
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        file.seek(0)
+        return [json.loads(line) for line in file]
+
+
 def summary(rows: Sequence[dict[str, Any]], how: Sampling) -> str:
     """Return the means over the rows of a finished file, and the first of them."""
     lines = []
@@ -262,27 +301,10 @@ def main() -> None:
     config = policy.config
     options = {key: vars(given)[key] for key in ("max_new_tokens", "batch_size", "seed", "temperature", "top_p")}
     how = Sampling(dtype=config.compute_dtype, **options)
-    settings = {
-        "policy": identity(policy),
-        "reference": reference and identity(reference),
-        "overrides": sorted(overrides),
-        "device": str(pick_device(config)),
-        "dtype": str(config.compute_dtype),
-        "prompts_sha256": file_hash(given.prompts),
-        "n": given.n,
-        **options,
-    }
+    settings = settings_of(policy, reference, overrides, file_hash(given.prompts), given.n, options)
     make_dir(given.out.parent, "--out")
-    file, done = open_out(given.out, settings, items, given.overwrite)
-    with file:
-        if done:
-            log(f"{given.out} has {done} of {len(items)} samples")
-        for rows in sampled(policy, reference, how, items, done) if done < len(items) else ():
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        file.seek(0)
-        log(summary([json.loads(line) for line in file], how))
+    rows = write_samples(given.out, policy, reference, how, items, settings, given.overwrite)
+    log(summary(rows, how))
     log(f"written to {given.out}")
 
 

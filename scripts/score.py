@@ -30,6 +30,7 @@ from dpo.data.files import Source, numbered_rows
 from dpo.data.records import PreferenceData, Record, short_names
 from dpo.data.sources import LABELLED, PAIRS, TARGETS, DataSet, DataSettings, find_source
 from dpo.data.tokenise import own_bos
+from dpo.judging.statistics import interval
 from dpo.loss import Loss, Responses, reward_slopes
 from dpo.model.loading import load_tokenizer
 from dpo.model.patches import quiet_transformers
@@ -183,19 +184,6 @@ def rows_of(items: Sequence[Item], policy: Saved, reference: Saved, loss: Loss, 
         responses = [scored(*response) for response in zip(record.responses, *logps)]
         row = {"dataset": item.name, "record": item.number, "prompt": text(record.prompt[n_bos:])}
         yield row | {"responses": responses, "pairs": record.pairs}
-
-
-def interval(values: np.ndarray, prompts: np.ndarray) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean of `values` [n], by bootstrap over their `prompts` [n]; None for a single
-    prompt."""
-    group = np.unique(prompts, return_inverse=True)[1]
-    counts, sums = np.bincount(group), np.bincount(group, values)
-    if len(counts) == 1:
-        return None
-    rng = np.random.default_rng(0)
-    draws = (rng.integers(len(counts), size=len(counts)) for _ in range(2000))
-    low, high = np.percentile([sums[draw].sum() / counts[draw].sum() for draw in draws], [2.5, 97.5])
-    return float(low), float(high)
 
 
 def table(pairs: Sequence[tuple[int, str, float, int]]) -> str:

@@ -59,7 +59,7 @@ def hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def _prompt_key(parsed: ParsedRow) -> int:
+def prompt_key(parsed: ParsedRow) -> int:
     """Return a hash of a prompt's content: the same for text and messages, and for every rendering."""
     turns: Any = to_messages(replace(parsed, responses=[])).prompt
     contents = [(message["role"], message["content"].strip()) for message in turns]
@@ -157,7 +157,7 @@ class ParseRows:
         exact: Any = parsed.prompt
         exact = exact if isinstance(exact, str) else json.dumps([exact, parsed.tools], default=str)
         wanted = self.settings.pair_columns
-        more: dict[str, Any] = {"hash": hash64(exact), "key": _prompt_key(parsed), "over": 0}
+        more: dict[str, Any] = {"hash": hash64(exact), "key": prompt_key(parsed), "over": 0}
         if self.settings.rows == LABELLED and parsed.label is None:
             raise BadRow("no label", f"the row is no completion with a label. {NEEDS[LABELLED]}")
         labels = {"label": float(parsed.label)} if parsed.label is not None else {}

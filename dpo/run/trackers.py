@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,11 @@ def open_logger(logger: RunLogger, config: Config, begin: Callable[[], None]) ->
     logger.open()
 
 
-def open_wandb(config: Config, run_dir: Path) -> Any:
-    """Return a W&B run: online if logged in, else offline with a line that says so. WANDB_MODE decides if it is set."""
+def open_wandb(config: Config, run_dir: Path, shown: Mapping[str, Any] | None = None) -> Any:
+    """Return a W&B run: online if logged in, else offline with a line that says so. WANDB_MODE decides if it is set.
+
+    `shown`: what W&B shows as the run's configuration, by default all of `config`.
+    """
     import wandb
 
     name = Path(config.exp_name).name
@@ -45,7 +48,7 @@ def open_wandb(config: Config, run_dir: Path) -> Any:
         project=config.wandb.project,
         name=config.exp_name if run_dir.name.startswith(name) else f"{config.exp_name} {run_dir.name}",
         dir=str(run_dir),
-        config=json.loads(redact(json.dumps(config.to_dict()))),
+        config=json.loads(redact(json.dumps(config.to_dict() if shown is None else shown))),
         id=known,
         resume="allow" if known else None,
         settings=wandb.Settings(console="off", silent=True, init_timeout=30),

@@ -26,6 +26,7 @@ from dpo import parallel
 from dpo.agreement import check_training_data, evaluation_part, parts_to_check, verdict_on
 from dpo.data.batching import Cut, Example, Mismatched, Plan
 from dpo.data.checks import check_format, check_overlap, trained_on
+from dpo.data.diagnostics import describe, diagnose
 from dpo.data.records import PreferenceData, format_funnel
 from dpo.data.sources import HUB_ID, find_source
 from dpo.evaluation import Evaluator
@@ -694,4 +695,6 @@ def load_splits(
     funnel |= {"updates": steps, "overlap": check_overlap(train_data, test, archive)}
     funnel |= {"notes": {name: split.notes for name, split in splits.items()}}
     funnel |= {"sources": {name: split.sources for name, split in splits.items()}}
+    funnel["facts"] = diagnose(train_data, test, config.cache)
+    log(describe(funnel["facts"]))
     return train_data, test, funnel

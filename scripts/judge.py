@@ -158,6 +158,8 @@ def find_prompts(given: argparse.Namespace, sides: Sequence[Side]) -> tuple[dict
         config = load_config(["exp_name=judge", *given.overrides]) if given.prompts else runs[0]
         names = given.prompts or config.datasets
         rows = [row for name in names for row in read_rows(name, config, own=not given.prompts)]
+        if any(row.tools for row in rows):
+            log("warning: tools of the prompts are not shown to models and judges")
         prompts = {as_text(row.prompt): row.prompt for row in rows}
         preferred = [row for row in rows if row.responses and row.label is not False]
         chosen = {as_text(row.prompt): [as_text(row.responses[row.target], prompt=False)] for row in preferred}
@@ -166,7 +168,7 @@ def find_prompts(given: argparse.Namespace, sides: Sequence[Side]) -> tuple[dict
     known = [*files, *[chosen] * (None in sides)]
     common = [text for text in prompts if all(text in each for each in known)]
     if not common:
-        firsts = "; ".join(repr([*texts][0])[:80] for texts in ([*prompts], *known))
+        firsts = "; ".join(repr(next(iter(texts)))[:80] for texts in ([*prompts], *known))
         raise UserError(f"no prompts in common, the first are {firsts}; give responses to the same prompts")
     log(f"{min(given.limit, len(common))} of {len(prompts)} prompts" + " (--limit)" * (given.limit < len(common)))
     return {text: prompts[text] for text in common[: given.limit]}, chosen
@@ -328,7 +330,7 @@ def usage(judge: Endpoint, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_judges(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a judge; see `find_judge`."""
+    """Add the options that `find_judge` reads, besides --out and overrides."""
     judges = parser.add_mutually_exclusive_group(required=True)
     judges.add_argument("--endpoint", metavar="URL", help="judge: --model at an OpenAI-compatible endpoint")
     judges.add_argument("--reward-model", metavar="NAME", help="judge: a sequence classifier with one label")

@@ -207,6 +207,7 @@ def make_page(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]], samples: i
         most_points=MOST_POINTS,
         frontier=frontier_of(runs),
         samples=samples_of(runs, samples),
+        facts=[*dict.fromkeys(run.facts for run in runs if run.facts)],
         time=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
         command=command,
     )

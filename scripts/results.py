@@ -27,6 +27,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from dpo.config import MayChange
 from dpo.config import keys as config_keys
+from dpo.data.diagnostics import describe
 from dpo.run.config import Config
 from dpo.run.resume import flat
 from dpo.sampling import mean_and_error
@@ -58,6 +59,8 @@ class Run:
     mark: str
     n_seen_prompts: int = 0
     """Prompts of the test split that training, or the training of model.archive, has seen."""
+    facts: str = ""
+    """What its data are like."""
 
     @functools.cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -179,17 +182,18 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             raise UserError(f"{folder / 'config.yaml'} cannot be read ({reason}); leave that run out") from error
         name, finished = visible(str(folder.relative_to(parent))), _is_finished(folder, metrics)
         look = COLOURS[i % len(COLOURS)], list(MARKS)[i % len(MARKS)]
-        runs.append(Run(name, config, metrics, samples, finished, *look, _n_seen_prompts(folder)))
+        runs.append(Run(name, config, metrics, samples, finished, *look, *_said_of_data(folder)))
     return runs
 
 
-def _n_seen_prompts(folder: Path) -> int:
-    """Read `Run.n_seen_prompts` from data_funnel.json; 0 if it is not known."""
+def _said_of_data(folder: Path) -> tuple[int, str]:
+    """Read `Run.n_seen_prompts` and `Run.facts` from data_funnel.json; 0 and "" if they are not known."""
     try:
-        overlap = json.loads((folder / "data_funnel.json").read_text(encoding="utf-8"))["overlap"]
-        return max((int(shared["prompts"]) for shared in overlap.values()), default=0)
+        told = json.loads((folder / "data_funnel.json").read_text(encoding="utf-8"))
+        seen = max((int(shared["prompts"]) for shared in told["overlap"].values()), default=0)
+        return seen, describe(told["facts"]) if "facts" in told else ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return 0
+        return 0, ""
 
 
 def _is_finished(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> bool:

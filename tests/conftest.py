@@ -9,13 +9,14 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
+from judge_server import SECRET, Server, serving
 from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
@@ -213,3 +214,11 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, pair
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """An OpenAI-compatible endpoint, and its key in the environment."""
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    with serving() as server:
+        yield server

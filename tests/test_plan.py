@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, first_fast, train_here
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPTJConfig, GPTNeoXConfig, LlamaConfig, MistralConfig
 
 import plan
 import trainers
@@ -32,6 +32,7 @@ from settings import data_settings, load_config
 
 CPU = torch.device("cpu")
 RUN = ["loss=dpo", "loss.beta=0.1", "batch_size=8", "device=cpu"]
+EIGHT_B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
 
 
@@ -205,10 +206,9 @@ def test_what_it_prints(planned: Callable[..., Any]) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("processes", [8, 64])
 def test_llama_3_8b(processes: int, planned: Callable[..., Any], tmp_path: Path) -> None:
-    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-    LlamaConfig(**sizes, num_key_value_heads=8, vocab_size=128256, architectures=["LlamaForCausalLM"]).save_pretrained(
-        tmp_path / "8b"
-    )
+    LlamaConfig(
+        **EIGHT_B, num_key_value_heads=8, vocab_size=128256, architectures=["LlamaForCausalLM"]
+    ).save_pretrained(tmp_path / "8b")
     given = ["trainer=FSDPTrainer", "mixed_precision=bfloat16", "activation_checkpointing=true", "--processes"]
     model, began = f"model.name_or_path={tmp_path / '8b'}", resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     found = read(planned("--json", "--no-advice", *given, str(processes), model=model))
@@ -216,6 +216,27 @@ def test_llama_3_8b(processes: int, planned: Callable[..., Any], tmp_path: Path)
     assert found["parameters"] == 8_030_261_248
     states = sum(found["memory"]["optimizer"].get(kind, 0) for kind in ("weights", "gradients", "optimizer state"))
     assert states == pytest.approx(12 * found["parameters"] / processes, rel=0.01)
+
+
+# The published shapes: hidden size, size of the MLP, layers, heads, heads of keys, vocabulary.
+SHAPES: dict[str, Any] = {
+    "hh_dpo": GPTNeoXConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32),
+    "tldr_dpo": GPTJConfig(),
+    "zephyr_dpo": MistralConfig(sliding_window=None),
+    "tulu3_dpo": LlamaConfig(**EIGHT_B, num_key_value_heads=8, vocab_size=128264),
+    "simpo_llama3": LlamaConfig(**EIGHT_B, num_key_value_heads=8, vocab_size=128256),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", SHAPES)
+def test_a_recipe_fits_on_its_gpus(recipe: str, pairs_dir: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    SHAPES[recipe].save_pretrained(tmp_path / "shape")
+    given = [f"+experiment={recipe}", f"model.name_or_path={tmp_path / 'shape'}", f"datasets=[{pairs_dir}]"]
+    given += [f"model.tokenizer_name_or_path={tiny_model_dir}", "chat_format=auto", f"cache_dir={tmp_path / 'cache'}"]
+    found = read(run("--json", "--no-advice", "--gpu", "H100", "--processes", "8", *given))
+    assert found["processes"] == found["shards"] == 8 and found["parameters"] > 2.5e9
+    assert found["peak"] < found["usable"] and sum(found["waits"].values()) == 1
 
 
 @pytest.mark.parametrize(("given", "message"), [

@@ -271,14 +271,30 @@ class PreferenceData:
     def row_tokens(self, padded: bool) -> np.ndarray:
         """Return how many tokens are computed for each record with all its responses, int64 [records]: as one row, or,
         `padded`, as one for each response. A response's last token predicts nothing."""
-        lists = pc.list_flatten(self._rows.table["responses"])
-        lengths = _numbers(pc.list_value_length(lists)) - 1
-        counts = _numbers(pc.list_value_length(self._rows.table["responses"])).astype(np.int64)
-        prompts = _numbers(pc.list_value_length(self._rows.table["prompt"]))
+        prompts, counts, responses = self.lengths()
         starts = np.cumsum(counts) - counts
         if padded:
-            return counts * (prompts + np.maximum.reduceat(lengths, starts))
-        return prompts + np.add.reduceat(lengths, starts)
+            return counts * (prompts + np.maximum.reduceat(responses - 1, starts))
+        return prompts + np.add.reduceat(responses - 1, starts)
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the tokens of each prompt [records], its number of responses [records], and the tokens of each
+        response [responses]; all int64."""
+        responses = self._rows.table["responses"]
+        lists = (self._rows.table["prompt"], responses, pc.list_flatten(responses))
+        prompts, counts, lengths = (_numbers(pc.list_value_length(each)).astype(np.int64) for each in lists)
+        return prompts, counts, lengths
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return every pair, int64 [pairs, 2]: chosen and rejected, as responses of its record; and that [pairs]."""
+        flat = pc.list_flatten(self._rows.table["pairs"])
+        sides = _numbers(pc.list_flatten(flat)).astype(np.int64).reshape(-1, 2)
+        return sides, np.repeat(np.arange(len(self)), _numbers(pc.list_value_length(self._rows.table["pairs"])))
+
+    def prompt_ids(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of the prompts of records `start` to `stop`, one after the other, and how many each has."""
+        prompts = self._rows.table["prompt"][start:stop]
+        return _numbers(pc.list_flatten(prompts)), _numbers(pc.list_value_length(prompts)).astype(np.int64)
 
     def __getitem__(self, i: int) -> Record:
         row = self._rows.row(range(len(self))[i])

@@ -173,6 +173,7 @@ class Endpoint(Judge):
                         self._ask(key, question)
                         ended.put(None)
                     except Exception as error:
+                        stop.set()
                         ended.put(error)
 
         # Daemons: Ctrl-C need not wait for a slow endpoint.

@@ -135,8 +135,12 @@ def arranged(
 
 
 def scorer_of(config: Config, policy: PreTrainedModel, other: PreTrainedModel | None, device: torch.device) -> Scorer:
-    """Return the scorer of a policy, with the live reference `other`. That a layout is exact is taken for granted."""
-    how = computation_of(config, device, layouts_to_try(config, device)[0])
+    """Return the scorer of a policy, with the live reference `other`. That a layout is exact is taken for granted, if
+    the model's class has what it needs."""
+    layouts = [layout for layout in layouts_to_try(config, device) if layout != "packed" or policy._supports_flex_attn]
+    if not layouts:
+        raise UserError(f"layout={config.layout}: {type(policy).__name__} has no FlexAttention; set layout=auto")
+    how = computation_of(config, device, layouts[0])
     reference: Any = None
     if config.loss.needs_reference:
         reference = LiveReference(other, how) if other is not None else _ZeroReference()

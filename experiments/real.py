@@ -24,7 +24,7 @@ import yaml
 
 from benchmark import machine, markdown
 from demo import train
-from dpo.judging.statistics import interval
+from dpo.judging.statistics import interval, share_interval
 from dpo.model.loading import load_tokenizer
 from dpo.model.patches import quiet_transformers
 from dpo.utils import UserError, make_dir
@@ -67,9 +67,9 @@ def sums(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     return np.array([np.nansum(tokens, dtype=np.float64) for row in rows for tokens in row])
 
 
-def shown(values: np.ndarray, prompts: np.ndarray, form: str = "{:.3f}") -> str:
-    """Return the mean of `values` [n] with its 95 % interval over prompts [n]."""
-    found = interval(values, prompts)
+def shown(values: np.ndarray, prompts: np.ndarray, form: str = "{:.3f}", share: bool = False) -> str:
+    """Return the mean of `values` [n], which may be hits of a `share`, with its 95 % interval over prompts [n]."""
+    found = (share_interval if share else interval)(values, prompts)
     ends = f" [{form.format(found[0])}, {form.format(found[1])}]" if found else ""
     return form.format(values.mean()) + ends
 
@@ -81,9 +81,9 @@ def compared(name: str, ratios: Sequence[np.ndarray], beta: str, pairs: Pairs, r
     hits = ((sides[..., 0] > sides[..., 1]) + 0.5 * (sides[..., 0] == sides[..., 1])).mean(0)
     rule = (pairs.longer > 0) + 0.5 * (pairs.longer == 0)
     cells = {"data": name, "beta": beta, "seeds": str(len(ratios)), "pairs": str(len(hits))}
-    cells["accuracy"] = shown(hits, pairs.prompts)
+    cells["accuracy"] = shown(hits, pairs.prompts, share=True)
     cells["seeds' accuracies"] = ", ".join(f"{(s[:, 0] > s[:, 1]).mean():.3f}" for s in sides)
-    cells["longer wins"] = shown(rule, pairs.prompts)
+    cells["longer wins"] = shown(rule, pairs.prompts, share=True)
     cells["difference"] = shown(hits - rule, pairs.prompts, "{:+.3f}")
     for label, there in (("if longer", pairs.longer > 0), ("if shorter", pairs.longer < 0)):
         cells[label] = f"{hits[there].mean():.3f} (n {there.sum()})" if there.any() else "-"

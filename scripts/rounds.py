@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 
 from dpo.config import Inherited, keys
 from dpo.data.rendering import ChatFormat
-from dpo.data.rows import Text
+from dpo.data.rows import BadRow, Text
 from dpo.files import atomic_write
 from dpo.judging.judges import Judge, Scorer
 from dpo.judging.statistics import interval, win_rate
@@ -94,7 +94,10 @@ def rendered(prompts: Mapping[str, Text], policy: Saved, config: Config) -> dict
     """Return prompts as the model sees them in training; those that would be cut there are left out."""
     tokenizer = load_tokenizer(policy.config)
     chat = ChatFormat(tokenizer, config.chat_format, config.chat_date)
-    found = {text: as_prompt(text, form, tokenizer, chat) for text, form in prompts.items()}
+    try:
+        found = {text: as_prompt(text, form, tokenizer, chat) for text, form in prompts.items()}
+    except BadRow as bad:
+        raise UserError(f"a prompt cannot be rendered for {policy.config.model.start}: {bad}; remove it") from None
     fitting = {text: prompt for text, prompt in found.items() if len(prompt.ids) <= config.max_prompt_length}
     if len(fitting) < len(found):
         log(f"{len(found) - len(fitting)} prompts have more than max_prompt_length={config.max_prompt_length} tokens")

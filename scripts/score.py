@@ -30,7 +30,7 @@ from dpo.data.files import Source, numbered_rows
 from dpo.data.records import PreferenceData, Record, short_names
 from dpo.data.sources import LABELLED, PAIRS, TARGETS, DataSet, DataSettings, find_source
 from dpo.data.tokenise import own_bos
-from dpo.judging.statistics import interval
+from dpo.judging.statistics import share_interval
 from dpo.loss import Loss, Responses, reward_slopes
 from dpo.model.loading import load_tokenizer
 from dpo.model.patches import quiet_transformers
@@ -201,7 +201,7 @@ def table(pairs: Sequence[tuple[int, str, float, int]]) -> str:
     for name, there in groups.items():
         if there.any():
             hits = (margins[there] > 0) + 0.5 * (margins[there] == 0)
-            found = interval(hits, prompts[there])
+            found = share_interval(hits, prompts[there])
             shown = f"[{found[0]:.3f}, {found[1]:.3f}]" if found else "unknown: 1 prompt"
             n = f"{len(hits):>7} {len(np.unique(prompts[there])):>7}"
             lines.append(f"{name:{width}}  {n}  {hits.mean():>8.3f}  {shown:<16} {margins[there].mean():>+10.4f}")

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from dpo.judging.endpoint import KEY, Answers, Endpoint, Usage, read_answer
 from dpo.judging.judges import REFUSED, TIE, UNPARSABLE, Scorer, Verdict, function_judge, reward_model_judge
-from dpo.judging.statistics import RIDGE, exact_interval, interval, length_controlled, win_rate
+from dpo.judging.statistics import RIDGE, exact_interval, interval, length_controlled, share_interval, win_rate
 from dpo.utils import UserError
 
 PAIRS = [(f"Prompt {i}?", f" {'long ' * (i % 3 + 1)}answer {i}", f" short {i}") for i in range(4)]
@@ -328,3 +328,14 @@ def test_length_control() -> None:
     for all_same in (0.0, 1.0):
         assert length_controlled([all_same] * 9, list(range(9)), prompts[:9]).rate == all_same
     assert length_controlled([1.0, 0.0], [3, -3], ["a", "a"]).interval is None
+
+
+def test_all_hits_are_not_certain() -> None:
+    prompts = np.arange(8)
+    assert share_interval(np.ones(8), prompts) == pytest.approx((0.6306, 1), abs=1e-4)  # 0.025 ** (1 / 8)
+    assert share_interval(np.zeros(8), prompts) == pytest.approx((0, 0.3694), abs=1e-4)
+    assert share_interval(np.ones(8), prompts // 2) == pytest.approx((0.3976, 1), abs=1e-4)  # of 4 prompts
+    mixed = np.array([1.0, 1, 0.5, 1, 1, 1, 1, 1])
+    assert (
+        share_interval(mixed, prompts) == interval(mixed, prompts) and share_interval(np.ones(1), prompts[:1]) is None
+    )

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import score
 from dpo.data.tokenise import own_bos
+from dpo.judging.statistics import interval
 from dpo.utils import UserError
 from opening import find_saved
 
@@ -252,9 +253,9 @@ def test_the_policy_against_itself_is_right_half_of_the_time(scored: Score, run_
 def test_intervals_resample_prompts_with_all_their_pairs() -> None:
     rng = np.random.default_rng(1)
     hits, prompts = np.repeat(rng.integers(2, size=300), 10).astype(float), np.repeat(np.arange(300), 10)
-    low, high = score.interval(hits, prompts)
+    low, high = interval(hits, prompts)
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / np.sqrt(300), rel=0.1)  # 300 answers, not 3000
-    assert score.interval(hits[:10], prompts[:10]) is None
+    assert interval(hits[:10], prompts[:10]) is None
     shown = score.table([(0, "a", 1.0, 3), (0, "b", -1.0, 0)])
     assert "unknown: 1 prompt" in shown and "preferred is shorter" not in shown
     assert [line.split()[0] for line in shown.splitlines()[1:4]] == ["all", "a", "b"]

@@ -63,6 +63,15 @@ def exact_interval(wins: int, n: int) -> tuple[float, float]:
     return lower(wins), 1 - lower(n - wins)
 
 
+def share_interval(hits: np.ndarray, prompts: np.ndarray) -> tuple[float, float] | None:
+    """Return the `interval` of a share. If all `hits` are 1, or all 0, the exact binomial one over prompts: resampling
+    equal values would make it certain."""
+    n = len(np.unique(prompts))
+    if n > 1 and hits[0] in (0, 1) and (hits == hits[0]).all():
+        return exact_interval(n * int(hits[0]), n)
+    return interval(hits, prompts)
+
+
 def win_rate(wins: Sequence[float], prompts: Sequence[str]) -> Rate:
     """Return the mean of `wins` [pairs], each 1, 0 or 0.5 for a tie, and its interval over their `prompts` [pairs].
 

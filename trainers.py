@@ -28,7 +28,7 @@ from dpo.data.batching import Cut, Example, Mismatched, Plan
 from dpo.data.checks import check_format, check_overlap, trained_on
 from dpo.data.diagnostics import describe, diagnose
 from dpo.data.records import PreferenceData, format_funnel
-from dpo.data.sources import HUB_ID, find_source
+from dpo.data.sources import HUB_ID, TARGETS, find_source
 from dpo.evaluation import Evaluator
 from dpo.model import adapters
 from dpo.model.checks import check_fits, checked_computation
@@ -644,7 +644,21 @@ def build_and_fit(
         if trainer is not None:
             trainer.saver.writer.close()
         logger.close(exit_code=int(not isinstance(sys.exception(), stopping.Stopped | None)))
-    log(f"done; the run's folder is {run_dir}")
+    log(f"done; the run's folder is {run_dir}\n{next_commands(config)}")
+
+
+def next_commands(config: Config) -> str:
+    """Return what a user may want to do with the finished run, as commands to paste."""
+    if config.debug:
+        return "debug=true: no checkpoint was written"
+    run = shlex.quote(config.local_run_dir)
+    commands = [f"python scripts/report.py {run}", f"python scripts/sample.py {run} --prompts prompts.txt"]
+    if config.loss.rows == TARGETS:
+        data = shlex.quote(f"datasets=[{','.join(config.datasets)}]")
+        commands.append(f"python train.py loss=dpo loss.beta=0.1 model.archive={run} {data} exp_name=dpo")
+    elif config.loss.gives_rewards:
+        commands.append(f"python scripts/score.py {run}")
+    return "\n".join(["next:", *(f"  {command}" for command in commands)])
 
 
 def check_sources(config: Config) -> None:

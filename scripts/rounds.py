@@ -130,7 +130,7 @@ def sampled(
                 found = server.sample([prompt.text for prompt, _ in some], start, how)
                 yield [{"prompt": prompt.text, "sample": i} | row for (prompt, i), row in zip(some, found, strict=True)]
 
-        here = functools.partial(sample, policy, reference, how, items)
+        here = functools.partial(sample, policy, reference, how, items, both=False)
         rows = write_samples(path, served_after if serve else here, items, settings)
     gc.collect()  # before training loads its models: one refers to itself
     if torch.cuda.is_available():

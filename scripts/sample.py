@@ -190,10 +190,10 @@ def _check_settings(path: Path, beside: Path, settings: dict[str, Any]) -> None:
 
 
 def sampled(
-    policy: Saved, reference: Saved | None, how: Sampling, items: Sequence[Item], done: int
+    policy: Saved, reference: Saved | None, how: Sampling, items: Sequence[Item], done: int, both: bool = True
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of `items` after the first `done`, a batch at a time: samples from both models, and their
-    divergence."""
+    """Yield the rows of `items` after the first `done`, a batch at a time: samples from the policy, or from `both`
+    models, and their divergence."""
     model, tokenizer, computation = policy.open()
     other = LiveReference(reference.open()[0], computation) if reference is not None else None
     for start in progress(range(done, len(items), how.batch_size), desc="batches"):
@@ -203,8 +203,9 @@ def sampled(
         columns: dict[str, Sequence[Any]] = {"prompt": [prompt.text for prompt in prompts], "sample": numbers}
         columns["policy"] = tokenizer.batch_decode(responses, skip_special_tokens=True)
         if other is not None:
-            theirs = sample(other.model, tokenizer, ids, own)
-            columns["reference"] = tokenizer.batch_decode(theirs, skip_special_tokens=True)
+            if both:
+                theirs = sample(other.model, tokenizer, ids, own)
+                columns["reference"] = tokenizer.batch_decode(theirs, skip_special_tokens=True)
             if how.own_distribution:
                 compared = divergence(model, other, ids, responses, computation)
                 columns |= {f"kl_{name}": getattr(compared, name) for name in ESTIMATORS}

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from dpo.run.weights import weights_identity
 from dpo.sampling import Sampling, sample
 from dpo.utils import UserError, file_hash
 from opening import find_reference, find_saved
+from settings import load_config
 from utils import run_main
 
 Overrides = Callable[..., list[str]]
@@ -658,3 +661,15 @@ def test_a_second_ctrl_c_stops_at_once(overrides: Overrides, tmp_path: Path, mon
     with pytest.raises(SystemExit) as stop:
         run_main(lambda: train_here(overrides("n_eval_examples=0")))
     assert stop.value.code == 130 and not list((tmp_path / "run").glob("step-*"))
+
+
+def test_a_run_ends_with_commands_to_paste(overrides: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:
+    train_here(overrides("loss=sft"))
+    said = capsys.readouterr().out
+    _, _, commands = said.partition("next:\n")
+    report, sample, dpo = map(shlex.split, commands.strip().splitlines()[:3])
+    assert report == ["python", "scripts/report.py", str(tmp_path / "run")] and sample[1] == "scripts/sample.py"
+    assert dpo[:2] == ["python", "train.py"] and load_config(dpo[2:]).model.archive == str(tmp_path / "run")
+    assert "pairs dropped" not in said and "responses truncated" not in said  # nothing was
+    train_here(overrides("loss=sft", "debug=true", f"local_run_dir={tmp_path / 'other'}"))
+    assert "next:" not in capsys.readouterr().out

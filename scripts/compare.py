@@ -1,0 +1,130 @@
+"""Two runs on the same held-out pairs: whose implicit rewards rank more of them right, and on which they differ.
+
+    python scripts/compare.py RUN RUN2
+    python scripts/compare.py RUN RUN2 --data pairs.jsonl --show 5
+
+RUN and RUN2 are named as in score.py, each with the reference that it was trained against. The difference of accuracies
+has a 95 % interval, by bootstrap over prompts, of the pairs' own differences: narrower than two intervals apart.
+McNemar's exact test counts only pairs on which the runs disagree, and takes them for independent. KEY=VALUE are
+overrides as train.py takes them, for both.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from dpo.files import atomic_write
+from dpo.judging.statistics import interval, share_interval
+from dpo.model.loading import load_tokenizer
+from dpo.model.patches import quiet_transformers
+from dpo.utils import UserError, log, redact, visible
+from opening import find_reference, find_saved, take_overrides
+from score import load_items, rows_of
+from settings import quoted
+from utils import HelpFormatter, run_main
+
+
+def rows_for(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the scored records of a run, as score.py writes them. Raise UserError."""
+    data = [f"datasets={quoted(given.data)}"] if given.data else []
+    policy = find_saved(name, [*given.overrides, *data])
+    if not policy.trained and not data:
+        raise UserError(f"it is not known what {name} was trained on: give --data <files or data sets>")
+    reference, tokenizer = find_reference(policy, None, given.overrides), load_tokenizer(policy.config)
+    items = load_items(policy, tokenizer, "test", not data, given.limit)
+    return list(rows_of(items, policy, reference, policy.config.loss, tokenizer))
+
+
+def pairs_of(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Return prompt, preferred and other response of every pair."""
+    texts = ((row["prompt"], [response["text"] for response in row["responses"]], row["pairs"]) for row in rows)
+    return [(prompt, said[a], said[b]) for prompt, said, pairs in texts for a, b in pairs]
+
+
+def hits_of(rows: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Return for every pair 1 if the preferred response has the higher reward, 0 if not, 0.5 if both are equal."""
+    margins = [row["responses"][a]["reward"] - row["responses"][b]["reward"] for row in rows for a, b in row["pairs"]]
+    return np.array([(margin > 0) + 0.5 * (margin == 0) for margin in margins])
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the two-sided p of McNemar's exact test, from the counts of pairs that one run alone ranks right."""
+    n, least = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
+
+
+def compared(pairs: Sequence[tuple[str, str, str]], first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
+    """Return accuracies, their paired difference (first minus second) and the disagreements, of hits [pairs]."""
+    prompts = np.array([prompt for prompt, _, _ in pairs])
+    found: dict[str, Any] = {"pairs": len(pairs), "prompts": len(set(prompts.tolist()))}
+    for name, hits in (("first", first), ("second", second)):
+        found[name] = {"accuracy": float(hits.mean()), "interval": share_interval(hits, prompts)}
+    found["difference"] = {"mean": float((first - second).mean()), "interval": interval(first - second, prompts)}
+    gained, lost = int((first > second).sum()), int((first < second).sum())
+    return found | {"only first": gained, "only second": lost, "mcnemar_p": mcnemar(gained, lost)}
+
+
+def as_text(found: dict[str, Any], names: Sequence[str]) -> str:
+    """Return the comparison for people."""
+
+    def ends(entry: dict[str, Any], form: str = ".3f") -> str:
+        low_high = entry["interval"]
+        return f"[{low_high[0]:{form}}, {low_high[1]:{form}}]" if low_high else "[unknown: 1 prompt]"
+
+    lines = [f"{found['pairs']} pairs of {found['prompts']} prompts"]
+    for label, name in zip(("first", "second"), names, strict=True):
+        lines.append(f"accuracy {found[label]['accuracy']:.3f} {ends(found[label])}  {visible(name)}")
+    difference = found["difference"]
+    lines.append(f"difference {difference['mean']:+.3f} {ends(difference, '+.3f')}, paired")
+    counts = f"{found['only first']} pairs are right for the first alone, {found['only second']} for the second alone"
+    lines.append(f"{counts}: p = {found['mcnemar_p']:.2g} (McNemar, exact)")
+    low, high = difference["interval"] or (-1, 1)
+    better = names[0] if low > 0 else names[1] if high < 0 else None
+    told = f"{visible(better)} is the more accurate one" if better else "these pairs do not tell which is more accurate"
+    return "\n".join([*lines, told])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.usage = "%(prog)s RUN RUN2 [options] [KEY=VALUE ...]"
+    parser.add_argument("runs", nargs=2, metavar="RUN")
+    parser.add_argument("--data", nargs="+", metavar="FILE_OR_SET", help="as datasets=[...] takes them")
+    parser.add_argument("--limit", type=int, metavar="N", help="compare on the first N records of each data set")
+    parser.add_argument("--show", type=int, default=2, metavar="N", help="pairs to show on which the runs differ")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the comparison as JSON, too")
+    others, overrides = take_overrides(sys.argv[1:])
+    given = parser.parse_args(others)
+    given.overrides = overrides
+    if given.show < 0 or (given.limit is not None and given.limit < 1):
+        raise UserError(f"--show {given.show} must be at least 0 and --limit {given.limit} at least 1")
+    quiet_transformers()
+    rows = [rows_for(name, given) for name in given.runs]
+    pairs = pairs_of(rows[0])
+    if not pairs:
+        raise UserError("there are no pairs to compare on: give --data <pairs>")
+    if pairs != pairs_of(rows[1]):
+        raise UserError(
+            "the runs see other held-out pairs (data, max_length, chat_format or tokenizer differ): give --data and "
+            "the same settings, such as max_length=512"
+        )
+    hits = [hits_of(some) for some in rows]
+    found = compared(pairs, *hits)
+    for i in np.flatnonzero(hits[0] != hits[1])[: given.show]:
+        prompt, preferred, other = map(visible, pairs[i])
+        right = given.runs[0] if hits[0][i] > hits[1][i] else given.runs[1]
+        log(f"\n--- only {visible(right)} is right\n{prompt}\npreferred: {preferred}\nother: {other}")
+    log(f"\n{as_text(found, given.runs)}")
+    if given.out:
+        atomic_write(given.out, redact(json.dumps({"runs": given.runs, **found}, indent=1)) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

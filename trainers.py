@@ -491,14 +491,19 @@ def with_limits(config: Config) -> Config:
         return config
     if config.checkpoint is not None:
         known = checkpoint.read_state(config.checkpoint)["config"]
-        found = {key: known.get(key) for key in ("microbatch_tokens", "fsdp_reduce_once")}
+        once = known.get("fsdp_reduce_once") if config.may_reduce_once else None
+        found = {"microbatch_tokens": known["microbatch_tokens"], "fsdp_reduce_once": once}
+    elif parallel.joined():
+        raise UserError("microbatch_tokens=auto plans before the processes join: set a number inside torchrun or srun")
     elif pick_device(config).type != "cuda":
         raise UserError("microbatch_tokens=auto plans the memory of a GPU, and there is none: set a number")
     else:
         log("microbatch_tokens=auto: planning the memory of an update ...")
-        n = (parallel.world_size() if parallel.joined() else processes_of(config)) if config.needs_group else 1
-        memory = parallel.apart(free_memory, config.device, config.needs_group)
+        n = processes_of(config) if config.needs_group else 1
+        memory = parallel.apart(free_memory, config.device, n)
         found = parallel.apart(limits_on_gpu, config, memory, n)
+    if config.fsdp_reduce_once is not None:
+        found["fsdp_reduce_once"] = config.fsdp_reduce_once
     log(f"microbatch_tokens=auto is {found['microbatch_tokens']}; fsdp_reduce_once={found['fsdp_reduce_once']}")
     return dataclasses.replace(config, **found)
 
@@ -654,8 +659,7 @@ def next_commands(config: Config) -> str:
     run = shlex.quote(config.local_run_dir)
     commands = [f"python scripts/report.py {run}", f"python scripts/sample.py {run} --prompts prompts.txt"]
     if config.loss.rows == TARGETS:
-        data = shlex.quote(f"datasets=[{','.join(config.datasets)}]")
-        commands.append(f"python train.py loss=dpo loss.beta=0.1 model.archive={run} {data} exp_name=dpo")
+        commands.append(f"python train.py loss=dpo loss.beta=0.1 model.archive={run} <the other settings of this run>")
     elif config.loss.gives_rewards:
         commands.append(f"python scripts/score.py {run}")
     return "\n".join(["next:", *(f"  {command}" for command in commands)])

@@ -26,7 +26,7 @@ from dpo.run.checkpoint import read_state
 from dpo.run.config import Config
 from dpo.run.saved import Saved, reference_of, token_logps
 from dpo.run.weights import find_archive
-from dpo.sampling import Sampling, sample
+from dpo.sampling import Sampling, continuation, sample
 from dpo.utils import LOGGER, UserError, be_quiet, log
 
 NUMBER = "pair_number"  # column by which a row is found again
@@ -93,7 +93,8 @@ class Run:
             raise UserError("prompts holds no prompt, or an empty one; give texts of at least one token")
         room = max_new_tokens or max(self.config.max_length - max(map(len, ids)), 1)
         how = Sampling(room, self.config.eval_batch_size, seed, self._policy[2].dtype, temperature, top_p)
-        return self.tokenizer.batch_decode(sample(self.policy, self.tokenizer, ids, how), skip_special_tokens=True)
+        responses = sample(self.policy, self.tokenizer, ids, how)
+        return [continuation(self.tokenizer, *each) for each in zip(ids, responses, strict=True)]
 
     def score(self, pairs: Sequence[Mapping[str, Any]], loss: Loss | None = None) -> list[dict[str, Any]]:
         """Return, for each pair {prompt, chosen, rejected}, the log-probabilities of both responses in nats.

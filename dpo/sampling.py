@@ -1,5 +1,6 @@
 """Samples of a policy, and how far they show it to be from the reference: estimates of KL(policy || reference)."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -104,6 +105,15 @@ def left_padded(prompts: Sequence[list[int]], pad: int, width: int) -> tuple[Ten
 
 def _until_end(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]) -> str:
+    """Return the text that a response adds to its prompt, without special tokens. Decoded alone it would lose its first
+    space with some tokenizers."""
+    before = prompt[-8:]
+    start, whole = tokenizer.batch_decode([before, before + response], skip_special_tokens=True)
+    alone = tokenizer.decode(response, skip_special_tokens=True)
+    return whole[len(start) :] if whole.startswith(start) else str(alone)
 
 
 def prompts_of(data: PreferenceData, examples: Iterable[Example], n: int) -> list[list[int]]:
@@ -220,7 +230,8 @@ class SampleEvaluator:
         for model, responses in sampled.items():
             metrics[f"samples_eval/{model}_length"] = sum(map(len, responses)) / len(responses)
             metrics[f"samples_eval/{model}_eos_rate"] = sum(r[-1:] == [end] for r in responses) / len(responses)
-        texts = {model: self.tokenizer.batch_decode(r, skip_special_tokens=True) for model, r in sampled.items()}
+        told = functools.partial(continuation, self.tokenizer)
+        texts = {model: [*map(told, self.prompts, responses)] for model, responses in sampled.items()}
         bos = len(own_bos(self.tokenizer))
         prompts = self.tokenizer.batch_decode([prompt[bos:] for prompt in self.prompts])
         rows = [{"prompt": prompt, **{model: texts[model][i] for model in texts}} for i, prompt in enumerate(prompts)]

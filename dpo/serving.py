@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dpo.sampling import Sampling
-from dpo.utils import UserError, end_with_parent, log
+from dpo.utils import UserError, end_with_parent, log, redact
 
 SECONDS_TO_START = 1800.0  # reading the weights of a large model
 
@@ -31,14 +31,15 @@ class Server:
     url: str
     model: str
 
-    def sample(self, prompts: Sequence[str], first: int, how: Sampling) -> list[dict[str, Any]]:
-        """Return a response to each prompt: its text, number of tokens, and whether the model ended it. `first`: the
-        number of the first of them, which with the seed gives their samples. Raise UserError if the server fails."""
+    def sample(self, prompts: Sequence[list[int]], first: int, how: Sampling) -> list[dict[str, Any]]:
+        """Return a response to each prompt (token ids: a server may add BOS to text): its text, number of tokens, and
+        whether the model ended it. `first`: the number of the first of them, which with the seed gives their samples.
+        Raise UserError if the server fails."""
         import openai  # slow, and other samplers do without
 
-        client = openai.OpenAI(base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=5)
+        client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=5)
 
-        def one(number: int, prompt: str) -> dict[str, Any]:
+        def one(number: int, prompt: list[int]) -> dict[str, Any]:
             seed = int(np.random.SeedSequence([how.seed, number]).generate_state(1)[0]) // 2
             reply = client.completions.create(
                 model=self.model, prompt=prompt, max_tokens=how.max_new_tokens, temperature=how.temperature,
@@ -51,7 +52,7 @@ class Server:
         try:
             with ThreadPoolExecutor(len(prompts)) as pool:
                 return list(pool.map(one, range(first, first + len(prompts)), prompts))
-        except (openai.OpenAIError, ValueError) as error:
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"the server that --serve started gave no sample: {str(error).splitlines()[0]}") from error
 
 
@@ -60,8 +61,9 @@ def serving(command: str, model: str, log_file: Path) -> Iterator[Server]:
     """Run `command`, with {model} and {port} filled in, inside the block; its output goes to `log_file`. Raise
     UserError if it ends early, or does not answer in time."""
     port = _free_port()
-    arguments = [part.format(model=model, port=port) for part in shlex.split(command)]
-    log(f"serving {model}: {shlex.join(arguments)}")
+    parts = shlex.split(command)
+    arguments = [part.replace("{model}", model).replace("{port}", str(port)) for part in parts]
+    log(redact(f"serving {model}: {shlex.join(arguments)}"))
     with open(log_file, "wb") as file:
         try:
             end = functools.partial(end_with_parent, os.getpid())
@@ -97,8 +99,10 @@ def _wait(process: subprocess.Popen[bytes], address: str, log_file: Path) -> Non
         try:
             with urllib.request.urlopen(f"{address}/v1/models", timeout=10):
                 return
-        except urllib.error.HTTPError:
-            return  # it answers
+        except urllib.error.HTTPError as error:
+            if error.code < 500:  # it answers; 503 is a server that reads its weights
+                return
+            time.sleep(0.2)
         except OSError:
             time.sleep(0.2)
     raise UserError(f"--serve: no answer on {address} after {SECONDS_TO_START:.0f} s; see {log_file}")

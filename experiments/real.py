@@ -36,8 +36,9 @@ from utils import HelpFormatter, run_main
 
 SETTINGS = ROOT / "experiments" / "real.yaml"
 NOTE = """[,]: 95 %, bootstrap over prompts, of the mean over seeds. Accuracy: share of held-out pairs whose preferred
-response has the higher implicit reward. Difference: to the rule that the longer response wins, paired. Log-ratio: log
-policy / reference of a response, in nats. KL and tokens: mean over seeds, with their range."""
+response has the higher implicit reward. Difference: to the rule that the longer response wins, paired; lengths are
+tokens after truncation, and as long counts half. Log-ratio: log policy / reference of a response, in nats. KL and
+tokens: mean over seeds, with their range."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,16 @@ def compared(name: str, ratios: Sequence[np.ndarray], beta: str, pairs: Pairs, r
     """Return a line of the table, from the log-ratios of all responses of each seed's run. Hits are means over seeds,
     so that intervals are over prompts."""
     sides = np.stack([ratio[pairs.places] for ratio in ratios])  # [seeds, pairs, 2]
-    hits = ((sides[..., 0] > sides[..., 1]) + 0.5 * (sides[..., 0] == sides[..., 1])).mean(0)
+    by_seed = (sides[..., 0] > sides[..., 1]) + 0.5 * (sides[..., 0] == sides[..., 1])
+    hits = by_seed.mean(0)
     rule = (pairs.longer > 0) + 0.5 * (pairs.longer == 0)
     cells = {"data": name, "beta": beta, "seeds": str(len(ratios)), "pairs": str(len(hits))}
     cells["accuracy"] = shown(hits, pairs.prompts, share=True)
-    cells["seeds' accuracies"] = ", ".join(f"{(s[:, 0] > s[:, 1]).mean():.3f}" for s in sides)
+    cells["seeds' accuracies"] = ", ".join(f"{accuracy:.3f}" for accuracy in by_seed.mean(1))
     cells["longer wins"] = shown(rule, pairs.prompts, share=True)
     cells["difference"] = shown(hits - rule, pairs.prompts, "{:+.3f}")
-    for label, there in (("if longer", pairs.longer > 0), ("if shorter", pairs.longer < 0)):
+    sizes = {"if longer": pairs.longer > 0, "if shorter": pairs.longer < 0, "if as long": pairs.longer == 0}
+    for label, there in sizes.items():
         cells[label] = f"{hits[there].mean():.3f} (n {there.sum()})" if there.any() else "-"
     for side, label in enumerate(("chosen", "rejected")):
         cells[f"log-ratio {label}"] = shown(sides[..., side].mean(0), pairs.prompts, "{:+.1f}")
@@ -153,7 +156,8 @@ def write(
         table = csv.DictWriter(file, [*lines[0]])
         table.writeheader()
         table.writerows(lines)
-    facts = {**machine(), "settings": f"{given.settings}, {' '.join(given.overrides)}", "minutes": f"{spent / 60:.0f}"}
+    facts = {**machine(), "settings": f"{given.settings}, {' '.join(given.overrides)}"}
+    facts["minutes of the last start"] = f"{spent / 60:.0f}"
     facts |= {part: f"`{' '.join(chosen[part])}`" for part in ("shared", "sft", "dpo")}
     text = ["# Real preferences", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
     text += [*markdown([[*lines[0]], *([*line.values()] for line in lines)]), ""]

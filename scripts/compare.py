@@ -77,7 +77,7 @@ def as_text(found: dict[str, Any], names: Sequence[str]) -> str:
 
     def ends(entry: dict[str, Any], form: str = ".3f") -> str:
         low_high = entry["interval"]
-        return f"[{low_high[0]:{form}}, {low_high[1]:{form}}]" if low_high else "[unknown: 1 prompt]"
+        return f"[{low_high[0]:{form}}, {low_high[1]:{form}}]" if low_high else "[unknown]"
 
     lines = [f"{found['pairs']} pairs of {found['prompts']} prompts"]
     for label, name in zip(("first", "second"), names, strict=True):

@@ -59,7 +59,7 @@ from dpo.run.saved import Saved
 from dpo.run.trackers import open_wandb
 from dpo.sampling import Sampling
 from dpo.utils import UserError, log, make_dir, redact
-from opening import find_saved, take_overrides
+from opening import find_saved, take_overrides, warn_of_formats
 from preference_datasets import REGISTRY
 from results import sentiment
 from sample import as_prompt, sampled, settings_of, write_samples
@@ -70,8 +70,16 @@ CHOSEN = "chosen"
 HH = ChatFormat(None, "hh", "2024-07-26")  # how judges see messages
 PROMPT, RESPONSE = ("prompt", "instruction"), ("response", "policy", "output", "completion")
 RATES = {"win_rate": "win rate of A", "length_controlled": "at equal length"}
-Responses = dict[str, list[str]]
-"""Prompt, as judges see it -> responses."""
+
+
+class Responses(dict[str, list[str]]):
+    """Prompt, as judges see it -> responses. `forms`: these prompts as a file has them."""
+
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        self.forms: dict[str, Text] = {}
+
+
 Side = Saved | Responses | None
 """A model, the responses of a file, or (None) the data's own."""
 
@@ -110,6 +118,8 @@ def read_rows(
     if own and source.held_out:
         test = in_test_split(np.array([prompt_key(row) for row in rows]), settings.holdout_fraction)
         rows = [row for row, held_out in zip(rows, test, strict=True) if held_out == (split == "test")]
+    if any(row.tools for row in rows):
+        log(f"warning: {name}: tools of the prompts are not shown to models and judges")
     if not rows:
         raise UserError(f"{name} holds no rows; give a file or data set with at least one")
     return rows
@@ -122,9 +132,10 @@ def read_responses(path: str, config: Config) -> Responses:
         names = [next((name for name in names if name in row), names[0]) for names in (PROMPT, RESPONSE)]
         return ParsedRow(text_or_messages(row, names[0]), [text_or_messages(row, names[1])], [])
 
-    responses: Responses = {}
+    responses = Responses()
     for row in read_rows(path, config, False, parse):
-        responses.setdefault(as_text(row.prompt), []).append(as_text(row.responses[0], prompt=False))
+        responses.forms.setdefault(text := as_text(row.prompt), row.prompt)
+        responses.setdefault(text, []).append(as_text(row.responses[0], prompt=False))
     return responses
 
 
@@ -144,13 +155,12 @@ def find_prompts(given: argparse.Namespace, sides: Sequence[Side]) -> tuple[dict
 
     Raise UserError if it is not clear which, or if a side has no responses to them.
     """
-    files = [side for side in sides if isinstance(side, dict)]
+    files = [side for side in sides if isinstance(side, Responses)]
     runs = [side.config for side in sides if isinstance(side, Saved) and side.trained]
     if not (given.prompts or files or runs):
         raise UserError("it is not known which prompts to judge on: give --prompts <file or data set>")
     if files and not given.prompts:
-        prompts: dict[str, Text] = {text: text for text in files[0]}
-        chosen: Responses = {}
+        prompts, chosen = dict(files[0].forms), Responses()
         if files[0].keys() != files[-1].keys() and (n := len(files[0].keys() & files[-1].keys())):
             sizes = f"{len(files[0])} and {len(files[1])}"
             raise UserError(f"the files have {sizes} prompts, {n} of them in common; say which with --prompts")
@@ -158,11 +168,10 @@ def find_prompts(given: argparse.Namespace, sides: Sequence[Side]) -> tuple[dict
         config = load_config(["exp_name=judge", *given.overrides]) if given.prompts else runs[0]
         names = given.prompts or config.datasets
         rows = [row for name in names for row in read_rows(name, config, own=not given.prompts)]
-        if any(row.tools for row in rows):
-            log("warning: tools of the prompts are not shown to models and judges")
         prompts = {as_text(row.prompt): row.prompt for row in rows}
         preferred = [row for row in rows if row.responses and row.label is not False]
-        chosen = {as_text(row.prompt): [as_text(row.responses[row.target], prompt=False)] for row in preferred}
+        said = [(as_text(row.prompt), as_text(row.responses[row.target], prompt=False)) for row in preferred]
+        chosen = Responses({prompt: [response] for prompt, response in said})
     if None in sides and not chosen:
         raise UserError(f"{CHOSEN}: the prompts come without preferred responses; give --prompts <rows that have them>")
     known = [*files, *[chosen] * (None in sides)]
@@ -183,6 +192,7 @@ def responses_of(side: Saved, prompts: Mapping[str, Text], given: argparse.Names
         rendered = {text: as_prompt(text, form, tokenizer, chat) for text, form in prompts.items()}
     except BadRow as bad:
         raise UserError(f"a prompt cannot be rendered for {config.model.start}: {bad}; remove it") from None
+    warn_of_formats(side, {prompt.format for prompt in rendered.values()}, "prompts")
     most = (positions(side.architecture())[0] or sys.maxsize) - given.max_new_tokens
     fitting = {text: prompt for text, prompt in rendered.items() if len(prompt.ids) <= most}
     if len(fitting) < len(rendered):
@@ -196,7 +206,7 @@ def responses_of(side: Saved, prompts: Mapping[str, Text], given: argparse.Names
     how = Sampling(dtype=config.compute_dtype, **options)
     make = functools.partial(sampled, side, None, how, items)
     rows = write_samples(given.out / f"samples-{name}.jsonl", make, items, settings) if items else []
-    return {text: [row["policy"] for row in rows[i * n : (i + 1) * n]] for i, text in enumerate(fitting)}
+    return Responses({text: [row["policy"] for row in rows[i * n : (i + 1) * n]] for i, text in enumerate(fitting)})
 
 
 def pairs_of(prompts: Mapping[str, Text], ours: Responses, theirs: Responses) -> list[Pair]:
@@ -247,7 +257,7 @@ def table(results: Mapping[str, dict[str, Any]]) -> str:
         cells = {"temperature": temperature} | {name: str(found[name]) for name in counts}
         for name, shown in RATES.items():
             ends = found[name]["interval"]
-            interval = f"[{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "[unknown: 1 prompt]"
+            interval = f"[{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "[unknown]"
             cells[shown] = f"{found[name]['rate']:.3f} {interval}"
         cells["characters A, B"] = ", ".join(f"{length:.0f}" for length in found["characters"])
         if "position_bias" in found:
@@ -290,11 +300,13 @@ def write_alpaca(folder: Path, rows: Sequence[tuple[Pair, Verdict]], a: str, b: 
         atomic_write(folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def send_to_wandb(outcome: Mapping[str, Any], rows: Mapping[str, Sequence[tuple[Pair, Verdict]]], out: Path) -> None:
+def send_to_wandb(
+    outcome: Mapping[str, Any], rows: Mapping[str, Sequence[tuple[Pair, Verdict]]], given: argparse.Namespace
+) -> None:
     """Log the win rates, and a table of all pairs, to W&B."""
     import wandb
 
-    run = open_wandb(load_config(["exp_name=judge"]), out, outcome["settings"])
+    run = open_wandb(load_config(["exp_name=judge", *given.overrides]), given.out, outcome["settings"])
     lines = [[t, *pair, *verdict, verdict.win] for t, some in rows.items() for pair, verdict in some]
     run.log({"pairs": wandb.Table([*("temperature", "prompt", "A", "B", "A first", "B first", "win of A")], lines)})
     rates = [[t, *(found[name]["rate"] for name in RATES)] for t, found in outcome["results"].items()]
@@ -428,6 +440,10 @@ def main() -> None:
         pairs = pairs_of(prompts, both[0], both[1])
         rows[name] = list(zip(pairs, judge.compare(pairs), strict=True))
         results[name] = summary(pairs, [verdict for _, verdict in rows[name]], isinstance(judge, Endpoint))
+        if (n := results[name].get(UNPARSABLE, 0)) > len(pairs) / 5:  # of two answers each
+            log(
+                f"warning: {n} answers have no verdict and count as ties; raise max_tokens in --fields if they were cut"
+            )
         folder = given.out / f"temperature-{name}" if len(given.temperatures) > 1 else given.out
         write_alpaca(folder, rows[name], given.a, given.b, judge.name)
     title = f"A: {given.a}\nB: {given.b}\njudge: {judge.name}"
@@ -439,7 +455,7 @@ def main() -> None:
     if len(results) > 1:
         draw(results, title, given.out / "win_rates.png")
     if given.wandb:
-        send_to_wandb(outcome, rows, given.out)
+        send_to_wandb(outcome, rows, given)
     log(f"written to {given.out}")
 
 

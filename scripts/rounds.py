@@ -8,8 +8,8 @@ makes pairs, and trains on these through train.py, from the newest policy. KEY=V
 the same in each round: lengths such as n_examples are those of a round. Prompts are those of `datasets`; the held-out
 ones measure every round. The very start is model.archive, or the base model.
 
---serve 'vllm serve {model} --port {port}' takes the samples to train on from any OpenAI-compatible server of
-completions, started anew for each policy; what is measured is sampled here.
+--serve 'vllm serve {model} --port {port} --generation-config vllm' takes the samples to train on from any
+OpenAI-compatible server of completions, started anew for each policy; what is measured is sampled here.
 
 One folder, --out, holds all: round-<i>/pairs.jsonl, round-<i>/run (train.py's), samples, rounds.md, rounds.json,
 rounds.png and a report. Run it again to resume: the result is that of an uninterrupted run. With --prompts N it can
@@ -49,7 +49,7 @@ from dpo.run.saved import Saved
 from dpo.sampling import Sampling, mean_and_error
 from dpo.serving import serving
 from dpo.utils import ROOT, UserError, log, make_dir, progress, redact
-from judge import add_judges, as_text, find_judge, judge_problems, read_rows, refused
+from judge import add_judges, as_text, find_judge, judge_problems, read, read_rows, refused
 from opening import find_saved, take_overrides
 from report import write_report
 from results import Z95, load_runs
@@ -60,7 +60,7 @@ from utils import HelpFormatter, run_main
 
 OWN = ("datasets", "model.archive", "reference.archive", "local_run_dir", "exp_name", "resume", "n_eval_examples")
 """Keys of train.py that each round sets itself."""
-NAME = "kl_rao_blackwell"
+KL_COLUMN = "kl_rao_blackwell"
 
 
 def key_of(override: str) -> str:
@@ -75,7 +75,7 @@ def find_prompts(given: argparse.Namespace, config: Config) -> tuple[dict[str, T
     found = []
     for split, limit in (("train", None), ("test", given.eval_prompts)):
         rows = [row for name in config.datasets for row in read_rows(name, config, True, split=split)]
-        found.append(dict([(as_text(row.prompt), row.prompt) for row in rows][:limit]))
+        found.append(dict([*{as_text(row.prompt): row.prompt for row in rows}.items()][:limit]))
     shared = found[0].keys() & found[1].keys()
     if shared:
         log(f"{len(shared)} prompts of the test split are in the training split, too; they only measure")
@@ -127,7 +127,7 @@ def sampled(
             server = stack.enter_context(serving(serve or "", model, path.with_name("server.log")))
             for start in progress(range(done, len(items), how.batch_size), desc="batches"):
                 some = items[start : start + how.batch_size]
-                found = server.sample([prompt.text for prompt, _ in some], start, how)
+                found = server.sample([prompt.ids for prompt, _ in some], start, how)
                 yield [{"prompt": prompt.text, "sample": i} | row for (prompt, i), row in zip(some, found, strict=True)]
 
         here = functools.partial(sample, policy, reference, how, items, both=False)
@@ -187,8 +187,8 @@ def measured(
     found: dict[str, Any] = {"samples": len(rows), "prompts": len(texts)}
     found["tokens"], found["ended"] = (float(np.mean([row[key] for row in rows])) for key in ("tokens_policy", "ended"))
     found["kl"], found["kl_error"] = 0.0, 0.0
-    if NAME in rows[0]:
-        found["kl"], found["kl_error"] = mean_and_error([row[NAME] for row in rows], prompts)
+    if KL_COLUMN in rows[0]:
+        found["kl"], found["kl_error"] = mean_and_error([row[KL_COLUMN] for row in rows], prompts)
         wins = [v.win for v in judge.compare([(p, a["policy"], b["policy"]) for p, a, b in zip(prompts, rows, first)])]
         found["win_rate"] = win_rate(wins, prompts)._asdict()
     if isinstance(judge, Scorer):  # scores of other judges compare responses of one prompt only
@@ -202,7 +202,7 @@ def measured(
 
 def ends(found: Mapping[str, Any], key: str) -> str:
     low_high = found["interval"]
-    return f"{found[key]:.3f} " + (f"[{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else "[unknown: 1 prompt]")
+    return f"{found[key]:.3f} " + (f"[{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else "[unknown]")
 
 
 def table(rounds: Sequence[dict[str, Any]], judge: str) -> str:
@@ -263,7 +263,7 @@ def write(rounds: Sequence[dict[str, Any]], judge: str, given: argparse.Namespac
 
 def check_out(given: argparse.Namespace, settings: Mapping[str, Any]) -> None:
     """Write what the rounds depend on, or raise UserError if --out was made with something else."""
-    path = given.out / "settings.json"
+    path, settings = given.out / "settings.json", json.loads(redact(json.dumps(settings)))
     try:
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
         changes = [f"{k} was {before.get(k)} and is {v}" for k, v in settings.items() if before.get(k) != v]
@@ -303,6 +303,7 @@ def read_arguments() -> argparse.Namespace:
         ("k", given.k >= 2, "at least 2"),
         ("temperature", 0 < given.temperature < float("inf"), "above 0"),
         ("top_p", 0 < given.top_p <= 1, "above 0 and at most 1"),
+        ("serve", given.serve is None or read(lambda: shlex.split(given.serve)), "a command line"),
         ("seed", 0 <= given.seed < 2**62, "0 or more, and less than 2^62"),
     ]
     taken = [key for key in map(key_of, given_overrides) if key in OWN and key not in ("datasets", "model.archive")]
@@ -331,8 +332,8 @@ def main() -> None:
     given.prompts = min(given.prompts or share, len(train_prompts))
     given.out = make_dir(given.out.resolve(), "--out")
     left_out = ("out", "rounds", "training", "opening", "timeout", "parallel", "price_in", "price_out")
-    check_out(given, {k: v for k, v in vars(given).items() if k not in left_out})
     judge, start = find_judge(given), find_saved(config.model.start, given.opening)
+    check_out(given, {k: v for k, v in vars(given).items() if k not in left_out})
     command = f"python scripts/rounds.py {shlex.join(sys.argv[1:])}"
     policy, rounds = start, [dict[str, Any]() for _ in range(given.rounds + 1)]
     held_out = rendered(eval_prompts, start, config)

@@ -13,6 +13,7 @@ takes them: device=cpu, model.policy_dtype=bfloat16.
 import argparse
 import fcntl
 import functools
+import itertools
 import json
 import os
 import sys
@@ -33,7 +34,7 @@ from dpo.model.patches import quiet_transformers
 from dpo.reference import LiveReference
 from dpo.run.saved import Saved
 from dpo.run.weights import weights_identity
-from dpo.sampling import ESTIMATORS, Sampling, divergence, mean_and_error, sample
+from dpo.sampling import ESTIMATORS, Sampling, continuation, divergence, mean_and_error, sample
 from dpo.utils import UserError, file_hash, log, make_dir, progress, visible
 from opening import find_reference, find_saved, take_overrides, warn_of_formats
 from utils import HelpFormatter, run_main
@@ -201,11 +202,11 @@ def sampled(
         ids, own = [prompt.ids for prompt in prompts], replace(how, first_batch=start // how.batch_size)
         responses = sample(model, tokenizer, ids, own)
         columns: dict[str, Sequence[Any]] = {"prompt": [prompt.text for prompt in prompts], "sample": numbers}
-        columns["policy"] = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        columns["policy"] = [*map(continuation, itertools.repeat(tokenizer), ids, responses)]
         if other is not None:
             if both:
                 theirs = sample(other.model, tokenizer, ids, own)
-                columns["reference"] = tokenizer.batch_decode(theirs, skip_special_tokens=True)
+                columns["reference"] = [*map(continuation, itertools.repeat(tokenizer), ids, theirs)]
             if how.own_distribution:
                 compared = divergence(model, other, ids, responses, computation)
                 columns |= {f"kl_{name}": getattr(compared, name) for name in ESTIMATORS}

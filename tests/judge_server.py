@@ -56,7 +56,8 @@ class Handler(BaseHTTPRequestHandler):
         message |= {"empty content": {"content": ""}, "refusal": {"content": "I\u2019m sorry, but I can't judge."}}.get(
             fault, {}
         )
-        choices = [] if fault == "empty choices" else [{"index": 0, "finish_reason": "stop", "message": message}]
+        end = "length" if fault == "cut" else "stop"
+        choices = [] if fault == "empty choices" else [{"index": 0, "finish_reason": end, "message": message}]
         reply: Any = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}
         text = json.dumps(reply | {"usage": self.server.usage})
         with contextlib.suppress(OSError):

@@ -128,6 +128,14 @@ def test_a_judge_that_likes_the_first_has_no_favourite(server: Server, tmp_path:
     assert win_rate([verdict.win for verdict in verdicts], [pair[0] for pair in PAIRS]).rate == 0.5
 
 
+def test_a_cut_reply_is_no_verdict(server: Server, tmp_path: Path) -> None:
+    server.faults = ["cut", "", "cut"]
+    with endpoint(server, tmp_path, parallel=1) as judge:
+        verdicts = judge.compare(PAIRS)
+    assert verdicts[0] == Verdict(UNPARSABLE, "a") and verdicts[1] == Verdict(UNPARSABLE, "a")
+    assert [verdict.win for verdict in verdicts] == [0.5, 0.5, 1, 1]
+
+
 def test_the_key_is_sent_and_never_written(server: Server, tmp_path: Path) -> None:
     server.judge = lambda question: f"Your key is {SECRET}.\nVerdict: B"
     with endpoint(server, tmp_path) as judge:
@@ -146,6 +154,8 @@ def test_the_key_is_sent_and_never_written(server: Server, tmp_path: Path) -> No
     ("Verdict: A\nOn second thought:\nVerdict: B", "B"), ("Verdict: A or B", UNPARSABLE), ("A is better", UNPARSABLE),
     ("", UNPARSABLE), ("I'm sorry, I cannot help with that.", REFUSED), ("I can\u2019t compare these.", REFUSED),
     ("I'm sorry to say both are bad.\nVerdict: tie", TIE),
+    ("**Final verdict: B**", "B"),
+    ("Verdict: Candidate A.", "A"),
 ])  # fmt: skip
 def test_answers_are_read(text: str, answer: str) -> None:
     assert read_answer(text) == answer
@@ -176,7 +186,7 @@ def test_scores_make_verdicts() -> None:
 
 
 def test_a_function_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = "def bad(p, r): return 'x'\ndef count(p, r): return r.count(p)\n"
+    source = "import numpy as np\ndef bad(p, r): return 'x'\ndef count(p, r): return np.float32(r.count(p))\n"
     (tmp_path / "judging_rewards.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     judge = function_judge("judging_rewards:count")
@@ -218,6 +228,16 @@ def test_a_reward_model_judges(template: str | None, pad: int | None, tmp_path: 
             assert score == pytest.approx(float(model(torch.tensor([ids])).logits), abs=1e-5)
     with pytest.raises(UserError, match="has 128 positions"):
         judge.compare([("a, " * 200, "b", "c")])
+    if template:  # a dialogue that begins with a system message's text
+        [[score]] = judge.scores([("Be brief." + dialogue, responses[:1])])
+        ids = tokenizer("[system]Be brief.[user]Hi[assistant]Ho[user]Who?[assistant]You")["input_ids"]
+        assert score == pytest.approx(float(model(torch.tensor([ids])).logits), abs=1e-5)
+
+
+def test_a_reward_models_template_may_refuse(tmp_path: Path) -> None:
+    folder = reward_model(tmp_path / "rm", "{{ raise_exception('no such role') }}", 5)
+    with pytest.raises(UserError, match="its chat template refuses 'Hi': no such role"):
+        reward_model_judge(str(folder), torch.device("cpu"), 4).compare([("Hi", "a", "b")])
 
 
 def test_what_is_no_reward_model_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -241,8 +261,8 @@ def test_exact_intervals() -> None:
         (20, 20, 0.8316, 1),
     ):
         assert exact_interval(wins, n) == pytest.approx((low, high), abs=5e-5)
-    for n in (5, 20, 30):
-        for p in (0.1, 0.5, 0.62, 0.9):
+    for n in (5, 20, 30, 100):
+        for p in (0.1, 0.5, 0.62, 0.9, 0.97):
             ends = [exact_interval(k, n) for k in range(n + 1)]
             chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
             assert sum(chance for chance, (low, high) in zip(chances, ends) if low <= p <= high) >= 0.95
@@ -258,18 +278,22 @@ def test_swapping_gives_exactly_one_minus() -> None:
         assert other.rate == 1 - rate.rate and other.interval and rate.interval
         assert (1 - other.interval[1], 1 - other.interval[0]) == rate.interval
         assert rate.rate == pytest.approx(np.mean(wins), abs=1e-12)
-        assert rate.method == ("exact binomial" if n < 30 else "bootstrap over prompts")
+        assert rate.method == ("exact binomial" if not ties else "bootstrap over prompts")
         controlled = length_controlled(wins, longer, prompts)
         swapped = length_controlled([1 - win for win in wins], [-d for d in longer], prompts)
         assert swapped.rate == pytest.approx(1 - controlled.rate, abs=1e-9)
     assert win_rate([1, 0.5], ["a", "a"]).interval is None
-    assert win_rate([1.0] * 99, [*map(str, range(99))]).interval == pytest.approx((0.025 ** (1 / 99), 1))
+    for n in (99, 2000):
+        assert win_rate([1.0] * n, [*map(str, range(n))]).interval == pytest.approx((0.025 ** (1 / n), 1))
+    assert win_rate([1.0] * 16, [f"p{i // 2}" for i in range(16)]).interval == pytest.approx((0.025 ** (1 / 8), 1))
+    assert win_rate([0.5] * 9, [*map(str, range(9))]).interval is None
 
 
 def test_the_interval_counts_prompts_not_pairs() -> None:
     wins, prompts = [1.0, 0.0] * 20, [f"p{i}" for i in range(40)]
-    [alone, repeated] = (win_rate(wins * k, prompts * k).interval for k in (1, 9))
-    assert alone == pytest.approx(repeated) and alone[1] - alone[0] == pytest.approx(4 * 0.5 / 40**0.5, abs=0.04)
+    [alone, repeated] = (interval(np.array(wins * k), np.array(prompts * k)) for k in (1, 9))
+    assert alone is not None and alone == pytest.approx(repeated)
+    assert alone[1] - alone[0] == pytest.approx(4 * 0.5 / 40**0.5, abs=0.04)
 
 
 def simulated(seed: int, prompts: int, responses: int) -> tuple[list[float], list[str]]:
@@ -289,6 +313,13 @@ def test_intervals_cover(prompts: int, responses: int, judges: int) -> None:
     if responses > 1:  # responses to one prompt are not independent
         ends = [interval(np.array(wins), np.arange(len(wins))) or (2, 2) for wins, _ in drawn]
         assert np.mean([low <= 0.62 <= high for low, high in ends]) < 0.9
+
+
+@pytest.mark.parametrize(("rate", "n"), [(0.95, 64), (0.97, 100), (0.5, 40)])
+def test_intervals_of_one_sided_judges_cover(rate: float, n: int) -> None:
+    rng, prompts = np.random.default_rng(2), [*map(str, range(n))]
+    ends = [win_rate((rng.random(n) < rate).astype(float).tolist(), prompts).interval or (2, 2) for _ in range(200)]
+    assert np.mean([low <= rate <= high for low, high in ends]) >= 0.93
 
 
 def slow_fit(wins: np.ndarray, d: np.ndarray) -> float:
@@ -326,7 +357,8 @@ def test_length_control() -> None:
         slow_fit(separated, d), abs=1e-6
     )
     for all_same in (0.0, 1.0):
-        assert length_controlled([all_same] * 9, list(range(9)), prompts[:9]).rate == all_same
+        found = length_controlled([all_same] * 9, list(range(9)), prompts[:9])
+        assert (found.rate, found.interval) == (all_same, None)
     assert length_controlled([1.0, 0.0], [3, -3], ["a", "a"]).interval is None
 
 

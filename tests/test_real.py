@@ -26,7 +26,7 @@ def test_a_line_of_the_table() -> None:
     assert found["longer wins"].startswith("0.625 [") and found["difference"].startswith("+0.000 [")
     assert found["if longer"] == "0.625 (n 2)" and found["if shorter"] == "0.500 (n 1)"
     assert found["log-ratio chosen"].startswith("+2.6") and found["KL"] == "1.50 (1.00 to 2.00)"
-    assert found["seeds' accuracies"] == "0.500, 0.500" and found["tokens of a sample"] == "-"
+    assert found["seeds' accuracies"] == "0.625, 0.625" and found["tokens of a sample"] == "-"
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -70,7 +70,8 @@ def test_no_pair_at_all() -> None:
 
 def test_what_is_measured() -> None:
     first = [{"policy": "a", "tokens_policy": 1, "ended": True}] * 4
-    now = [{"policy": text, "tokens_policy": 2, "ended": False, rounds.NAME: 1.0} for text in ("aa", "a", "aa", "aa")]
+    alike = {"tokens_policy": 2, "ended": False, rounds.KL_COLUMN: 1.0}
+    now = [{"policy": text} | alike for text in ("aa", "a", "aa", "aa")]
     found = rounds.measured(now, first, ["p", "q"], GOOD)
     assert found["win_rate"]["rate"] == pytest.approx(3.5 / 4) and found["reward"]["mean"] == pytest.approx(1.75)
     assert (found["kl"], found["tokens"], found["ended"]) == (1.0, 2.0, 0.0)
@@ -111,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/v1/completions" and given["model"] == sys.argv[1], given
-        ids = tokenizer(given["prompt"], return_tensors="pt").input_ids
+        ids = torch.tensor([given["prompt"]])
         torch.manual_seed(given["seed"])
         out = model.generate(ids, do_sample=True, max_new_tokens=given["max_tokens"], temperature=given["temperature"])
         new = out[0, ids.shape[1]:]
@@ -147,9 +148,10 @@ def test_samples_of_a_server(tiny_model_dir: Path, tmp_path: Path) -> None:
     how = Sampling(max_new_tokens=8, batch_size=4, seed=1, dtype=torch.float32)
     command = f"{sys.executable} {tmp_path / 'server.py'} {{model}} {{port}}"
     with serving(command, str(tiny_model_dir), tmp_path / "server.log") as server:
-        four = server.sample(["one", "two", "three", "four"], 0, how)
-        assert server.sample(["three", "four"], 2, how) == four[2:]  # as if it had been interrupted
-        assert server.sample(["three", "four"], 2, replace(how, seed=2)) != four[2:]
+        prompts = [[5, 6], [7], [8, 9, 10], [11, 12]]
+        four = server.sample(prompts, 0, how)
+        assert server.sample(prompts[2:], 2, how) == four[2:]  # as if it had been interrupted
+        assert server.sample(prompts[2:], 2, replace(how, seed=2)) != four[2:]
         assert all(0 < row["tokens_policy"] <= 8 and isinstance(row["policy"], str) for row in four)
         assert [row["ended"] for row in four] == [row["tokens_policy"] < 8 for row in four]
     with pytest.raises(OSError, match="refused"):
@@ -223,7 +225,7 @@ def test_killed_in_each_stage_it_comes_to_the_same(start: Callable[..., subproce
             time.sleep(0.02)
         time.sleep(draw.random())
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, stage  # neither finished nor failed
         if process.stdout:
             process.stdout.close()
     finish(start(tmp_path / "killed", *more))

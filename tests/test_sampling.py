@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo import sampling
 from dpo.model.logps import Computation, add_token_logps
 from dpo.reference import LiveReference
-from dpo.sampling import Sampling, divergence, mean_and_error, sample
+from dpo.sampling import Sampling, continuation, divergence, mean_and_error, sample
 
 EOS, VOCABULARY, LONGEST = 0, 4, 3
 TOKENIZER = SimpleNamespace(eos_token_id=EOS)
@@ -134,3 +135,12 @@ def test_greedy_and_nucleus_samples() -> None:
             ids.append(token)
     assert sample(POLICY, TOKENIZER, PROMPTS, dataclasses.replace(how, temperature=1, top_p=1e-6)) == greedy
     assert sample(POLICY, TOKENIZER, PROMPTS * 20, dataclasses.replace(how, temperature=5)) != greedy * 20
+
+
+def test_a_continuation_keeps_its_first_space() -> None:
+    """SentencePiece's decoder drops the space that a text begins with."""
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "\u2581Hi": 1, "\u2581I": 2, "'m": 3, ":": 4}, unk_token="<s>"))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+    assert fast.decode([2, 3]) == "I'm"
+    assert continuation(fast, [0, 1, 4], [2, 3, 0]) == " I'm" and continuation(fast, [0], [2, 3]) == "I'm"

@@ -35,8 +35,8 @@ def diagnose(train: PreferenceData, test: PreferenceData | None, cache_dir: Path
 
 
 def facts_of(data: PreferenceData) -> dict[str, Any]:
-    """Return counts of prompts and tokens; of pairs also the lengths of both sides, the share in which the longer wins
-    (as long: half a win), and how many pairs prefer what another pair of the same prompt does not."""
+    """Return counts of prompts and tokens (after truncation); of pairs also the lengths of both sides, the share in
+    which the longer wins (as long: half a win), and how many pairs prefer what another of the same prompt does not."""
     prompts, counts, responses = data.lengths()
     facts: dict[str, Any] = {"prompts": len(data), "examples": int(data.n_examples.sum())}
     facts["tokens"] = {"prompt": _spread(prompts), "response": _spread(responses)}

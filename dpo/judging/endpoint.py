@@ -37,7 +37,7 @@ FORM = (
     "Compare both in one sentence. Then end with a line that is exactly one of these: Verdict: A, Verdict: B, or "
     "Verdict: tie."
 )
-VERDICT = re.compile(r"^\W*verdict\W+(A|B|tie)\W*$", re.IGNORECASE | re.MULTILINE)
+VERDICT = re.compile(r"^\W*(?:final |my |the )?verdict\W+(?:candidate )?(A|B|tie)\W*$", re.IGNORECASE | re.MULTILINE)
 BARE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
 REFUSAL = re.compile(
     r"\b(I('m| am) (sorry|unable|not able)|I (can('|no|)t|won't|will not|must decline))", re.IGNORECASE
@@ -201,6 +201,7 @@ class Endpoint(Judge):
                 message = reply.choices[0].message
                 text = message.content or ""
                 answer = REFUSED if getattr(message, "refusal", None) else read_answer(text)
+                answer = UNPARSABLE if reply.choices[0].finish_reason == "length" else answer  # it was cut
             except openai.APIStatusError as error:
                 raise UserError(self._explain(error)) from None
             except openai.APIConnectionError as error:
@@ -220,7 +221,7 @@ class Endpoint(Judge):
 
     def _explain(self, error: Any) -> str:
         """Return one line about an HTTP status."""
-        status, said = error.status_code, self._scrub(" ".join(str(error.message).split())[:200])
+        status, said = error.status_code, self._scrub(" ".join(str(error.message).split()))[:200]
         advice = {
             401: f"set a valid key in the environment variable {KEY}",
             403: f"the key in {KEY} may not use this model",

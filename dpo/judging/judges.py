@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dpo.data.rows import ParsedRow, to_messages
+from dpo.data.rows import ASSISTANT, HUMAN, ParsedRow, to_messages
 from dpo.model.checks import positions
 from dpo.utils import UserError, progress
 
@@ -89,7 +89,7 @@ def function_judge(path: str) -> Scorer:
     def score(items: Sequence[tuple[str, str]]) -> list[float]:
         values = [function(prompt, response) for prompt, response in items]
         for (_, response), value in zip(items, values, strict=True):
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool | str) or not hasattr(value, "__float__"):
                 raise UserError(f"--function {path} returned {value!r} for {response[:60]!r}; it must return a number")
         return values
 
@@ -103,7 +103,7 @@ def reward_model_judge(name: str, device: torch.device, batch_size: int) -> Scor
     """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        options = {"use_safetensors": True, "output_loading_info": True}
+        options = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
         model, info = AutoModelForSequenceClassification.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -120,8 +120,15 @@ def reward_model_judge(name: str, device: torch.device, batch_size: int) -> Scor
     def ids(prompt: str, response: str) -> list[int]:
         if tokenizer.chat_template is None:
             return tokenizer(prompt + response)["input_ids"]
-        row: Any = to_messages(ParsedRow(prompt, [response], []))
-        return tokenizer.apply_chat_template([*row.prompt, *row.responses[0]], return_dict=True)["input_ids"]
+        system, mark, rest = prompt.partition(HUMAN)  # a dialogue may begin with a system message's text
+        before = [{"role": "system", "content": system}] if system and mark and prompt.endswith(ASSISTANT) else []
+        row: Any = to_messages(ParsedRow(mark + rest if before else prompt, [response], []))
+        try:
+            return tokenizer.apply_chat_template([*before, *row.prompt, *row.responses[0]], return_dict=True)[
+                "input_ids"
+            ]
+        except Exception as error:  # a template may raise anything
+            raise UserError(f"--reward-model {name}: its chat template refuses {prompt[:60]!r}: {error}") from error
 
     @torch.no_grad()
     def score(items: Sequence[tuple[str, str]]) -> list[float]:

@@ -9,7 +9,7 @@ import numpy as np
 
 DRAWS, DRAWS_OF_FITS = 2000, 400
 AT_ONCE = 2**20  # prompts of draws in memory
-SMALL = 30  # up to so many pairs without ties the interval is the exact binomial one; of only wins or losses, always
+LEAST = 5  # wins, and losses, without which a bootstrap of fits says little
 RIDGE = 0.1
 
 
@@ -53,10 +53,12 @@ def exact_interval(wins: int, n: int) -> tuple[float, float]:
 
     def lower(k: int) -> float:
         """Return the share at which k or more of n have a probability of 0.025."""
-        low, high = 0.0, float(k > 0)
-        for _ in range(60):
+        low, high = 0.0, 1.0
+        counts = np.arange(k, n + 1)
+        logs = np.array([math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in counts])
+        for _ in range(60 * (k > 0)):
             p = (low + high) / 2
-            tail = sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
+            tail = np.exp(logs + counts * math.log(p) + (n - counts) * math.log1p(-p)).sum()
             low, high = (low, p) if tail > 0.025 else (p, high)
         return low
 
@@ -73,13 +75,15 @@ def share_interval(hits: np.ndarray, prompts: np.ndarray) -> tuple[float, float]
 
 
 def win_rate(wins: Sequence[float], prompts: Sequence[str]) -> Rate:
-    """Return the mean of `wins` [pairs], each 1, 0 or 0.5 for a tie, and its interval over their `prompts` [pairs].
+    """Return the mean of `wins` [pairs], each 1, 0 or 0.5 for a tie, and its interval over their `prompts` [pairs]: the
+    exact binomial one if no prompt has two pairs and nothing ties. Nothing but ties tells no interval.
 
     The rate and interval of 1 - wins are exactly one minus these.
     """
     values, n = np.array(wins), len(wins)
-    exact = len(set(prompts)) == n and 0.5 not in wins and (n <= SMALL or len(set(wins)) == 1)
-    ends = exact_interval(int(values.sum()), n) if exact else interval(values, np.array(prompts))
+    exact = len(set(prompts)) == n > 1 and 0.5 not in wins
+    ends = exact_interval(int(values.sum()), n) if exact else share_interval(values, np.array(prompts))
+    ends = ends if set(wins) != {0.5} else None
     rate = _on_grid((values - 0.5).sum() / n, 52)
     around = ends and (_on_grid(ends[0] - 0.5, 40), _on_grid(ends[1] - 0.5, 40))
     return Rate(rate, around, "exact binomial" if exact else "bootstrap over prompts")
@@ -95,14 +99,15 @@ def length_controlled(wins: Sequence[float], longer: Sequence[int], prompts: Seq
 
     After AlpacaEval 2 (Dubois et al. 2024, arXiv:2404.04475, section 3), without its terms of the instruction's
     difficulty: fit P(win) = sigmoid(theta + phi tanh(d / s)), where d is `longer` and s the root of its mean square,
-    by maximum likelihood, a tie as half a win, with the penalty RIDGE phi^2 / 2. The rate is sigmoid(theta).
+    by maximum likelihood, a tie as half a win, with the penalty RIDGE phi^2 / 2. The rate is sigmoid(theta). Its
+    interval is None with fewer than LEAST wins or losses.
     """
     values, d = np.array(wins), np.array(longer, dtype=float)
     x = np.tanh(d / (math.sqrt((d**2).mean()) or 1.0))
     group = np.unique(prompts, return_inverse=True)[1]
     n = int(group.max()) + 1
     rate = float(_fit(values, x, np.ones((1, len(x))))[0])
-    if n == 1:
+    if n == 1 or min(values.sum(), (1 - values).sum()) < LEAST:
         return Rate(rate, None, "bootstrap over prompts")
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS_OF_FITS)[:, group]
     low, high = np.percentile(_fit(values, x, weights), _percentiles(n))

@@ -25,13 +25,13 @@ class Device:
         return max(flops / peak / REACHED, moved / self.bandwidth / REACHED_BANDWIDTH, LATENCY)
 
 
-def free_memory(device: str, in_group: bool) -> int:
-    """Return the free bytes of CUDA's `device` ("auto": the first), or, for a group, of the GPU that has least. Opens
-    each GPU that it asks, and that takes memory until the process ends."""
+def free_memory(device: str, processes: int) -> int:
+    """Return the free bytes of CUDA's `device` ("auto": the first), or, of those that `processes` use, of the GPU that
+    has least. Opens each GPU that it asks, and that takes memory until the process ends."""
     import torch
 
     index = device.partition(":")[2]
-    numbers = [int(index)] if index else [*range(torch.cuda.device_count() if in_group else 1)]
+    numbers = [int(index)] if index else [*range(min(processes, torch.cuda.device_count()))]
     return min(torch.cuda.mem_get_info(number)[0] for number in numbers)
 
 

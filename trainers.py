@@ -30,6 +30,7 @@ from dpo.data.diagnostics import describe, diagnose
 from dpo.data.records import PreferenceData, format_funnel
 from dpo.data.sources import HUB_ID, TARGETS, find_source
 from dpo.evaluation import Evaluator
+from dpo.hardware import DEVICES, Device, free_memory
 from dpo.model import adapters
 from dpo.model.checks import check_fits, checked_computation
 from dpo.model.loading import load_policy, load_tokenizer, local_folder, merged_folder, pick_device
@@ -38,7 +39,6 @@ from dpo.model.patches import quiet_transformers
 from dpo.model.verdicts import Verdict
 from dpo.optimizer import Updater
 from dpo.parallel.arrange import sharding_of
-from dpo.plan.hardware import DEVICES, Device, free_memory
 from dpo.reference import LiveReference, Reference, Wanted, build_reference, wanted_by
 from dpo.run import checkpoint, health, resume, stopping, tensors, weights
 from dpo.run.config import Config

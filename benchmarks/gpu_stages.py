@@ -26,12 +26,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import benchmark
 import speed
 from dpo.data.batching import Example, make_batch
+from dpo.hardware import DEVICES, GiB
 from dpo.model import adapters
 from dpo.model.loading import load_policy, load_tokenizer, make_ready
 from dpo.model.logps import Computation
 from dpo.model.patches import quiet_transformers
 from dpo.optimizer import build_optimizer
-from dpo.plan.hardware import DEVICES, GiB
 from dpo.plan.planning import RESERVE, scorer_of
 from dpo.run.config import Config
 from dpo.run.saved import Saved

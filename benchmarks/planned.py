@@ -22,9 +22,9 @@ from transformers import LlamaConfig
 from benchmark import machine, markdown
 from dpo.data.batching import Cut, Plan, deal, make_batch
 from dpo.data.records import Record
+from dpo.hardware import DEVICES, GiB
 from dpo.model.loading import load_tokenizer
 from dpo.plan import gpu
-from dpo.plan.hardware import DEVICES, GiB
 from dpo.plan.planning import Planner
 from dpo.run.throughput import cost_of
 from preference_datasets import load_data

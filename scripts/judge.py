@@ -45,14 +45,14 @@ from dpo.judging.judges import (
     B,
     Judge,
     Pair,
-    Scorer,
+    ScoreJudge,
     Verdict,
     function_judge,
     reward_model_judge,
 )
 from dpo.judging.statistics import length_controlled, win_rate
 from dpo.model.checks import positions
-from dpo.model.loading import load_tokenizer, pick_device
+from dpo.model.loading import pick_device
 from dpo.model.patches import quiet_transformers
 from dpo.run.config import Config
 from dpo.run.saved import Saved
@@ -62,7 +62,7 @@ from dpo.utils import UserError, log, make_dir, redact
 from opening import find_saved, take_overrides, warn_of_formats
 from preference_datasets import REGISTRY
 from results import sentiment
-from sample import as_prompt, sampled, settings_of, write_samples
+from sample import rendered, sampled, settings_of, write_samples
 from settings import data_settings, load_config
 from utils import HelpFormatter, run_main
 
@@ -186,17 +186,12 @@ def find_prompts(given: argparse.Namespace, sides: Sequence[Side]) -> tuple[dict
 def responses_of(side: Saved, prompts: Mapping[str, Text], given: argparse.Namespace, temperature: float) -> Responses:
     """Return a model's responses, sampled at `temperature`; prompts that leave no room for one are left out. Both
     models have the same seed, so that the samples of the same model are the same."""
-    tokenizer, config = load_tokenizer(side.config), side.config
-    chat = ChatFormat(tokenizer, config.chat_format, config.chat_date)
-    try:
-        rendered = {text: as_prompt(text, form, tokenizer, chat) for text, form in prompts.items()}
-    except BadRow as bad:
-        raise UserError(f"a prompt cannot be rendered for {config.model.start}: {bad}; remove it") from None
-    warn_of_formats(side, {prompt.format for prompt in rendered.values()}, "prompts")
+    config, found = side.config, rendered(prompts, side, side.config)
+    warn_of_formats(side, {prompt.format for prompt in found.values()}, "prompts")
     most = (positions(side.architecture())[0] or sys.maxsize) - given.max_new_tokens
-    fitting = {text: prompt for text, prompt in rendered.items() if len(prompt.ids) <= most}
-    if len(fitting) < len(rendered):
-        log(f"{len(rendered) - len(fitting)} prompts leave no room for --max-new-tokens {given.max_new_tokens}")
+    fitting = {text: prompt for text, prompt in found.items() if len(prompt.ids) <= most}
+    if len(fitting) < len(found):
+        log(f"{len(found) - len(fitting)} prompts leave no room for --max-new-tokens {given.max_new_tokens}")
     n = 1 if temperature == 0 else given.n
     items = [(prompt, i) for prompt in fitting.values() for i in range(n)]
     options = {key: vars(given)[key] for key in ("max_new_tokens", "batch_size", "seed")} | {"temperature": temperature}
@@ -327,7 +322,7 @@ def find_judge(given: argparse.Namespace) -> Judge:
         return reward_model_judge(given.reward_model, device, given.batch_size)
     if given.function:
         return function_judge(given.function)
-    return Scorer("sentiment", lambda items: [sentiment(prompt + response) for prompt, response in items])
+    return ScoreJudge("sentiment", lambda items: [sentiment(prompt + response) for prompt, response in items])
 
 
 def usage(judge: Endpoint, given: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dpo.plan.hardware import DEVICES, GiB
+from dpo.hardware import DEVICES, GiB
 from dpo.plan.planning import Planned, Planner
 from dpo.plan.tracker import KINDS
 from dpo.utils import UserError

@@ -37,12 +37,11 @@ import torch
 from matplotlib.figure import Figure
 
 from dpo.config import Inherited, keys
-from dpo.data.rendering import ChatFormat
-from dpo.data.rows import BadRow, Text
+from dpo.data.rows import Text
 from dpo.files import atomic_write
-from dpo.judging.judges import Judge, Scorer
+from dpo.judging.judges import Judge, ScoreJudge
 from dpo.judging.statistics import interval, win_rate
-from dpo.model.loading import load_tokenizer, local_folder
+from dpo.model.loading import local_folder
 from dpo.model.patches import quiet_transformers
 from dpo.run.config import Config
 from dpo.run.saved import Saved
@@ -53,7 +52,7 @@ from judge import add_judges, as_text, find_judge, judge_problems, read, read_ro
 from opening import find_saved, take_overrides
 from report import write_report
 from results import Z95, load_runs
-from sample import Prompt, as_prompt, settings_of, write_samples
+from sample import Prompt, rendered, settings_of, write_samples
 from sample import sampled as sample
 from settings import load_config, quoted
 from utils import HelpFormatter, run_main
@@ -90,20 +89,15 @@ def prompts_of_round(prompts: Mapping[str, Text], number: int, given: argparse.N
     return {texts[order[i % len(order)]]: prompts[texts[order[i % len(order)]]] for i in range(turn * n, turn * n + n)}
 
 
-def rendered(prompts: Mapping[str, Text], policy: Saved, config: Config) -> dict[str, Prompt]:
+def fitting(prompts: Mapping[str, Text], policy: Saved, config: Config) -> dict[str, Prompt]:
     """Return prompts as the model sees them in training; those that would be cut there are left out."""
-    tokenizer = load_tokenizer(policy.config)
-    chat = ChatFormat(tokenizer, config.chat_format, config.chat_date)
-    try:
-        found = {text: as_prompt(text, form, tokenizer, chat) for text, form in prompts.items()}
-    except BadRow as bad:
-        raise UserError(f"a prompt cannot be rendered for {policy.config.model.start}: {bad}; remove it") from None
-    fitting = {text: prompt for text, prompt in found.items() if len(prompt.ids) <= config.max_prompt_length}
-    if len(fitting) < len(found):
-        log(f"{len(found) - len(fitting)} prompts have more than max_prompt_length={config.max_prompt_length} tokens")
-    if not fitting:
-        raise UserError(f"no prompt has up to max_prompt_length={config.max_prompt_length} tokens; raise it")
-    return fitting
+    every, most = rendered(prompts, policy, config), config.max_prompt_length
+    found = {text: prompt for text, prompt in every.items() if len(prompt.ids) <= most}
+    if len(found) < len(every):
+        log(f"{len(every) - len(found)} prompts have more than max_prompt_length={most} tokens")
+    if not found:
+        raise UserError(f"no prompt has up to max_prompt_length={most} tokens; raise it")
+    return found
 
 
 # --- Stages of a round ---
@@ -191,7 +185,7 @@ def measured(
         found["kl"], found["kl_error"] = mean_and_error([row[KL_COLUMN] for row in rows], prompts)
         wins = [v.win for v in judge.compare([(p, a["policy"], b["policy"]) for p, a, b in zip(prompts, rows, first)])]
         found["win_rate"] = win_rate(wins, prompts)._asdict()
-    if isinstance(judge, Scorer):  # scores of other judges compare responses of one prompt only
+    if isinstance(judge, ScoreJudge):  # scores of other judges compare responses of one prompt only
         scores = np.array([s for [s] in judge.scores([(p, [row["policy"]]) for p, row in zip(prompts, rows)])])
         found["reward"] = {"mean": float(scores.mean()), "interval": interval(scores, np.array(prompts))}
     return found
@@ -336,7 +330,7 @@ def main() -> None:
     check_out(given, {k: v for k, v in vars(given).items() if k not in left_out})
     command = f"python scripts/rounds.py {shlex.join(sys.argv[1:])}"
     policy, rounds = start, [dict[str, Any]() for _ in range(given.rounds + 1)]
-    held_out = rendered(eval_prompts, start, config)
+    held_out = fitting(eval_prompts, start, config)
     alike = {"temperature": 1.0, "top_p": 1.0, "seed": given.seed}
     first: list[dict[str, Any]] = []
     for number in range(given.rounds + 1):
@@ -362,10 +356,10 @@ def one_round(
     path, start = folder / "pairs.jsonl", config.model.start
     if not path.exists():
         chosen = prompts_of_round(prompts, number, given)
-        fitting = rendered(chosen, policy, config)
+        seen = fitting(chosen, policy, config)
         options = {"temperature": given.temperature, "top_p": given.top_p, "seed": given.seed + number}
-        rows = sampled(folder / "samples.jsonl", policy, None, fitting, given.k, options, given, given.serve)
-        found = paired({text: chosen[text] for text in fitting}, rows, judge, given)
+        rows = sampled(folder / "samples.jsonl", policy, None, seen, given.k, options, given, given.serve)
+        found = paired({text: chosen[text] for text in seen}, rows, judge, given)
         atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
     archive = str(folder.with_name(f"round-{number - 1}") / "run") if number > 1 else config.model.archive
     fixed = given.reference == "fixed" and config.loss.needs_reference

@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -32,6 +32,7 @@ from dpo.model.checks import positions
 from dpo.model.loading import load_tokenizer, pick_device
 from dpo.model.patches import quiet_transformers
 from dpo.reference import LiveReference
+from dpo.run.config import Config
 from dpo.run.saved import Saved
 from dpo.run.weights import weights_identity
 from dpo.sampling import ESTIMATORS, Sampling, continuation, divergence, mean_and_error, sample
@@ -84,6 +85,16 @@ def as_prompt(where: str, prompt: Text, tokenizer: Any, chat: ChatFormat) -> Pro
     if not text.strip() or not ids:
         raise BadRow("empty prompt")
     return Prompt(where, text, ids if ids[: len(bos)] == bos else bos + ids, format_)
+
+
+def rendered(prompts: Mapping[str, Text], model: Saved, config: Config) -> dict[str, Prompt]:
+    """Return prompts, by name, as a model sees them whose chat is rendered as `config` says. Raise UserError."""
+    tokenizer = load_tokenizer(model.config)
+    chat = ChatFormat(tokenizer, config.chat_format, config.chat_date)
+    try:
+        return {name: as_prompt(name, prompt, tokenizer, chat) for name, prompt in prompts.items()}
+    except BadRow as bad:
+        raise UserError(f"a prompt cannot be rendered for {model.config.model.start}: {bad}; remove it") from None
 
 
 def _prompt_of(line: str) -> Any:

@@ -17,7 +17,7 @@ from judge_server import SECRET, Server
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from dpo.judging.endpoint import KEY, Answers, Endpoint, Usage, read_answer
-from dpo.judging.judges import REFUSED, TIE, UNPARSABLE, Scorer, Verdict, function_judge, reward_model_judge
+from dpo.judging.judges import REFUSED, TIE, UNPARSABLE, ScoreJudge, Verdict, function_judge, reward_model_judge
 from dpo.judging.statistics import RIDGE, exact_interval, interval, length_controlled, share_interval, win_rate
 from dpo.utils import UserError
 
@@ -165,7 +165,7 @@ def test_scores_of_k_responses(server: Server, tmp_path: Path) -> None:
     groups = [("Why?", [" a", " aaa", " aa"]), ("Who?", [" b"])]
     with endpoint(server, tmp_path) as judge:
         assert judge.scores(groups) == [[0, 1, 0.5], [0.5]]
-    assert Scorer("length", lambda items: [len(r) for _, r in items]).scores(groups) == [[2, 4, 3], [2]]
+    assert ScoreJudge("length", lambda items: [len(r) for _, r in items]).scores(groups) == [[2, 4, 3], [2]]
 
 
 # --- Scores ---
@@ -178,11 +178,13 @@ def test_scores_make_verdicts() -> None:
         calls.append(len(items))
         return [len(response) for _, response in items]
 
-    verdicts = Scorer("length", score).compare([("p", "aa", "b"), ("p", "b", "aa"), ("p", "b", "c"), ("q", "b", "aa")])
+    verdicts = ScoreJudge("length", score).compare(
+        [("p", "aa", "b"), ("p", "b", "aa"), ("p", "b", "c"), ("q", "b", "aa")]
+    )
     assert verdicts == [Verdict("a", "a"), Verdict("b", "b"), Verdict(TIE, TIE), Verdict("b", "b")]
     assert calls == [5]  # each (prompt, response) once
     with pytest.raises(UserError, match="judge bad: the score of 'x' to 'p' is nan"):
-        Scorer("bad", lambda items: [math.nan] * len(items)).compare([("p", "x", "y")])
+        ScoreJudge("bad", lambda items: [math.nan] * len(items)).compare([("p", "x", "y")])
 
 
 def test_a_function_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,10 @@ import plan
 import trainers
 from dpo import parallel
 from dpo.data.records import PreferenceData
+from dpo.hardware import DEVICES
 from dpo.model import adapters
 from dpo.model.loading import load_tokenizer, make_ready
 from dpo.plan import planning
-from dpo.plan.hardware import DEVICES
 from dpo.plan.planning import Planner
 from dpo.run.config import Config
 from dpo.utils import UserError
@@ -256,7 +256,7 @@ def test_misuse(
 
 LIMITS = """
 import sys
-from dpo.plan.hardware import DEVICES
+from dpo.hardware import DEVICES
 from settings import load_config
 from trainers import planner
 

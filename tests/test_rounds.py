@@ -21,14 +21,14 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import rounds
-from dpo.judging.judges import Scorer
+from dpo.judging.judges import ScoreJudge
 from dpo.sampling import Sampling
 from dpo.serving import serving
 from dpo.utils import UserError
 
 JUDGE = "def letters(prompt, response):\n    return response.count('e') / (len(response) + 1)\n"
 PROMPTS = {f"prompt {i}": f"prompt {i}" for i in range(10)}
-GOOD = Scorer("length", lambda items: [len(response) for _, response in items])
+GOOD = ScoreJudge("length", lambda items: [len(response) for _, response in items])
 
 
 def given(**changed: Any) -> Namespace:

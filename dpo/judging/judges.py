@@ -58,7 +58,7 @@ class Judge(ABC):
         return means
 
 
-class Scorer(Judge):
+class ScoreJudge(Judge):
     """A judge by `score`, a function of all (prompt, response): the higher score wins, equal ones tie."""
 
     def __init__(self, name: str, score: Callable[[Sequence[tuple[str, str]]], Sequence[float]]):
@@ -77,7 +77,7 @@ class Scorer(Judge):
         return [[scores[prompt, response] for response in group] for prompt, group in groups]
 
 
-def function_judge(path: str) -> Scorer:
+def function_judge(path: str) -> ScoreJudge:
     """Return the judge by the function `module:name` of (prompt, response), which returns a number. Raise UserError."""
     module, _, name = path.partition(":")
     try:
@@ -93,10 +93,10 @@ def function_judge(path: str) -> Scorer:
                 raise UserError(f"--function {path} returned {value!r} for {response[:60]!r}; it must return a number")
         return values
 
-    return Scorer(path, score)
+    return ScoreJudge(path, score)
 
 
-def reward_model_judge(name: str, device: torch.device, batch_size: int) -> Scorer:
+def reward_model_judge(name: str, device: torch.device, batch_size: int) -> ScoreJudge:
     """Return the judge by a reward model: a sequence classifier with one label, a folder or hub id. Raise UserError.
 
     It reads prompt and response as its tokenizer's chat template renders them, or as plain text without one.
@@ -144,4 +144,4 @@ def reward_model_judge(name: str, device: torch.device, batch_size: int) -> Scor
             scores |= dict(zip(some, model(**inputs).logits[:, 0].float().tolist(), strict=True))
         return [scores[i] for i in range(len(rows))]
 
-    return Scorer(name, score)
+    return ScoreJudge(name, score)

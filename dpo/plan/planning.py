@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dpo import parallel
 from dpo.data.batching import BLOCK, Batch, Example, deal, make_batch, packed_width
 from dpo.data.records import PreferenceData
+from dpo.hardware import REACHED_LINK, Device, GiB
 from dpo.model import adapters
 from dpo.model.checks import computation_of, layouts_to_try, refusing
 from dpo.model.loading import make_ready
 from dpo.model.logps import Laid, TokenLogps
 from dpo.parallel.arrange import sharding_of
 from dpo.plan import gpu
-from dpo.plan.hardware import REACHED_LINK, Device, GiB
 from dpo.plan.tracker import GRADIENTS, KINDS, STATES, TEMPORARY, WEIGHTS, Tracker
 from dpo.reference import LiveReference
 from dpo.run.config import Config

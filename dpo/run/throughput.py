@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dpo import parallel
 from dpo.data.batching import Batch, n_tokens, packed_width
-from dpo.plan.hardware import DEVICES
+from dpo.hardware import DEVICES
 
 
 @dataclass(frozen=True)

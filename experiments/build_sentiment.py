@@ -8,7 +8,7 @@ The task is the small form of controlled sentiment generation in Rafailov et al.
 Writes train.jsonl.gz and test.jsonl.gz, one row a prompt: {"prompt": str, "responses": [str], "scores": [float]}.
 Prints the counts of the data card, data/sentiment/README.md.
 
-With --pairs N the prompts and their split are those of data/sentiment. A training row is then one pair: of a prompt's
+With --pairs N prompts and test rows are those of data/sentiment. A training row is then one pair: of a prompt's
 samples the best with the worst, the second best with the second worst, and so on, N rows a prompt.
 """
 
@@ -129,10 +129,10 @@ def extremes(row: Row, n: int) -> list[Row]:
     ]
 
 
-def prompts_of(name: str) -> list[str]:
-    """Return the prompts of a split of data/sentiment, in its order."""
+def read(name: str) -> list[Row]:
+    """Return the rows of a split of data/sentiment."""
     with gzip.open(DATA / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line)["prompt"] for line in file]
+        return [json.loads(line) for line in file]
 
 
 def split(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
@@ -195,19 +195,14 @@ def build(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[list[Ro
 
 
 def build_pairs(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[list[Row], list[Row], dict[str, int]]:
-    """Return training rows of one pair each, test rows and the training rows' funnel. See the top of this file."""
-    found = []
-    for name, most in (("train", N_PAIRED), ("test", N_RESPONSES)):
-        prompts = sorted(prompts_of(name), key=lambda prompt: len(tokenizer(prompt)["input_ids"]))
-        sampled = own_samples(model, tokenizer, prompts, args.batch_size or 8, args.seed)
-        found.append(build_rows(prompts, sampled, most))
-    (train, funnel), (test, _) = found
-    pairs = [pair for row in train for pair in extremes(row, args.pairs)]
-    if not pairs or not test:
-        raise UserError(
-            f"the samples of {args.model} gave {len(pairs)} pairs and {len(test)} test rows; both are needed"
-        )
-    return pairs, test, funnel
+    """Return training rows of one pair each, data/sentiment's test rows, and the funnel. See the top of this file."""
+    prompts = sorted((row["prompt"] for row in read("train")), key=lambda prompt: len(tokenizer(prompt)["input_ids"]))
+    sampled = own_samples(model, tokenizer, prompts, args.batch_size or 8, args.seed)
+    rows, funnel = build_rows(prompts, sampled, N_PAIRED)
+    pairs = [pair for row in rows for pair in extremes(row, args.pairs)]
+    if not pairs:
+        raise UserError(f"the samples of {args.model} gave no pair of unequal scores; is it a model that writes text?")
+    return pairs, read("test"), funnel
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from dpo.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data" / "sentiment"
+PAIRS = ROOT / "data" / "sentiment_pairs"
 OPENERS = (DATA / "openers.txt").read_text(encoding="utf-8").splitlines()
 
 
@@ -167,6 +168,22 @@ def test_pairs_are_the_extremes_of_a_prompts_samples() -> None:
     assert script.extremes(row | {"scores": [0.1] * 5}, 2) == []  # ties
 
 
+def test_committed_pairs_fit_the_data_and_their_card() -> None:
+    train, test = read(PAIRS, "train"), read(PAIRS, "test")
+    vader = SentimentIntensityAnalyzer()
+    assert {row["prompt"] for row in train} <= {row["prompt"] for row in TRAIN} and test == TEST
+    for row in train:
+        assert row["scores"] == [vader.polarity_scores(row["prompt"] + r)["compound"] for r in row["responses"]]
+        assert all(r.startswith(" ") and r == r.rstrip() and len(r.split()) >= 3 for r in row["responses"])
+    assert all(row["scores"][0] > row["scores"][1] and len(row["scores"]) == 2 for row in train)
+    used = Counter((row["prompt"], response) for row in train for response in row["responses"])
+    assert max(used.values()) == 1  # no response stands in two pairs
+    card = (PAIRS / "README.md").read_text(encoding="utf-8")
+    for name, value in script.describe("train", train).items():
+        assert f"| {name} | {value} |" in card
+    assert sum(path.stat().st_size for path in PAIRS.iterdir()) < 500_000
+
+
 def test_build_of_pairs_keeps_the_split(
     build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,8 +195,8 @@ def test_build_of_pairs_keeps_the_split(
     out, again = build("pairs", "--pairs", "2"), build("again", "--pairs", "2", "--batch-size", "8")
     train, test = read(out, "train"), read(out, "test")
     assert (out / "train.jsonl.gz").read_bytes() == (again / "train.jsonl.gz").read_bytes()
-    for name, found in (("train", train), ("test", test)):
-        assert {row["prompt"] for row in found} <= {row["prompt"] for row in read(rows, name)}
+    assert {row["prompt"] for row in train} <= {row["prompt"] for row in read(rows, "train")}
+    assert test == read(rows, "test")
     assert train and all(len(row["responses"]) == 2 and row["scores"][0] > row["scores"][1] for row in train)
     assert max(Counter(row["prompt"] for row in train).values()) <= 2
     printed = capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 The controlled sentiment experiment of the DPO paper (arXiv:2305.18290, section 6.1 and figure 2): the true reward is
 known, so each method shows how much reward it buys with how much KL from the policy it starts from. Trains every method
-of experiments/frontier.yaml through train.py, measures each along training on held-out prompts, and samples best of N.
+of experiments/frontier.yaml through train.py, measures each on held-out prompts, and samples best of N.
 Writes `frontier.csv`, `frontier.png` and `frontier.md` into the folder. Run it again to resume.
 """
 
@@ -137,7 +137,7 @@ def verdicts(points: Sequence[Point]) -> list[str]:
     known = [p for p in points if p.method == BEST_OF]
     for p in (p for p in points if p.method == "DPO"):
         bound = bound_at(known, p.kl)
-        if bound is not None:
+        if bound is not None and bound > known[0].reward:
             gain, most = p.reward - known[0].reward, bound - known[0].reward
             lines.append(
                 f"DPO ({p.setting}, KL {p.kl:.2f}) gains {gain:+.3f}, best of N at that KL {most:+.3f}: a share of "

@@ -50,6 +50,8 @@ def test_verdicts_say_what_the_points_say() -> None:
 def test_the_share_of_best_of_n() -> None:
     best = [point("best of N", f"N {n}", kl, reward) for n, kl, reward in ((1, 0.0, 0.1), (2, 1.0, 0.3), (4, 3.0, 0.7))]
     assert [bound_at(best, kl) for kl in (0.5, 1.0, 2.0, 3.0)] == pytest.approx([0.2, 0.3, 0.5, 0.7])
+    flat = [p._replace(reward=0.1) for p in best]
+    assert not any("share" in line for line in verdicts([*flat, point("DPO", "beta 1", 2.0, 0.3)]))
     assert bound_at(best, 0.0) is None and bound_at(best, 3.1) is None
     lines = verdicts([*best, point("DPO", "beta 1", 2.0, 0.3), point("DPO", "beta 1", 4.0, 0.9)])
     assert [line for line in lines if "share" in line] == [

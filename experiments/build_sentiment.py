@@ -2,7 +2,7 @@
 
 python experiments/build_sentiment.py                                   # 4 to 6 minutes on 2 CPU cores
 python experiments/build_sentiment.py --model FOLDER --out FOLDER2      # any Hugging Face causal language model
-python experiments/build_sentiment.py --model RUN --pairs 2 --out data/sentiment_pairs    # pairs of a policy's own
+python experiments/build_sentiment.py --model RUN --pairs 3 --out data/sentiment_pairs    # pairs of a policy's own
 
 The task is the small form of controlled sentiment generation in Rafailov et al. 2023 (arXiv:2305.18290, section 6).
 Writes train.jsonl.gz and test.jsonl.gz, one row a prompt: {"prompt": str, "responses": [str], "scores": [float]}.

@@ -84,7 +84,7 @@ def train_losses(
         where = [f"exp_name=losses_{name}", f"hydra.sweep.dir={quoted(folder / name)}", "save_weights_only=true"]
         swept = f"seed=choice({','.join(map(str, range(seeds)))})"
         try:
-            train(["+experiment=frontier", *shared, *where, *overrides, swept, *last], sweep=True)
+            train(["+experiment=losses", *shared, *where, *overrides, swept, *last], sweep=True)
         except UserError as error:
             log(f"{name} failed: {error}")
             failed.append(name)

@@ -2,7 +2,7 @@
 
 The controlled sentiment experiment of the DPO paper (arXiv:2305.18290, section 6.1 and figure 2): the true reward is
 known, so each method shows how much reward it buys with how much KL from the policy it starts from. Trains every method
-of experiments/frontier.yaml through train.py, measures each along training on held-out prompts, and samples best of N.
+of experiments/frontier.yaml through train.py, measures each on held-out prompts, and samples best of N.
 Writes `frontier.csv`, `frontier.png` and `frontier.md` into the folder. Run it again to resume.
 """
 
@@ -38,7 +38,8 @@ from settings import data_settings, quoted
 from utils import HelpFormatter, run_main
 
 SETTINGS = ROOT / "experiments" / "frontier.yaml"
-START, BEST_OF, PREFERRED = "start", "best of N", "preferred"
+START, BEST_OF = "start", "best of N"
+BASELINES = ("preferred", "unlikelihood", "IPO")
 
 
 class Point(NamedTuple):
@@ -122,7 +123,8 @@ def expected_best(scores: Sequence[float], n: int) -> float:
 
 
 def verdicts(points: Sequence[Point]) -> list[str]:
-    """Return a line for each test of the paper's two claims: KL falls with beta; DPO is above SFT."""
+    """Return a line for each test of the paper's two claims: KL falls with beta; DPO is above every baseline; and DPO's
+    share of what best of N gains."""
     last = {(p.method, p.setting): p for p in points}  # a run's last evaluation is its last point
     lines = []
     for method in dict.fromkeys(p.method for p in points if p.setting.startswith("beta")):
@@ -132,16 +134,25 @@ def verdicts(points: Sequence[Point]) -> list[str]:
         falls = above(runs[0], runs[-1])
         trend = f"RISES from {rises[0]}" if rises else "falls as beta grows" if falls else "does not change with beta"
         lines.append(f"{method}: KL at the end of training {trend}, beyond error ({values})")
-    for p in (p for p in points if p.method == PREFERRED):
+    known = [p for p in points if p.method == BEST_OF]
+    for p in (p for p in points if p.method == "DPO"):
+        bound = bound_at(known, p.kl)
+        if bound is not None and bound > known[0].reward:
+            gain, most = p.reward - known[0].reward, bound - known[0].reward
+            lines.append(
+                f"DPO ({p.setting}, KL {p.kl:.2f}) gains {gain:+.3f}, best of N at that KL {most:+.3f}: a share of "
+                f"{gain / most:.2f} ± {p.half_width / most:.2f}"
+            )
+    for p in (p for p in points if p.method in BASELINES):
         rival = at_kl([q for q in points if q.method == "DPO"], p.kl)
         if rival is None:
-            lines.append(f"fine-tuning on preferred, KL {p.kl:.2f}: no DPO run was measured as near to the start")
+            lines.append(f"{p.method} ({p.setting}), KL {p.kl:.2f}: no DPO run was measured as near to the start")
             continue
         gap, error = rival.reward - p.reward, math.hypot(rival.half_width, p.half_width)
         order = "above" if gap > error else "BELOW" if gap < -error else "level with"
         lines.append(
-            f"DPO ({rival.setting}, KL {rival.kl:.2f}, reward {rival.reward:+.3f}) is {order} fine-tuning on preferred "
-            f"(KL {p.kl:.2f}, reward {p.reward:+.3f}): difference {gap:+.3f} ± {error:.3f}"
+            f"DPO ({rival.setting}, KL {rival.kl:.2f}, reward {rival.reward:+.3f}) is {order} {p.method} "
+            f"({p.setting}, KL {p.kl:.2f}, reward {p.reward:+.3f}): difference {gap:+.3f} ± {error:.3f}"
         )
     return lines
 
@@ -149,6 +160,14 @@ def verdicts(points: Sequence[Point]) -> list[str]:
 def above(a: Point, b: Point) -> bool:
     """Return whether the KL of `a` is larger than the KL of `b` by more than two standard errors."""
     return a.kl - b.kl > 2 * math.hypot(a.kl_error, b.kl_error)
+
+
+def bound_at(points: Sequence[Point], kl: float) -> float | None:
+    """Return the reward of best of N at a KL, between measured N on a straight line; None at 0 and beyond them."""
+    for a, b in itertools.pairwise(points):
+        if a.kl < kl <= b.kl:
+            return a.reward + (b.reward - a.reward) * (kl - a.kl) / (b.kl - a.kl)
+    return None
 
 
 def at_kl(points: Sequence[Point], kl: float) -> Point | None:

@@ -37,9 +37,9 @@ def test_every_loss_has_valid_settings() -> None:
     assert {*settings["losses"]} <= {*losses}
     for scale in settings["scales"].values():
         assert load_config(["+experiment=frontier_start", *scale["start"]])
-        assert load_config(["+experiment=frontier", *scale["hh"], *loss_overrides("dpo", settings)])
+        assert load_config(["+experiment=losses", *scale["hh"], *loss_overrides("dpo", settings)])
     for name in losses:
-        given = ["+experiment=frontier", *settings["scales"]["small"]["sentiment"], *loss_overrides(name, settings)]
+        given = ["+experiment=losses", *settings["scales"]["small"]["sentiment"], *loss_overrides(name, settings)]
         assert load_config(given).loss.name == name
 
 

@@ -12,7 +12,7 @@ from conftest import read_jsonl
 
 import frontier
 from dpo.utils import UserError
-from frontier import Point, at_kl, expected_best, verdicts
+from frontier import Point, at_kl, bound_at, expected_best, verdicts
 
 
 def test_expected_best_is_the_mean_over_all_subsets() -> None:
@@ -39,7 +39,24 @@ def test_verdicts_say_what_the_points_say() -> None:
     assert "is level with" in verdicts([point("DPO", "beta 3", 1.9, 0.32), preferred])[-1]
     assert "is BELOW" in verdicts([point("DPO", "beta 3", 1.9, 0.1), preferred])[-1]
     assert "no DPO run" in verdicts([point("DPO", "beta 3", 2.1, 0.5), preferred])[-1]
+    for name in ("unlikelihood", "IPO"):
+        assert (
+            f"is above {name} (beta 1"
+            in verdicts([point("DPO", "beta 3", 1.9, 0.5), point(name, "beta 1", 2, 0.3)])[-1]
+        )
     assert at_kl([point("DPO", "beta 1", 1.0, 0.9), point("DPO", "beta 3", 1.5, 0.2)], 2.0).reward == 0.2
+
+
+def test_the_share_of_best_of_n() -> None:
+    best = [point("best of N", f"N {n}", kl, reward) for n, kl, reward in ((1, 0.0, 0.1), (2, 1.0, 0.3), (4, 3.0, 0.7))]
+    assert [bound_at(best, kl) for kl in (0.5, 1.0, 2.0, 3.0)] == pytest.approx([0.2, 0.3, 0.5, 0.7])
+    flat = [p._replace(reward=0.1) for p in best]
+    assert not any("share" in line for line in verdicts([*flat, point("DPO", "beta 1", 2.0, 0.3)]))
+    assert bound_at(best, 0.0) is None and bound_at(best, 3.1) is None
+    lines = verdicts([*best, point("DPO", "beta 1", 2.0, 0.3), point("DPO", "beta 1", 4.0, 0.9)])
+    assert [line for line in lines if "share" in line] == [
+        "DPO (beta 1, KL 2.00) gains +0.200, best of N at that KL +0.400: a share of 0.50 ± 0.12"
+    ]
 
 
 def test_settings_are_valid() -> None:

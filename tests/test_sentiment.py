@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import build_sentiment as script
+from dpo.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data" / "sentiment"
+PAIRS = ROOT / "data" / "sentiment_pairs"
 OPENERS = (DATA / "openers.txt").read_text(encoding="utf-8").splitlines()
 
 
@@ -154,3 +157,55 @@ def test_build_prints_the_counts(build: Callable[..., Path], capsys: pytest.Capt
     assert "| openers | 6 |" in printed
     assert f"| train prompts | {len(train)} |" in printed
     assert f"| test prompts | {len(test)} |" in printed
+
+
+def test_pairs_are_the_extremes_of_a_prompts_samples() -> None:
+    row = {"prompt": "p", "responses": [" a", " b", " c", " d", " e"], "scores": [0.1, 0.9, -0.5, 0.0, 0.3]}
+    best, second = script.extremes(row, 2)
+    assert best == {"prompt": "p", "responses": [" b", " c"], "scores": [0.9, -0.5]}
+    assert second == {"prompt": "p", "responses": [" e", " d"], "scores": [0.3, 0.0]}
+    assert len(script.extremes(row, 8)) == 2  # the fifth response has no partner
+    assert script.extremes(row | {"scores": [0.1] * 5}, 2) == []  # ties
+
+
+def test_committed_pairs_fit_the_data_and_their_card() -> None:
+    train, test = read(PAIRS, "train"), read(PAIRS, "test")
+    vader = SentimentIntensityAnalyzer()
+    assert {row["prompt"] for row in train} <= {row["prompt"] for row in TRAIN} and test == TEST
+    for row in train:
+        assert row["scores"] == [vader.polarity_scores(row["prompt"] + r)["compound"] for r in row["responses"]]
+        assert all(r.startswith(" ") and r == r.rstrip() and len(r.split()) >= 3 for r in row["responses"])
+    assert all(row["scores"][0] > row["scores"][1] and len(row["scores"]) == 2 for row in train)
+    used = Counter((row["prompt"], response) for row in train for response in row["responses"])
+    assert max(used.values()) == 1  # no response stands in two pairs
+    card = (PAIRS / "README.md").read_text(encoding="utf-8")
+    for name, value in script.describe("train", train).items():
+        assert f"| {name} | {value} |" in card
+    assert sum(path.stat().st_size for path in PAIRS.iterdir()) < 500_000
+
+
+def test_build_of_pairs_keeps_the_split(
+    build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = build("rows")
+    monkeypatch.setattr(script, "DATA", rows)
+    monkeypatch.setattr(script, "N_PAIRED", 8)
+    monkeypatch.setattr(script, "sentiment", lambda text: len(text) / 1000)
+    capsys.readouterr()
+    out, again = build("pairs", "--pairs", "2"), build("again", "--pairs", "2", "--batch-size", "8")
+    train, test = read(out, "train"), read(out, "test")
+    assert (out / "train.jsonl.gz").read_bytes() == (again / "train.jsonl.gz").read_bytes()
+    assert {row["prompt"] for row in train} <= {row["prompt"] for row in read(rows, "train")}
+    assert test == read(rows, "test")
+    assert train and all(len(row["responses"]) == 2 and row["scores"][0] > row["scores"][1] for row in train)
+    assert max(Counter(row["prompt"] for row in train).values()) <= 2
+    printed = capsys.readouterr().out
+    assert f"| train pairs | {len(train)} |" in printed and "sampled responses spare | 0 |" in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [(["--pairs", "9"], "must be between 1 and 8"), (["--pairs", "2"], "give another --out")]
+)
+def test_misuse_of_pairs_is_named(given: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        script.main(given)

@@ -137,12 +137,12 @@ def paired(
 ) -> list[dict[str, Any]]:
     """Return the rows to train on: of each prompt the best and the worst response, or all, with their scores.
 
-    Responses that did not end are left out, and so are prompts whose responses are all as good.
+    Responses that did not end, or are empty, are left out, and so are prompts whose responses are all as good.
     """
     groups: dict[str, list[str]] = {}
     texts = list(prompts)
     for i, row in enumerate(rows):
-        if row["ended"] or given.keep_cut:
+        if (row["ended"] or given.keep_cut) and row["policy"].strip():
             groups.setdefault(texts[i // given.k], []).append(row["policy"])
     distinct = {text: list(dict.fromkeys(group)) for text, group in groups.items()}
     several = [(text, group) for text, group in distinct.items() if len(group) > 1]

@@ -54,12 +54,12 @@ def test_rounds_have_fresh_prompts_until_all_were_there() -> None:
 ])  # fmt: skip
 def test_pairs_of_samples(changed: dict[str, Any], expected: list[list[str]], capsys: Any) -> None:
     prompts = dict(list(PROMPTS.items())[:3])
-    said = [["a", "ccc", "bb"], ["dd", "ee", "dd"], ["x", "y", "zzzz"]]  # of the second all are as good
+    said = [["a", "ccc", "bb", " "], ["dd", "ee", "dd", ""], ["x", "y", "zzzz", ""]]  # of the second all are as good
     rows = [{"policy": text, "ended": text != "zzzz"} for texts in said for text in texts]
-    found = rounds.paired(prompts, rows, GOOD, given(**changed))
+    found = rounds.paired(prompts, rows, GOOD, given(k=4, **changed))
     assert [row["responses"] for row in found] == expected
     assert all(row["scores"] == [len(text) for text in row["responses"]] for row in found)
-    assert f"9 responses, 8 of them ended; {len(expected)} of 3 prompts have a better" in capsys.readouterr().out
+    assert f"12 responses, 11 of them ended; {len(expected)} of 3 prompts have a better" in capsys.readouterr().out
 
 
 def test_no_pair_at_all() -> None:

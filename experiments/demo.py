@@ -4,7 +4,7 @@
 
 The controlled sentiment task of the DPO paper (arXiv:2305.18290, section 6.1), small. The true reward is known (VADER's
 compound score), so reward and KL can be measured. The recipes are config/experiment/sentiment_sft.yaml and
-sentiment_dpo.yaml. About 9 minutes on 2 cores. Run it again to resume.
+sentiment_dpo.yaml. 10 to 20 minutes on 2 cores. Run it again to resume.
 """
 
 import argparse

@@ -256,6 +256,7 @@ def test_misuse(
 
 LIMITS = """
 import sys
+from dataclasses import replace
 from dpo.hardware import DEVICES
 from settings import load_config
 from trainers import planner

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,8 +60,7 @@ def serving(command: str, model: str, log_file: Path) -> Iterator[Server]:
     """Run `command`, with {model} and {port} filled in, inside the block; its output goes to `log_file`. Raise
     UserError if it ends early, or does not answer in time."""
     port = _free_port()
-    parts = shlex.split(command)
-    arguments = [part.replace("{model}", model).replace("{port}", str(port)) for part in parts]
+    arguments = [part.replace("{model}", model).replace("{port}", str(port)) for part in shlex.split(command)]
     log(redact(f"serving {model}: {shlex.join(arguments)}"))
     with open(log_file, "wb") as file:
         try:
@@ -99,10 +97,8 @@ def _wait(process: subprocess.Popen[bytes], address: str, log_file: Path) -> Non
         try:
             with urllib.request.urlopen(f"{address}/v1/models", timeout=10):
                 return
-        except urllib.error.HTTPError as error:
-            if error.code < 500:  # it answers; 503 is a server that reads its weights
+        except OSError as error:
+            if getattr(error, "code", 500) < 500:  # HTTPError: it answers; 503 is a server that reads its weights
                 return
-            time.sleep(0.2)
-        except OSError:
             time.sleep(0.2)
     raise UserError(f"--serve: no answer on {address} after {SECONDS_TO_START:.0f} s; see {log_file}")

@@ -8,8 +8,6 @@ sentiment_dpo.yaml. 10 to 20 minutes on 2 cores. Run it again to resume.
 """
 
 import argparse
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from dpo.utils import UserError, log, make_dir, visible
+from dpo.utils import log, make_dir, visible
+from opening import run_train
 from report import write_report
 from results import EXAMPLES, Z95, Run, interval, load_runs, sentiment
 from settings import quoted
@@ -30,10 +29,7 @@ Samples = dict[str, list[tuple[str, str]]]
 
 def train(overrides: Sequence[str], sweep: bool = False) -> None:
     """Run train.py as a process; it resumes an earlier run or sweep. Raises UserError if it fails."""
-    arguments = [*["-m"] * sweep, *overrides, "resume=auto", "wandb.enabled=false"]
-    log(f"\npython train.py {shlex.join(arguments)}")
-    if subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], check=False).returncode:
-        raise UserError("train.py failed; see above. Run the same command again to resume")
+    run_train([*["-m"] * sweep, *overrides, "resume=auto", "wandb.enabled=false"])
 
 
 def samples_of(sft: Run, dpo: Run) -> Samples:

@@ -28,7 +28,7 @@ from benchmark import machine
 from demo import train
 from dpo.data.batching import eval_examples
 from dpo.model.patches import quiet_transformers
-from dpo.sampling import Sampling, prompts_of, sample
+from dpo.sampling import Sampling, continuation, prompts_of, sample
 from dpo.utils import UserError, log, make_dir
 from opening import find_saved
 from preference_datasets import load_data
@@ -106,7 +106,7 @@ def best_of(start: Path, data: str, settings: dict[str, Any]) -> list[Point]:
     repeated = [prompt for prompt in prompts for _ in range(n)]
     max_new_tokens = config.max_length - max(map(len, prompts))
     sampled = sample(model, tokenizer, repeated, Sampling(max_new_tokens, config.eval_batch_size, 1, computation.dtype))
-    responses = tokenizer.batch_decode(sampled, skip_special_tokens=True)
+    responses = [continuation(tokenizer, *each) for each in zip(repeated, sampled, strict=True)]
     texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     scores = [sorted(sentiment(text + r) for r in responses[i * n : (i + 1) * n]) for i, text in enumerate(texts)]
     points = []

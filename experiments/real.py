@@ -28,7 +28,7 @@ from dpo.judging.statistics import interval, share_interval
 from dpo.model.loading import load_tokenizer
 from dpo.model.patches import quiet_transformers
 from dpo.utils import UserError, make_dir
-from opening import find_reference, find_saved
+from opening import find_reference, find_saved, hits_of
 from results import load_runs
 from score import Item, load_items, logps_of
 from settings import quoted
@@ -79,9 +79,8 @@ def compared(name: str, ratios: Sequence[np.ndarray], beta: str, pairs: Pairs, r
     """Return a line of the table, from the log-ratios of all responses of each seed's run. Hits are means over seeds,
     so that intervals are over prompts."""
     sides = np.stack([ratio[pairs.places] for ratio in ratios])  # [seeds, pairs, 2]
-    by_seed = (sides[..., 0] > sides[..., 1]) + 0.5 * (sides[..., 0] == sides[..., 1])
-    hits = by_seed.mean(0)
-    rule = (pairs.longer > 0) + 0.5 * (pairs.longer == 0)
+    by_seed = hits_of(sides[..., 0], sides[..., 1])
+    hits, rule = by_seed.mean(0), hits_of(pairs.longer, np.zeros(len(pairs.longer)))
     cells = {"data": name, "beta": beta, "seeds": str(len(ratios)), "pairs": str(len(hits))}
     cells["accuracy"] = shown(hits, pairs.prompts, share=True)
     cells["seeds' accuracies"] = ", ".join(f"{accuracy:.3f}" for accuracy in by_seed.mean(1))

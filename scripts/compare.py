@@ -26,21 +26,17 @@ from dpo.judging.statistics import interval, share_interval
 from dpo.model.loading import load_tokenizer
 from dpo.model.patches import quiet_transformers
 from dpo.utils import UserError, log, redact, visible
-from opening import find_reference, find_saved, take_overrides
-from score import load_items, rows_of
-from settings import quoted
+from opening import ends, hits_of, take_overrides
+from score import load_items, opened, rows_of
 from utils import HelpFormatter, run_main
 
 
-def rows_for(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
+def rows_for(name: str, given: argparse.Namespace, overrides: list[str]) -> list[dict[str, Any]]:
     """Return the scored records of a run, as score.py writes them. Raise UserError."""
-    data = [f"datasets={quoted(given.data)}"] if given.data else []
-    policy = find_saved(name, [*given.overrides, *data])
-    if not policy.trained and not data:
-        raise UserError(f"it is not known what {name} was trained on: give --data <files or data sets>")
-    reference, tokenizer = find_reference(policy, None, given.overrides), load_tokenizer(policy.config)
-    items = load_items(policy, tokenizer, "test", not data, given.limit)
-    return list(rows_of(items, policy, reference, policy.config.loss, tokenizer))
+    policy, reference = opened(name, None, given.data, overrides)
+    tokenizer = load_tokenizer(policy.config)
+    items = load_items(policy, tokenizer, "test", not given.data, given.limit)
+    return [*rows_of(items, policy, reference, policy.config.loss, tokenizer)]
 
 
 def pairs_of(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
@@ -49,10 +45,9 @@ def pairs_of(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     return [(prompt, said[a], said[b]) for prompt, said, pairs in texts for a, b in pairs]
 
 
-def hits_of(rows: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Return for every pair 1 if the preferred response has the higher reward, 0 if not, 0.5 if both are equal."""
-    margins = [row["responses"][a]["reward"] - row["responses"][b]["reward"] for row in rows for a, b in row["pairs"]]
-    return np.array([(margin > 0) + 0.5 * (margin == 0) for margin in margins])
+def rewards_of(rows: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Return the rewards of the preferred and the other response of every pair, [pairs, 2]."""
+    return np.array([[row["responses"][i]["reward"] for i in pair] for row in rows for pair in row["pairs"]])
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -74,11 +69,6 @@ def compared(pairs: Sequence[tuple[str, str, str]], first: np.ndarray, second: n
 
 def as_text(found: dict[str, Any], names: Sequence[str]) -> str:
     """Return the comparison for people."""
-
-    def ends(entry: dict[str, Any], form: str = ".3f") -> str:
-        low_high = entry["interval"]
-        return f"[{low_high[0]:{form}}, {low_high[1]:{form}}]" if low_high else "[unknown]"
-
     lines = [f"{found['pairs']} pairs of {found['prompts']} prompts"]
     for label, name in zip(("first", "second"), names, strict=True):
         lines.append(f"accuracy {found[label]['accuracy']:.3f} {ends(found[label])}  {visible(name)}")
@@ -102,11 +92,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the comparison as JSON, too")
     others, overrides = take_overrides(sys.argv[1:])
     given = parser.parse_args(others)
-    given.overrides = overrides
     if given.show < 0 or (given.limit is not None and given.limit < 1):
         raise UserError(f"--show {given.show} must be at least 0 and --limit {given.limit} at least 1")
     quiet_transformers()
-    rows = [rows_for(name, given) for name in given.runs]
+    rows = [rows_for(name, given, overrides) for name in given.runs]
     pairs = pairs_of(rows[0])
     if not pairs:
         raise UserError("there are no pairs to compare on: give --data <pairs>")
@@ -115,7 +104,7 @@ def main() -> None:
             "the runs see other held-out pairs (data, max_length, chat_format or tokenizer differ): give --data and "
             "the same settings, such as max_length=512"
         )
-    hits = [hits_of(some) for some in rows]
+    hits = [hits_of(*rewards_of(some).T) for some in rows]
     found = compared(pairs, *hits)
     for i in np.flatnonzero(hits[0] != hits[1])[: given.show]:
         prompt, preferred, other = map(visible, pairs[i])

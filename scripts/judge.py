@@ -57,12 +57,11 @@ from dpo.model.patches import quiet_transformers
 from dpo.run.config import Config
 from dpo.run.saved import Saved
 from dpo.run.trackers import open_wandb
-from dpo.sampling import Sampling
 from dpo.utils import UserError, log, make_dir, redact
-from opening import find_saved, take_overrides, warn_of_formats
+from opening import ends, find_saved, refused, take_overrides, warn_of_formats
 from preference_datasets import REGISTRY
 from results import sentiment
-from sample import rendered, sampled, settings_of, write_samples
+from sample import job, rendered, sampled, write_samples
 from settings import data_settings, load_config
 from utils import HelpFormatter, run_main
 
@@ -186,19 +185,16 @@ def find_prompts(given: argparse.Namespace, sides: Sequence[Side]) -> tuple[dict
 def responses_of(side: Saved, prompts: Mapping[str, Text], given: argparse.Namespace, temperature: float) -> Responses:
     """Return a model's responses, sampled at `temperature`; prompts that leave no room for one are left out. Both
     models have the same seed, so that the samples of the same model are the same."""
-    config, found = side.config, rendered(prompts, side, side.config)
+    found = rendered(prompts, side, side.config)
     warn_of_formats(side, {prompt.format for prompt in found.values()}, "prompts")
     most = (positions(side.architecture())[0] or sys.maxsize) - given.max_new_tokens
     fitting = {text: prompt for text, prompt in found.items() if len(prompt.ids) <= most}
     if len(fitting) < len(found):
         log(f"{len(found) - len(fitting)} prompts leave no room for --max-new-tokens {given.max_new_tokens}")
     n = 1 if temperature == 0 else given.n
-    items = [(prompt, i) for prompt in fitting.values() for i in range(n)]
     options = {key: vars(given)[key] for key in ("max_new_tokens", "batch_size", "seed")} | {"temperature": temperature}
-    digest = hashlib.sha256(json.dumps([prompt.text for prompt in fitting.values()]).encode()).hexdigest()
-    settings = settings_of(side, None, given.overrides, digest, n, options)
+    items, how, settings = job(side, None, given.overrides, [*fitting.values()], n, options)
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    how = Sampling(dtype=config.compute_dtype, **options)
     make = functools.partial(sampled, side, None, how, items)
     rows = write_samples(given.out / f"samples-{name}.jsonl", make, items, settings) if items else []
     return Responses({text: [row["policy"] for row in rows[i * n : (i + 1) * n]] for i, text in enumerate(fitting)})
@@ -251,9 +247,7 @@ def table(results: Mapping[str, dict[str, Any]]) -> str:
     for temperature, found in results.items():
         cells = {"temperature": temperature} | {name: str(found[name]) for name in counts}
         for name, shown in RATES.items():
-            ends = found[name]["interval"]
-            interval = f"[{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "[unknown]"
-            cells[shown] = f"{found[name]['rate']:.3f} {interval}"
+            cells[shown] = f"{found[name]['rate']:.3f} {ends(found[name])}"
         cells["characters A, B"] = ", ".join(f"{length:.0f}" for length in found["characters"])
         if "position_bias" in found:
             bias = found["position_bias"]
@@ -271,8 +265,8 @@ def draw(results: Mapping[str, dict[str, Any]], title: str, path: Path) -> None:
     axes = figure.add_subplot()
     for name, label in RATES.items():
         rates = [found[name] for found in results.values()]
-        y, ends = [rate["rate"] for rate in rates], [rate["interval"] or [rate["rate"]] * 2 for rate in rates]
-        errors = np.abs(np.array(ends) - np.array(y)[:, None]).T
+        y, spans = [rate["rate"] for rate in rates], [rate["interval"] or [rate["rate"]] * 2 for rate in rates]
+        errors = np.abs(np.array(spans) - np.array(y)[:, None]).T
         axes.errorbar([*map(float, results)], y, errors, marker="o", capsize=3, label=label)
     axes.axhline(0.5, color="grey", linewidth=1, linestyle="--")
     axes.set(xlabel="sampling temperature", ylabel="win rate, 95 % interval", ylim=(0, 1))
@@ -382,12 +376,6 @@ def read(function: Callable[[], Any]) -> Any:
         return function()
     except ValueError:
         return None
-
-
-def refused(given: argparse.Namespace, rules: Sequence[tuple[str, Any, str]]) -> list[str]:
-    """Return a message for each (option, whether its value is allowed, what is allowed) that is not."""
-    names = [(key, key.replace("_", "-"), ok, allowed) for key, ok, allowed in rules]
-    return [f"--{name} {vars(given)[key]} must be {allowed}" for key, name, ok, allowed in names if not ok]
 
 
 def judge_problems(given: argparse.Namespace) -> list[str]:

@@ -1,10 +1,16 @@
 """What the scripts share: the model that a command line names, with the settings of its run and KEY=VALUE overrides."""
 
+import argparse
 import re
-from collections.abc import Iterable, Sequence
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dpo.config import Inherited, keys
 from dpo.data.checks import format_warning
@@ -14,7 +20,7 @@ from dpo.run.config import Config
 from dpo.run.resume import flat
 from dpo.run.saved import CHANGED, Saved, reference_of
 from dpo.run.weights import find_archive, weights_identity
-from dpo.utils import UserError, log
+from dpo.utils import ROOT, UserError, log
 from settings import LOSS_NAMES, check_keys, load_config, quoted
 
 
@@ -23,6 +29,36 @@ def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     overrides = [a for a in arguments if re.match(r"[+~]{0,2}[A-Za-z_][\w.@]*=", a) and not Path(a).exists()]
     check_keys(overrides)
     return [a for a in arguments if a not in overrides], overrides
+
+
+def key_of(override: str) -> str:
+    """Return the key that a command-line override sets."""
+    return override.partition("=")[0].lstrip("+")
+
+
+def refused(given: argparse.Namespace, rules: Sequence[tuple[str, Any, str]]) -> list[str]:
+    """Return a message for each (option, whether its value is allowed, what is allowed) that is not."""
+    wrong = [(key, allowed) for key, ok, allowed in rules if not ok]
+    return [f"--{key.replace('_', '-')} {vars(given)[key]} must be {allowed}" for key, allowed in wrong]
+
+
+def ends(found: Mapping[str, Any], form: str = ".3f") -> str:
+    """Return the `interval` of something found, as text."""
+    low_high = found["interval"]
+    return f"[{low_high[0]:{form}}, {low_high[1]:{form}}]" if low_high else "[unknown]"
+
+
+def hits_of(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return 1 if the first is larger, 0 if the second is, and 0.5 if both are equal, float of their shape."""
+    hits: np.ndarray = (first > second) + 0.5 * (first == second)
+    return hits
+
+
+def run_train(arguments: Sequence[str]) -> None:
+    """Run train.py as a process, and say how. Raise UserError if it fails."""
+    log(f"\npython train.py {shlex.join(arguments)}")
+    if subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], check=False).returncode:
+        raise UserError("train.py failed; see above. Run the same command again to resume")
 
 
 def find_saved(name: str, overrides: list[str]) -> Saved:
@@ -53,7 +89,7 @@ def find_saved(name: str, overrides: list[str]) -> Saved:
 def _configure(model: list[str], values: dict[str, Any], known: dict[str, Any], overrides: list[str]) -> Config:
     """Return the configuration of `overrides`; what they do not give is taken from `values`, then from the run's
     `known`."""
-    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    given = set(map(key_of, overrides))
     inherited = set(keys(Config, Inherited))  # keys, and groups of them
     # A group that is chosen anew, such as adapter=none, brings all its keys.
     settings = {k: v for k, v in flat(known).items() if (p := k.partition(".")[0]) not in given and {k, p} & inherited}

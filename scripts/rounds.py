@@ -20,10 +20,8 @@ import argparse
 import contextlib
 import functools
 import gc
-import hashlib
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,14 +43,14 @@ from dpo.model.loading import local_folder
 from dpo.model.patches import quiet_transformers
 from dpo.run.config import Config
 from dpo.run.saved import Saved
-from dpo.sampling import Sampling, mean_and_error
+from dpo.sampling import mean_and_error
 from dpo.serving import serving
-from dpo.utils import ROOT, UserError, log, make_dir, progress, redact
-from judge import add_judges, as_text, find_judge, judge_problems, read, read_rows, refused
-from opening import find_saved, take_overrides
+from dpo.utils import UserError, log, make_dir, progress, redact
+from judge import add_judges, as_text, find_judge, judge_problems, read, read_rows
+from opening import ends, find_saved, key_of, refused, run_train, take_overrides
 from report import write_report
 from results import Z95, load_runs
-from sample import Prompt, rendered, settings_of, write_samples
+from sample import Prompt, job, rendered, write_samples
 from sample import sampled as sample
 from settings import load_config, quoted
 from utils import HelpFormatter, run_main
@@ -60,10 +58,6 @@ from utils import HelpFormatter, run_main
 OWN = ("datasets", "model.archive", "reference.archive", "local_run_dir", "exp_name", "resume", "n_eval_examples")
 """Keys of train.py that each round sets itself."""
 KL_COLUMN = "kl_rao_blackwell"
-
-
-def key_of(override: str) -> str:
-    return override.partition("=")[0].lstrip("+")
 
 
 # --- Prompts ---
@@ -110,10 +104,7 @@ def sampled(
     """Return `n` samples of each prompt, of which those written to `path` before are kept. They come from the
     server that the command `serve` starts, or from this process."""
     options = {"max_new_tokens": given.max_new_tokens, "batch_size": given.batch_size} | options
-    digest = hashlib.sha256(json.dumps([prompt.text for prompt in prompts.values()]).encode()).hexdigest()
-    items = [(prompt, i) for prompt in prompts.values() for i in range(n)]
-    settings = settings_of(policy, reference, given.opening, digest, n, options)
-    how = Sampling(dtype=policy.config.compute_dtype, **options)
+    items, how, settings = job(policy, reference, given.opening, [*prompts.values()], n, options)
     with contextlib.ExitStack() as stack:
 
         def served_after(done: int) -> Iterator[list[dict[str, Any]]]:
@@ -167,10 +158,8 @@ def train(number: int, folder: Path, archive: str | None, start: str | None, giv
     own |= {"holdout_fraction": 0, "n_eval_examples": 0, "kl_during_eval": None, "resume": "auto"}
     own |= {"model.archive": archive} if archive else {}
     own |= {"reference.archive": start} if start and number > 1 else {}
-    arguments = [*given.training, *(f"{key}={quoted(value)}" for key, value in own.items())]
-    log(f"\npython train.py {shlex.join(arguments)}")
-    if subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], check=False).returncode:
-        raise UserError("train.py failed; see above. Run the same command again to resume")
+    others = [override for override in given.overrides if key_of(override) not in own]
+    run_train([*others, *(f"{key}={quoted(value)}" for key, value in own.items())])
 
 
 def measured(
@@ -194,26 +183,14 @@ def measured(
 # --- Results ---
 
 
-def ends(found: Mapping[str, Any], key: str) -> str:
-    low_high = found["interval"]
-    return f"{found[key]:.3f} " + (f"[{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else "[unknown]")
-
-
 def table(rounds: Sequence[dict[str, Any]], judge: str) -> str:
     """Return a line for each round, as Markdown."""
-    head = [
-        "round",
-        "pairs",
-        f"reward ({judge})",
-        "KL from the start, nats",
-        "win rate against round 0",
-        "tokens",
-        "ended",
-    ]
+    head = ["round", "pairs", f"reward ({judge})", "KL from the start, nats", "win rate against round 0"]
+    head += ["tokens", "ended"]
     lines = [head, ["---"] * len(head)]
     for number, found in enumerate(rounds):
-        reward = ends(found["reward"], "mean") if "reward" in found else "-"
-        wins = ends(found["win_rate"], "rate") if "win_rate" in found else "-"
+        reward = f"{found['reward']['mean']:.3f} {ends(found['reward'])}" if "reward" in found else "-"
+        wins = f"{found['win_rate']['rate']:.3f} {ends(found['win_rate'])}" if "win_rate" in found else "-"
         error = found["kl_error"]
         kl = f"{found['kl']:.2f}" + (f" ± {Z95 * error:.2f}" if error is not None else " (one sample)")
         cells = [str(number), str(found.get("pairs", "-")), reward, kl if number else "0", wins]
@@ -246,9 +223,8 @@ def write(rounds: Sequence[dict[str, Any]], judge: str, given: argparse.Namespac
     atomic_write(given.out / "rounds.json", redact(json.dumps({"command": command, "rounds": rounds}, indent=1)) + "\n")
     if len(rounds) > 1:
         draw(rounds, judge, given.out / "rounds.png")
-        write_report(
-            load_runs([given.out / f"round-{i}" / "run" for i in range(1, len(rounds))]), given.out, 4, command
-        )
+        folders = [given.out / f"round-{i}" / "run" for i in range(1, len(rounds))]
+        write_report(load_runs(folders), given.out, 4, command)
     log(f"\n{text}\n{notes}")
 
 
@@ -305,7 +281,6 @@ def read_arguments() -> argparse.Namespace:
     if wrong := wrong + refused(given, rules) + judge_problems(given):
         raise UserError("\n".join(wrong))
     given.overrides = given_overrides
-    given.training = [override for override in given_overrides if key_of(override) not in OWN]
     opened = {"device", "cache_dir", *keys(Config, Inherited)}
     given.opening = [o for o in given_overrides if {key_of(o), key_of(o).partition(".")[0]} & opened]
     return given
@@ -325,7 +300,7 @@ def main() -> None:
     share = -(-len(train_prompts) // (1 if given.repeat else given.rounds))
     given.prompts = min(given.prompts or share, len(train_prompts))
     given.out = make_dir(given.out.resolve(), "--out")
-    left_out = ("out", "rounds", "training", "opening", "timeout", "parallel", "price_in", "price_out")
+    left_out = ("out", "rounds", "opening", "timeout", "parallel", "price_in", "price_out")
     judge, start = find_judge(given), find_saved(config.model.start, given.opening)
     check_out(given, {k: v for k, v in vars(given).items() if k not in left_out})
     command = f"python scripts/rounds.py {shlex.join(sys.argv[1:])}"

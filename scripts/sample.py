@@ -13,6 +13,7 @@ takes them: device=cpu, model.policy_dtype=bfloat16.
 import argparse
 import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -37,7 +38,7 @@ from dpo.run.saved import Saved
 from dpo.run.weights import weights_identity
 from dpo.sampling import ESTIMATORS, Sampling, continuation, divergence, mean_and_error, sample
 from dpo.utils import UserError, file_hash, log, make_dir, progress, visible
-from opening import find_reference, find_saved, take_overrides, warn_of_formats
+from opening import find_reference, find_saved, refused, take_overrides, warn_of_formats
 from utils import HelpFormatter, run_main
 
 ADVICE = "give another --out, or --overwrite"
@@ -137,20 +138,25 @@ def identity(saved: Saved) -> list[str | None]:
     return [saved.config.model.start, weights_identity(saved.config.model.start)]
 
 
-def settings_of(
-    policy: Saved, reference: Saved | None, overrides: Sequence[str], prompts: str, n: int, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Return what samples depend on. `prompts` is a hash of them, `options` those of Sampling."""
-    return {
+def job(
+    policy: Saved, reference: Saved | None, overrides: Sequence[str], prompts: Sequence[Prompt], n: int,
+    options: dict[str, Any], digest: str | None = None,
+) -> tuple[list[Item], Sampling, dict[str, Any]]:  # fmt: skip
+    """Return `n` items of each prompt, how they are sampled, and what the samples depend on. `options` are those of
+    Sampling, `digest` a hash of the prompts: by default of their texts."""
+    texts = json.dumps([prompt.text for prompt in prompts])
+    settings = {
         "policy": identity(policy),
         "reference": reference and identity(reference),
         "overrides": sorted(overrides),
         "device": str(pick_device(policy.config)),
         "dtype": str(policy.config.compute_dtype),
-        "prompts_sha256": prompts,
+        "prompts_sha256": digest or hashlib.sha256(texts.encode()).hexdigest(),
         "n": n,
         **options,
     }
+    items = [(prompt, number) for prompt in prompts for number in range(n)]
+    return items, Sampling(dtype=policy.config.compute_dtype, **options), settings
 
 
 # --- The file that grows ---
@@ -290,7 +296,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
         ("top_p", 0 < given.top_p <= 1, "above 0 and at most 1"),
         ("seed", 0 <= given.seed < 2**62, "0 or more, and less than 2^62"),
     ]
-    wrong = [f"--{key.replace('_', '-')} {vars(given)[key]} must be {allowed}" for key, ok, allowed in rules if not ok]
+    wrong = refused(given, rules)
     if given.greedy and (given.temperature, given.top_p) != (1, 1):
         wrong.append("--greedy takes neither --temperature nor --top-p")
     given.temperature = 0.0 if given.greedy else given.temperature
@@ -311,11 +317,9 @@ def main() -> None:
     prompts = read_prompts(given.prompts, tokenizer, chat)
     warn_of_formats(policy, {prompt.format for prompt in prompts}, str(given.prompts))
     check_lengths(prompts, [policy, reference] if reference else [policy], given.max_new_tokens)
-    items = [(prompt, n) for prompt in prompts for n in range(given.n)]
-    config = policy.config
     options = {key: vars(given)[key] for key in ("max_new_tokens", "batch_size", "seed", "temperature", "top_p")}
-    how = Sampling(dtype=config.compute_dtype, **options)
-    settings = settings_of(policy, reference, overrides, file_hash(given.prompts), given.n, options)
+    digest = file_hash(given.prompts)
+    items, how, settings = job(policy, reference, overrides, prompts, given.n, options, digest)
     make_dir(given.out.parent, "--out")
     make = functools.partial(sampled, policy, reference, how, items)
     rows = write_samples(given.out, make, items, settings, given.overwrite)

@@ -38,7 +38,7 @@ from dpo.run.config import Config
 from dpo.run.saved import Saved, token_logps
 from dpo.utils import UserError, log, make_dir, redact, visible
 from inspect_data import DIM, RESET, in_colour, pieces
-from opening import find_reference, find_saved, take_overrides, warn_of_formats
+from opening import find_reference, find_saved, hits_of, take_overrides, warn_of_formats
 from preference_datasets import REGISTRY, load_data
 from settings import data_settings, quoted
 from utils import HelpFormatter, run_main
@@ -200,7 +200,7 @@ def table(pairs: Sequence[tuple[int, str, float, int]]) -> str:
     lines = [f"{'':{width}}  {'pairs':>7} {'prompts':>7}  accuracy  95 % interval   mean margin"]
     for name, there in groups.items():
         if there.any():
-            hits = (margins[there] > 0) + 0.5 * (margins[there] == 0)
+            hits = hits_of(margins[there], np.zeros(there.sum()))
             found = share_interval(hits, prompts[there])
             shown = f"[{found[0]:.3f}, {found[1]:.3f}]" if found else "unknown: 1 prompt"
             n = f"{len(hits):>7} {len(np.unique(prompts[there])):>7}"
@@ -279,17 +279,22 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     return arguments, overrides
 
 
+def opened(run: str, reference: str | None, data: Sequence[str] | None, overrides: list[str]) -> tuple[Saved, Saved]:
+    """Return a run's policy, set to score `data` (None: the run's own), and its reference. Raise UserError."""
+    chosen = [f"datasets={quoted(data)}"] if data else []
+    policy = find_saved(run, [*overrides, *chosen])
+    if not policy.trained and not chosen:
+        raise UserError(f"it is not known what {run} was trained on: give --data <files or data sets>")
+    return policy, find_reference(policy, reference, overrides)
+
+
 def main() -> None:
     arguments, overrides = read_arguments()
     quiet_transformers()
-    data = [f"datasets={quoted(arguments.data)}"] if arguments.data else []
-    policy = find_saved(arguments.run, [*overrides, *data])
-    if not policy.trained and not data:
-        raise UserError(f"it is not known what {arguments.run} was trained on: give --data <files or data sets>")
-    reference = find_reference(policy, arguments.reference, overrides)
+    policy, reference = opened(arguments.run, arguments.reference, arguments.data, overrides)
     make_dir(arguments.out.parent, "--out")
     tokenizer, loss = load_tokenizer(policy.config), policy.config.loss
-    items = load_items(policy, tokenizer, arguments.split, not data, arguments.limit)
+    items = load_items(policy, tokenizer, arguments.split, not arguments.data, arguments.limit)
     rows = rows_of(items, policy, reference, loss, tokenizer)
     pairs, every = write(arguments.out, rows, arguments.show)
     known = bool(policy.trained) or any(override.startswith("loss") for override in overrides)

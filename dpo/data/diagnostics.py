@@ -76,9 +76,8 @@ def near_duplicates(train: PreferenceData, test: PreferenceData) -> np.ndarray:
     n = stop - start
     at = np.repeat(start - (np.cumsum(n) - n), n) + np.arange(n.sum())
     met, shared = np.unique(np.repeat(theirs, n) * len(train) + owners[at], return_counts=True)
-    near = np.zeros(len(test), dtype=bool)
     mine = met // len(train)
-    near[mine[shared >= NEAR * sizes[mine]]] = True
+    near = np.isin(np.arange(len(test)), mine[shared >= NEAR * sizes[mine]])
     return near | np.isin(test.keys, train.keys)
 
 
@@ -93,8 +92,7 @@ def _sketches(data: PreferenceData) -> tuple[np.ndarray, np.ndarray]:
         padded = np.concatenate([ids, np.zeros(GRAM, ids.dtype)]).astype(np.uint64)
         same = np.concatenate([record, np.full(GRAM, -1)])
         whole = same[GRAM - 1 : n + GRAM - 1] == record  # the gram that starts here lies in one prompt
-        ends = np.cumsum(counts)
-        whole[(ends - counts)[counts < GRAM]] = True
+        whole[(np.cumsum(counts) - counts)[(counts > 0) & (counts < GRAM)]] = True
         for k in range(GRAM):
             inside = same[k : n + k] == record
             token = np.where(inside, padded[k : n + k] + np.uint64(1), np.uint64(0))

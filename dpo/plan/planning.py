@@ -192,6 +192,7 @@ class Planner:
     device: torch.device
     hardware: Device
     make: Callable[[Config, PreferenceData], Any]
+    known: dict[str, Planned] = dataclasses.field(init=False, default_factory=dict)  # by configuration
 
     @property
     def usable(self) -> float:
@@ -200,6 +201,11 @@ class Planner:
 
     def __call__(self, config: Config) -> Planned:
         """Return what the run needs, from the largest of its first LOOKED_AT updates."""
+        key = repr(config)
+        self.known[key] = found = self.known.get(key) or self._plan(config)
+        return found
+
+    def _plan(self, config: Config) -> Planned:
         device, hardware, sharding = self.device, self.hardware, sharding_of(config)
         sharding = sharding.on_mesh(device) if sharding is not None else None
         mode, n_models = FakeTensorMode(allow_non_fake_inputs=True), 2 if _has_second_model(config) else 1

@@ -8,8 +8,8 @@ makes pairs, and trains on these through train.py, from the newest policy. KEY=V
 the same in each round: lengths such as n_examples are those of a round. Prompts are those of `datasets`; the held-out
 ones measure every round. The very start is model.archive, or the base model.
 
---serve 'vllm serve {model} --port {port} --generation-config vllm' takes the samples to train on from any
-OpenAI-compatible server of completions, started anew for each policy; what is measured is sampled here.
+--engine vllm takes the samples to train on from vLLM, and --serve 'program {model} --port {port}' from any
+OpenAI-compatible server of completions; it is started anew for each policy. What is measured is sampled here.
 
 One folder, --out, holds all: round-<i>/pairs.jsonl, round-<i>/run (train.py's), samples, rounds.md, rounds.json,
 rounds.png and a report. Run it again to resume: the result is that of an uninterrupted run. With --prompts N it can
@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import importlib.util
 import json
 import shlex
 import sys
@@ -57,6 +58,8 @@ from utils import HelpFormatter, run_main
 
 OWN = ("datasets", "model.archive", "reference.archive", "local_run_dir", "exp_name", "resume", "n_eval_examples")
 """Keys of train.py that each round sets itself."""
+ENGINES = {"vllm": "vllm serve {model} --port {port} --generation-config vllm"}  # not the top-k of a model's own folder
+"""What --serve is for an --engine."""
 KL_COLUMN = "kl_rao_blackwell"
 
 
@@ -260,7 +263,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=128, help="of each sample")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the samples to train on")
     parser.add_argument("--top-p", type=float, default=1.0, help="of the samples to train on")
-    parser.add_argument("--serve", metavar="COMMAND", help="sample from the server that this starts: see above")
+    server = parser.add_mutually_exclusive_group()
+    server.add_argument("--engine", choices=ENGINES, help="sample from a server of this program, if it is installed")
+    server.add_argument("--serve", metavar="COMMAND", help="sample from the server that this starts: see above")
     parser.add_argument("--eval-prompts", type=int, default=256, metavar="N", help="held-out prompts to measure on")
     parser.add_argument("--eval-n", type=int, default=2, metavar="N", help="samples of each, at temperature 1")
     parser.add_argument("--seed", type=int, default=0, help="of samples and of the order of prompts")
@@ -273,6 +278,7 @@ def read_arguments() -> argparse.Namespace:
         ("k", given.k >= 2, "at least 2"),
         ("temperature", 0 < given.temperature < float("inf"), "above 0"),
         ("top_p", 0 < given.top_p <= 1, "above 0 and at most 1"),
+        ("engine", given.engine is None or importlib.util.find_spec(given.engine), "installed in this environment"),
         ("serve", given.serve is None or read(lambda: shlex.split(given.serve)), "a command line"),
         ("seed", 0 <= given.seed < 2**62, "0 or more, and less than 2^62"),
     ]
@@ -280,7 +286,7 @@ def read_arguments() -> argparse.Namespace:
     wrong = [f"{key}=... is set by each round itself: leave it out" for key in taken]
     if wrong := wrong + refused(given, rules) + judge_problems(given):
         raise UserError("\n".join(wrong))
-    given.overrides = given_overrides
+    given.overrides, given.serve = given_overrides, ENGINES.get(given.engine, given.serve)
     opened = {"device", "cache_dir", *keys(Config, Inherited)}
     given.opening = [o for o in given_overrides if {key_of(o), key_of(o).partition(".")[0]} & opened]
     return given

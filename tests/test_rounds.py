@@ -84,6 +84,7 @@ def test_what_is_measured() -> None:
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--k", "1"], "--k 1 must be at least 2"),
     (["--rounds", "0", "--top-p", "2"], "--rounds 0 must be at least 1\n--top-p 2.0 must be above 0"),
+    (["--engine", "vllm"], "--engine vllm must be installed in this environment"),
     (["exp_name=mine"], "exp_name=... is set by each round itself"),
     (["loss=sft"], "loss=sft learns from no pairs"),
     (["batch_sise=3"], "batch_sise"),
@@ -165,6 +166,13 @@ def test_samples_of_a_server(tiny_model_dir: Path, tmp_path: Path) -> None:
 def test_a_server_that_does_not_start(command: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape(message)), serving(command, "tiny", tmp_path / "log"):
         pass
+
+
+def test_an_engine_is_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "vllm.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rounds.py", "--sentiment", "--engine", "vllm"])
+    assert rounds.read_arguments().serve == "vllm serve {model} --port {port} --generation-config vllm"
 
 
 @pytest.fixture

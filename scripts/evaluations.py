@@ -120,17 +120,21 @@ class Paired(NamedTuple):
     margin: Estimate
 
 
-def paired(run: Evaluation, other: Evaluation) -> Paired | None:
-    """Return how `run` differs from `other`; None if they share no pairs of two prompts or more."""
+def on_both(run: Evaluation, other: Evaluation) -> tuple[list[int], list[int]] | None:
+    """Return the examples that two runs share, as rows of each; None unless they have pairs of two prompts or more."""
     if not all(ACCURACY in evaluation.values for evaluation in (run, other)):
         return None
     place = {key: i for i, key in enumerate(other.keys)}
-    both = [(i, place[key]) for i, key in enumerate(run.keys) if key in place]
-    if len({run.prompts[i] for i, _ in both}) < 2:
+    mine = [i for i, key in enumerate(run.keys) if key in place]
+    return (mine, [place[run.keys[i]] for i in mine]) if len({*run.prompts[mine]}) > 1 else None
+
+
+def paired(run: Evaluation, other: Evaluation) -> Paired | None:
+    """Return how `run` differs from `other`; None if they have too little in common."""
+    if (rows := on_both(run, other)) is None:
         return None
-    mine, theirs = map(list, zip(*both))
-    (hits, prompts), (others, _) = run.at(mine, ACCURACY), other.at(theirs, ACCURACY)
-    margins = run.at(mine, MARGIN)[0] - other.at(theirs, MARGIN)[0]
+    (hits, prompts), (others, _) = run.at(rows[0], ACCURACY), other.at(rows[1], ACCURACY)
+    margins = run.at(rows[0], MARGIN)[0] - other.at(rows[1], MARGIN)[0]
     gained, lost = int((hits > others).sum()), int((hits < others).sum())
     difference = estimate(hits - others, prompts, share=False)
     if not gained + lost:  # resampling equal values would make it certain
@@ -239,14 +243,17 @@ _SEEDS = "Intervals and p tell how other held-out examples might differ, not how
 
 
 def _compared(one: Ranked, other: Ranked) -> float | None:
-    both = paired(one.evaluation, other.evaluation) if one.evaluation and other.evaluation else None
-    return None if both is None else both.p
+    """Return the p of their difference in accuracy; None if it is not known."""
+    if not (one.evaluation and other.evaluation) or (rows := on_both(one.evaluation, other.evaluation)) is None:
+        return None
+    (hits, prompts), (others, _) = one.evaluation.at(rows[0], ACCURACY), other.evaluation.at(rows[1], ACCURACY)
+    return flip_p(hits - others, prompts)
 
 
 def _said(found: Estimate) -> str:
     ends = f", 95 % interval {found.interval[0]:.3f} to {found.interval[1]:.3f}" if found.interval else ""
     prompts = f" of {found.prompts} prompts" if found.prompts not in (None, found.n) else ""
-    return f"{found.value:.3f}{ends} ({found.n} pairs{prompts})"
+    return f"{found.value:.3f}{ends}" + (f" ({found.n} pairs{prompts})" if found.n else "")
 
 
 def _p(p: float) -> str:

@@ -166,7 +166,7 @@
   document.querySelectorAll("figure.chart").forEach((figure) => {
     const spec = data.charts[Number(figure.dataset.chart)], place = figure.querySelector(".plot");
     const [legend, buttons] = legendOf(spec, figure.querySelector(".legend"));
-    const axis = { stroke: GREY, grid: { stroke: GRID, width: 1 }, ticks: { stroke: GRID }, font: "11px system-ui, sans-serif", labelFont: "11px system-ui, sans-serif", labelSize: 18 };
+    const axis = { stroke: GREY, grid: { stroke: GRID, width: 1 }, ticks: { stroke: GRID }, font: "11px system-ui, sans-serif", labelFont: "11px system-ui, sans-serif", labelSize: 16, labelGap: 2 };
     const chart = { spec, legend, buttons };
     const options = {
       width: place.clientWidth || 300,
@@ -178,8 +178,8 @@
         y: { range: () => range(spec) },
       },
       axes: [
-        { ...axis, label: spec.x, space: 60, values: (_, ticks) => ticks.map((tick) => (Math.abs(tick) >= 1e4 ? `${+(tick / 1000).toPrecision(4)}k` : short(tick))) },
-        { ...axis, size: 52, label: spec.y || undefined, values: (_, ticks) => ticks.map(short) },
+        { ...axis, size: 28, label: spec.x, space: 60, values: (_, ticks) => ticks.map((tick) => (Math.abs(tick) >= 1e4 ? `${+(tick / 1000).toPrecision(4)}k` : short(tick))) },
+        { ...axis, size: 52, label: spec.y || undefined },
       ],
       series: [{}, ...spec.lines.map((line) => ({
         stroke: `${look(line.run).colour}99`, width: 1, spanGaps: true, points: { show: false },

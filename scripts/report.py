@@ -236,10 +236,17 @@ def table_of(runs: Sequence[Run]) -> dict[str, Any]:
                 columns[title if kind is None else f"{title} ({kind})"] = some
     keys = differences(runs)
     config = runs[0].config
+    varied = [[as_text(run.config.get(key)) for key in keys] for run in runs]
+    short = [key.rpartition(".")[2] for key in keys]
+    labels = [  # for a narrow page, on which the settings have no columns
+        ", ".join(f"{k} {v}" for k, v in zip(short, values) if k not in run.name and v != "–")
+        for run, values in zip(runs, varied)
+    ]
     same = [key for key in MAIN_KEYS if key in config and len({repr(run.config.get(key)) for run in runs}) == 1]
     return {
         "settings": keys,
-        "varied": [[as_text(run.config.get(key)) for key in keys] for run in runs],
+        "varied": varied,
+        "labels": labels,
         "columns": list(columns),
         "results": list(zip(*map(cells, columns.values()))) if columns else [()] * len(runs),
         "after": [run.metrics[-1][EXAMPLES] if run.metrics else 0 for run in runs],
@@ -247,11 +254,16 @@ def table_of(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
+def to_paste(folder: Path) -> str:
+    """Return a folder as a command line names it from here."""
+    return shlex.quote(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))
+
+
 def conclusion_of(runs: Sequence[Run]) -> tuple[str, str]:
     """Return the sentence that says which run is best, and how that is known."""
     found = [(run, e) for run in runs if (e := results_of(run).get(ACCURACY)) and math.isfinite(e.value)]
     if found:
-        ranked = [Ranked(run.name, as_text(str(run.folder)), e, run.last_by_example) for run, e in found]
+        ranked = [Ranked(run.name, to_paste(run.folder), e, run.last_by_example) for run, e in found]
         said, how = conclude(ranked)
         n = sum(not run.finished for run, _ in found)
         return said + (f" {n} of these runs {'are' if n > 1 else 'is'} unfinished." if n else ""), how
@@ -302,15 +314,13 @@ def differences_of(runs: Sequence[Run], baseline: int) -> dict[str, Any] | None:
     columns = {name: column for name, column in columns.items() if any(column)}
     rows = zip(others, *map(cells, columns.values())) if columns else ((run,) for run in others)
     tests = [{"p": next(ps), "gained": each.gained, "lost": each.lost} if each else None for each in found]
-    missing = [
-        as_text(str(run.folder)) for run, each in zip(others, found) if each is None and ACCURACY in results_of(run)
-    ]
-    command = shlex.join(["python", "scripts/compare.py", missing[0], as_text(str(base.folder))]) if missing else ""
+    missing = [run for run, each in zip(others, found) if each is None and ACCURACY in results_of(run)]
+    folders = [to_paste(run.folder) for run in (*missing[:1], base)]
     return {
         "base": base,
         "columns": list(columns),
         "rows": [(run, list(each), test) for (run, *each), test in zip(rows, tests, strict=True)],
-        "command": command,
+        "command": f"python scripts/compare.py {' '.join(folders)}",
         "n_missing": len(missing),
     }
 

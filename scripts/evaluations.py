@@ -84,7 +84,8 @@ def estimate(values: np.ndarray, prompts: np.ndarray, share: bool) -> Estimate:
     values, prompts = values[there].astype(float), prompts[there]
     if not len(values):
         return Estimate(math.nan, None, 0, 0)
-    ends = (share_interval if share else interval)(values, prompts)
+    alike = not share and len(values) > 1 and bool((values == values[0]).all())  # resampling would make it certain
+    ends = None if alike else (share_interval if share else interval)(values, prompts)
     return Estimate(float(values.mean()), ends, len(values), len(np.unique(prompts)))
 
 
@@ -137,7 +138,7 @@ def paired(run: Evaluation, other: Evaluation) -> Paired | None:
     margins = run.at(rows[0], MARGIN)[0] - other.at(rows[1], MARGIN)[0]
     gained, lost = int((hits > others).sum()), int((hits < others).sum())
     difference = estimate(hits - others, prompts, share=False)
-    if not gained + lost:  # resampling equal values would make it certain
+    if not gained + lost:
         difference = difference._replace(interval=_no_difference(difference.prompts or 0))
     return Paired(difference, gained, lost, flip_p(hits - others, prompts), estimate(margins, prompts, share=False))
 
@@ -205,12 +206,14 @@ def conclude(runs: Sequence[Ranked]) -> tuple[str, str]:
     """Return which run is best by held-out accuracy and whether the data tell it from the others, and how that is
     known. Every two runs are compared, because the best one is picked after the fact."""
     best = max(runs, key=lambda run: run.accuracy.value)
-    first = f"{best.name} ranks the most held-out pairs right: {_said(best.accuracy)}."
+    equal = [run.name for run in runs if run.accuracy.value == best.accuracy.value]
+    most = "the most held-out" if len(runs) > 1 else "held-out"
+    first = f"{' and '.join(equal)} rank{'s' * (len(equal) == 1)} {most} pairs right: {_said(best.accuracy)}."
     ends = best.accuracy.interval
     if ends and ends[0] <= 0.5 <= ends[1]:
         first += " That is not told from chance, 0.5."
     if len(runs) == 1:
-        return first.replace("ranks the most held-out pairs right:", "ranks held-out pairs right:"), _SEEDS
+        return first, _SEEDS
     couples = list(itertools.combinations(range(len(runs)), 2))
     found = {(i, j): _compared(runs[i], runs[j]) for i, j in couples}
     known = [couple for couple in couples if found[couple] is not None]
@@ -222,13 +225,15 @@ def conclude(runs: Sequence[Ranked]) -> tuple[str, str]:
     parts = [first]
     if told:
         worst, less = max(ps[mine[name]] for name in told), " or less" * (len(told) > 1)
-        parts.append(f"The data tell it from {_list(told, len(runs) - 1, 'all')} (p {_p(worst)}{less}).")
+        parts.append(f"The data tell {best.name} from {_list(told, len(runs) - 1, 'all')} (p {_p(worst)}{less}).")
     if alike:
         least = min(ps[mine[name]] for name in alike)
         more = " or more" * (len(alike) > 1 and least < 1)
-        parts.append(f"The data do not tell it from {_list(alike, len(runs) - 1, 'any')} (p {_p(least)}{more}).")
+        parts.append(
+            f"The data do not tell {best.name} from {_list(alike, len(runs) - 1, 'any')} (p {_p(least)}{more})."
+        )
     if unknown:
-        parts.append(f"Whether it is better than {_list(unknown, len(runs) - 1, 'any')} is not known.")
+        parts.append(f"Whether {best.name} is better than {_list(unknown, len(runs) - 1, 'any')} is not known.")
     how = ""
     if known:
         how = f"p: exact paired test over prompts, corrected by Holm's method for {len(known)} comparisons. "

@@ -105,11 +105,18 @@ def line(run: int, kind: str, points: Sequence[tuple[float, Estimate]]) -> dict[
 
 
 def curve(run: Run, metric: str) -> tuple[list[tuple[float, Estimate]], list[tuple[float, Estimate]]]:
-    """Return examples and values of a metric in training, and in evaluations with 95 % intervals; thinned out."""
+    """Return examples and values of a metric in training, and in evaluations with 95 % intervals; thinned out.
+
+    An accuracy begins once the policy has left the reference: until then no pair counts as right.
+    """
     train, final = metric.format("train"), metric.format("eval")
+    begun = {
+        name: next((row[EXAMPLES] for row in run.metrics if row.get(name)), math.inf) if final == ACCURACY else 0
+        for name in (train, final)
+    }
     each = {evaluation.seen: evaluation for evaluation in run.by_example}
     evaluations = []
-    for row in thin_out([row for row in run.metrics if final in row]):
+    for row in thin_out([row for row in run.metrics if final in row and row[EXAMPLES] >= begun[final]]):
         known, error = each.get(row[EXAMPLES]), row.get(f"{final}_error", math.nan)
         if known is not None and final in known.values:
             found = quick_estimate(known.values[final], known.prompts, final in SHARES)
@@ -117,7 +124,7 @@ def curve(run: Run, metric: str) -> tuple[list[tuple[float, Estimate]], list[tup
             ends = (row[final] - Z95 * error, row[final] + Z95 * error)
             found = Estimate(row[final], ends if math.isfinite(error) else None)
         evaluations.append((row[EXAMPLES], found))
-    rows = thin_out([row for row in run.metrics if train in row]) if train != final else []
+    rows = thin_out([row for row in run.metrics if train in row and row[EXAMPLES] >= begun[train]])
     return [(row[EXAMPLES], Estimate(row[train], None)) for row in rows], evaluations
 
 
@@ -517,6 +524,7 @@ def make_report(given: argparse.Namespace, command: str) -> None:
     runs = load_runs(given.runs)
     add_win_rates(runs, given.win_rates)
     baseline = find_baseline(runs, given.baseline)
+    log(f"\n=== {', '.join(str(path.resolve().name) for path in given.runs)}")
     log(text_table(table_rows(runs), shutil.get_terminal_size((120, 24)).columns))
     log(conclusion_of(runs)[0])
     write_report(runs, given.out, given.samples, command, baseline=baseline, refresh=given.watch)

@@ -6,7 +6,9 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -247,6 +249,108 @@ def test_sft_and_dpo_have_a_loss_panel_each(sweep: Path, monkeypatch: pytest.Mon
 def test_thinning_keeps_both_ends(n: int) -> None:
     thin = report.thin_out(range(n))
     assert len(thin) == min(n, 400) and (thin[0], thin[-1]) == (0, n - 1) and thin == sorted(set(thin))
+
+
+def test_an_axis_is_not_ruled_by_a_first_spike() -> None:
+    train = {"kind": "train", "x": [*range(100)], "y": [1e6, math.nan, *(1 + i / 100 for i in range(98))]}
+    final = {"kind": "eval", "x": [9, 99], "y": [3.0, 2.0], "low": [2.5, None], "high": [3.5, None]}
+    low, high = report.limits([train, final]) or (0, 0)
+    assert 0.8 < low < 1.1 and 3.5 < high < 3.8  # every evaluation with its interval, and not the spike
+    assert report.limits([train | {"y": [math.nan]}]) is None
+    assert report.limits([{"kind": "train", "x": [1], "y": [0.0]}]) == [-1, 1]
+
+
+def test_the_baseline(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "<h2>Differences from beta=0.1</h2>" in make(monkeypatch, sweep)[0]
+    page = make(monkeypatch, sweep, "--baseline", "beta=0.5")[0]
+    assert "<h2>Differences from beta=0.5</h2>" in page and f"compare.py {sweep}/beta=0.1 {sweep}/beta=0.5" in page
+    with pytest.raises(UserError, match=r"--baseline beta names no run; give one of: beta=0\.1, beta=0\.5"):
+        make(monkeypatch, sweep, "--baseline", "beta")
+    runs = report.load_runs([sweep])
+    found = report.reward_difference(runs[0], runs[1])
+    means = [[statistics.mean(s) for s in by_prompt(sweep / run.name, PROMPTS)] for run in runs]
+    assert found and found.value == pytest.approx(statistics.mean(a - b for a, b in zip(*means)))
+
+
+def by_prompt(run: Path, prompts: list[str]) -> list[list[float]]:
+    """The rewards of the last samples of each prompt."""
+    rows = read(run / "samples.jsonl")
+    rows = [row for row in rows if row["counters/examples"] == rows[-1]["counters/examples"]]
+    score = SentimentIntensityAnalyzer().polarity_scores
+    return [[score(p + row["policy"])["compound"] for row in rows if row["prompt"] == p] for p in prompts]
+
+
+def test_win_rates(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rate = {"rate": 0.75, "interval": [0.35, 0.97], "method": "exact binomial"}
+    told = {"settings": {"a": str(sweep / "beta=0.5"), "b": "chosen"}, "results": {"1": {"win_rate": rate}}}
+    told["results"]["1"] |= {"pairs": 8, "prompts": 8}
+    (sweep.parent / "results.json").write_text(json.dumps(told))
+    page, rows = make(monkeypatch, sweep, "--win-rates", sweep.parent / "results.json")
+    assert [row["win_rate"] for row in rows] == ["", "0.75"] and rows[1]["win_rate_n"] == "8"
+    assert "[0.350, 0.970]" in page and "win rate" in page
+    (sweep.parent / "results.json").write_text(json.dumps(told | {"settings": {"a": "elsewhere"}}))
+    with pytest.raises(UserError, match=r"--win-rates .*results\.json is no results\.json of scripts/judge\.py"):
+        make(monkeypatch, sweep, "--win-rates", sweep.parent / "results.json")
+
+
+def test_watching(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It writes what is new, waits for a file that cannot be read, and nothing if nothing happened."""
+    file = sweep / "beta=0.5" / "metrics.jsonl"
+    whole, waits, out = file.read_text(), [], sweep.parent / "out" / "report.html"
+
+    def sleep(seconds: float) -> None:
+        waits.append((seconds, out.stat().st_mtime_ns))
+        if len(waits) == 2:
+            file.write_text(whole + "broken\n")
+        if len(waits) == 3:
+            file.write_text(whole + json.dumps(evaluation(200, 1)) + "\n")
+        if len(waits) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        make(monkeypatch, sweep, "--watch", "5")
+    (first, second, third, fourth) = [when for _, when in waits]
+    assert first == second == third < fourth and {seconds for seconds, _ in waits} == {5}
+    printed = capsys.readouterr().out
+    assert printed.count("written: ") == 2 and "trying again in 5 s" in printed
+    assert '<meta http-equiv="refresh" content="5">' in out.read_text()
+    with pytest.raises(UserError, match="--watch 0 must be at least 1 second"):
+        make(monkeypatch, sweep, "--watch", "0")
+
+
+def test_what_differs_between_texts_is_marked() -> None:
+    for text, first in [
+        ("a good film", "a bad film"),
+        ("", "x"),
+        ("same", "same"),
+        (" a  b ", "b"),
+        ("x\n\ny z", "x y"),
+    ]:
+        parts = report.marked(text, first)
+        assert "".join(part for part, _ in parts) == text
+    assert report.marked(" a good film", " a bad film") == [(" a", False), (" good", True), (" film", False)]
+
+
+@pytest.mark.full
+def test_in_a_browser(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs run under the page's policy, draw every chart, and nothing that a run wrote is run."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium")
+    attack = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+    file = sweep / "beta=0.1" / "samples.jsonl"
+    write(file, [{**row, "policy": attack, "prompt": attack} for row in read(file)])
+    make_run(sweep / "x<img src=x onerror=document.title=1>", loss={"name": attack})
+    page, _ = make(monkeypatch, sweep)
+    data, _ = taken_apart(page)
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
+    command += [f"--user-data-dir={sweep.parent / 'browser'}", f"file://{sweep.parent / 'out' / 'report.html'}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert "<title>Report of 3 runs</title>" in dom and "<img" not in dom
+    assert dom.count("<canvas") == len(data["charts"]) > 5
+    assert not re.search('class="controls" hidden', dom)  # the second program ran to its end
+    assert re.search(r'<span class="value">0\.7', dom)
 
 
 def test_misuse(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,19 @@
     const text = cell.dataset.v ?? cell.textContent.trim();
     return text !== "" && isFinite(text) ? Number(text) : text;
   };
-  const before = (a, b) => (typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === "number" ? -1 : 1);
+  const before = (a, b) => { // numbers before texts
+    if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
+    return typeof a === "number" ? a - b : a.localeCompare(b);
+  };
   document.querySelectorAll("thead th > button").forEach((button) => {
     button.addEventListener("click", () => {
       const head = button.parentElement, body = head.closest("table").tBodies[0];
-      const column = head.cellIndex, down = head.getAttribute("aria-sort") === "descending";
+      const column = head.cellIndex, sorted = head.getAttribute("aria-sort");
+      const numbers = [...body.rows].some((row) => typeof key(row.cells[column]) === "number"); // largest first
+      const up = sorted ? sorted === "descending" : !numbers;
       head.parentElement.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
-      head.setAttribute("aria-sort", down ? "ascending" : "descending");
-      const rows = [...body.rows].sort((a, b) => before(key(a.cells[column]), key(b.cells[column])) * (down ? 1 : -1));
+      head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      const rows = [...body.rows].sort((a, b) => before(key(a.cells[column]), key(b.cells[column])) * (up ? 1 : -1));
       body.append(...rows);
     });
   });

@@ -509,7 +509,7 @@ def add_win_rates(runs: Sequence[Run], files: Sequence[Path]) -> None:
             ends = (float(low_high[0]), float(low_high[1])) if low_high else None
             won = Estimate(float(found["win_rate"]["rate"]), ends, int(found["pairs"]), int(found["prompts"]))
             [run] = [run for run in runs if run.folder in (Path(name).resolve(), Path(name).resolve().parent)]
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
             raise UserError(
                 f"--win-rates {file} is no results.json of scripts/judge.py about one of the runs"
             ) from error

@@ -269,4 +269,4 @@ def _list(names: Sequence[str], n: int, each: str) -> str:
     """Return `names` for a sentence; if these are all `n` other runs: `each` of them."""
     if len(names) == n > 1:
         return f"{each} of the other {n} runs"
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} others" if len(names) > 4 else "")
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} others"

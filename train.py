@@ -74,10 +74,12 @@ def main(composed: DictConfig) -> float | None:
 
 
 class TableAtEnd(Callback):
-    """Hydra's callback that ends a sweep with a table of its runs, however it ends."""
+    """Hydra's callback that ends a sweep with a table and a report of its runs, however it ends. The process that
+    writes them can fail without an effect on the sweep."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        command = [sys.executable, str(ROOT / "scripts" / "results.py"), str(config.hydra.sweep.dir)]
+        folder = str(config.hydra.sweep.dir)
+        command = [sys.executable, str(ROOT / "scripts" / "report.py"), folder, "--out", folder]
         atexit.register(subprocess.run, command, check=False)
 
 

@@ -1,21 +1,24 @@
 """Evaluations of a run: loss and metrics on held-out examples, samples, and the KL divergence from the reference."""
 
+import functools
 import gc
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import parallel
 from dpo.agreement import must_agree
-from dpo.data.batching import Cut, eval_examples
-from dpo.data.records import PreferenceData
+from dpo.data.batching import Cut, Example, eval_examples, responses_of
+from dpo.data.records import PreferenceData, short_names
 from dpo.reference import LiveReference
 from dpo.run import health, weights
 from dpo.run.config import Config
 from dpo.run.metrics import RunLogger
 from dpo.sampling import Divergence, SampleEvaluator, Sampling, divergence, prompts_of
-from dpo.scoring import Scorer, evaluate_loss, mean_metrics
+from dpo.scoring import Metrics, Scorer, evaluate_loss, mean_metrics
 from dpo.utils import UserError, log
 
 
@@ -59,6 +62,7 @@ class Evaluator:
         if scorer.reference is not None and not seen and scorer.untrained:
             worst = health.difference(self.data, mine, each, "eval")
             must_agree(scorer, worst, f"all {len(self.examples)} evaluation examples")
+        self.logger.eval_examples(self._known | self._gathered(policy, each, mine), seen)
         if self.sampler is not None:
             metrics |= self._sample(policy, scorer, seen)
         parallel.reshard(policy)
@@ -67,6 +71,29 @@ class Evaluator:
         shown = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
         log(f"evaluation after {seen} examples, n={n}: {shown}")
         return metrics
+
+    @functools.cached_property
+    def _known(self) -> dict[str, list[Any]]:
+        """What is known of each evaluation example: keys that other runs on the same rows share, and lengths."""
+        assert self.data is not None
+        data, sets, first = self.data, short_names(self.data.names), np.cumsum(self.data.n_examples)
+        known: dict[str, list[Any]] = {"data set": [], "prompt": [], "example": [], "tokens": []}
+        for record, pair in self.examples:
+            content = data[record]
+            key = data.pair_keys[first[record] - data.n_examples[record] + pair]
+            known["data set"].append(sets[data.source[record]])
+            known["prompt"].append(f"{data.keys[record]:016x}")
+            known["example"].append(f"{key:016x}")
+            known["tokens"].append([len(content.responses[i]) for i in responses_of(data, content, pair)])
+        return known
+
+    def _gathered(self, policy: PreTrainedModel, each: Metrics, mine: list[Example]) -> dict[str, list[Any]]:
+        """Return every metric's values of all processes, in the order of the evaluation examples. A collective."""
+        by_example: dict[Example, tuple[float | None, ...]] = {}
+        for some, metrics in parallel.gather_over_data(policy, (mine, each)):
+            by_example |= zip(some, zip(*metrics.values(), strict=True), strict=True)
+        rows = [[v if v is None else float(f"{v:.7g}") for v in by_example[example]] for example in self.examples]
+        return dict(zip(each, map(list, zip(*rows)), strict=True))
 
     def _sample(self, policy: PreTrainedModel, scorer: Scorer, seen: int) -> dict[str, float]:
         """Write samples of policy and reference. Return their lengths, and the KL divergence if it is wanted."""

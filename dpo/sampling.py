@@ -228,7 +228,10 @@ class SampleEvaluator:
         end = self.tokenizer.eos_token_id
         metrics: dict[str, float] = {}
         for model, responses in sampled.items():
-            metrics[f"samples_eval/{model}_length"] = sum(map(len, responses)) / len(responses)
+            mean, error = mean_and_error([*map(len, responses)], self.prompts)
+            metrics[f"samples_eval/{model}_length"] = mean
+            if error is not None:
+                metrics[f"samples_eval/{model}_length_error"] = error
             metrics[f"samples_eval/{model}_eos_rate"] = sum(r[-1:] == [end] for r in responses) / len(responses)
         told = functools.partial(continuation, self.tokenizer)
         texts = {model: [*map(told, self.prompts, responses)] for model, responses in sampled.items()}

@@ -32,8 +32,7 @@ from dpo.sampling import Sampling, continuation, prompts_of, sample
 from dpo.utils import UserError, log, make_dir
 from opening import find_saved
 from preference_datasets import load_data
-from report import draw_points
-from results import frontier, interval, load_runs, sentiment
+from results import Z95, frontier, interval, load_runs, sentiment
 from settings import data_settings, quoted
 from utils import HelpFormatter, run_main
 
@@ -183,7 +182,8 @@ def draw(points: Sequence[Point], path: Path) -> None:
         look: dict[str, Any] = {"color": f"C{number}", "marker": "os^Dvx*P"[number % 8], "alpha": 0.8, "label": method}
         for _, group in itertools.groupby(members, lambda p: p.method == BEST_OF or p.setting):
             run = list(group)
-            draw_points(axes, run, **look)
+            bars = [p.half_width for p in run], [Z95 * p.kl_error for p in run]  # 95 % intervals
+            axes.errorbar([p.kl for p in run], [p.reward for p in run], *bars, elinewidth=0.6, **look)
             look["label"] = None
             if method != BEST_OF:
                 axes.annotate(run[-1].setting.split()[-1], (run[-1].kl, run[-1].reward), fontsize=7, color=f"C{number}")

@@ -4,6 +4,7 @@ Other scripts read runs with this file: configuration, metrics, samples, the tru
 """
 
 import argparse
+import contextlib
 import functools
 import glob
 import json
@@ -15,7 +16,7 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,19 +29,22 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from dpo.config import MayChange
 from dpo.config import keys as config_keys
 from dpo.data.diagnostics import describe
+from dpo.judging.statistics import exact_interval
 from dpo.run.config import Config
+from dpo.run.metrics import EVAL_EXAMPLES
 from dpo.run.resume import flat
 from dpo.sampling import mean_and_error
 from dpo.utils import UserError, visible
+from evaluations import ACCURACY, EXAMPLES, MARGIN, SHARES, Z95, Estimate, Evaluation, estimate, read_evaluations
 from utils import CONFIG_DIR, HelpFormatter, loss_values, run_main
 
-EXAMPLES = "counters/examples"
-Z95 = 1.96
-# Metric -> its name in the printed table.
 REWARDS = [f"rewards_eval/{name}" for name in ("chosen", "rejected", "margins")]
-SHORT = {"loss/eval": "loss", "rewards_eval/accuracies": "accuracy", "rewards_eval/margins": "margin"}
-ALWAYS = ["run", "loss.name", *SHORT]  # columns of that table at any width
-SHORT |= {"kl_eval/rao_blackwell": "KL", "true_reward": "reward", "samples_eval/policy_length": "length"}
+MOST_EXAMPLES = 10**7
+LOSS, KL, LENGTH = "loss/eval", "kl_eval/rao_blackwell", "samples_eval/policy_length"
+# Result -> its name in tables.
+SHORT = {ACCURACY: "accuracy", MARGIN: "margin", LOSS: "loss"}
+ALWAYS = ["run", "loss.name", *SHORT]  # columns of the printed table at any width
+SHORT |= {KL: "KL", "true_reward": "reward", "win_rate": "win rate", LENGTH: "length"}
 # At least 3:1 on white and on browsers' dark backgrounds; with the marks, 36 runs can be told apart.
 COLOURS = ["#2b7bd9", "#d9541e", "#1e9461", "#b34fc4", "#a67c00", "#d6407f", "#0f93a8", "#7a7f3c", "#7d6ae0"]
 MARKS = {"●": "o", "■": "s", "▲": "^", "◆": "D"}  # character -> matplotlib's marker
@@ -57,10 +61,26 @@ class Run:
     finished: bool
     colour: str
     mark: str
+    folder: Path
     n_seen_prompts: int = 0
     """Prompts of the test split that training, or the training of model.archive, has seen."""
     facts: str = ""
     """What its data are like."""
+    funnel: dict[str, Any] = field(default_factory=dict)
+    """What became of the data's rows: split -> data set -> counts."""
+    judged: Estimate | None = None
+    """Win rate of its samples, by a judge."""
+
+    @functools.cached_property
+    def by_example(self) -> list[Evaluation]:
+        """The evaluations whose numbers of each example are known."""
+        return read_evaluations(self.folder / EVAL_EXAMPLES)
+
+    @property
+    def last_by_example(self) -> Evaluation | None:
+        """The last evaluation's numbers of each example, if they are known."""
+        last = self.by_example[-1] if self.by_example else None
+        return last if last is not None and self.evaluations and last.seen == self.evaluations[-1][EXAMPLES] else None
 
     @functools.cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -182,18 +202,24 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             raise UserError(f"{folder / 'config.yaml'} cannot be read ({reason}); leave that run out") from error
         name, finished = visible(str(folder.relative_to(parent))), _is_finished(folder, metrics)
         look = COLOURS[i % len(COLOURS)], list(MARKS)[i % len(MARKS)]
-        runs.append(Run(name, config, metrics, samples, finished, *look, *_said_of_data(folder)))
+        runs.append(Run(name, config, metrics, samples, finished, *look, folder))
+        runs[-1].n_seen_prompts, runs[-1].facts, runs[-1].funnel = _said_of_data(folder)
     return runs
 
 
-def _said_of_data(folder: Path) -> tuple[int, str]:
-    """Read `Run.n_seen_prompts` and `Run.facts` from data_funnel.json; 0 and "" if they are not known."""
-    try:
+def _said_of_data(folder: Path) -> tuple[int, str, dict[str, Any]]:
+    """Read `Run.n_seen_prompts`, `facts` and `funnel` from data_funnel.json; 0, "" and {} if they are not known."""
+    seen, facts, funnel = 0, "", {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         told = json.loads((folder / "data_funnel.json").read_text(encoding="utf-8"))
+        funnel = {
+            split: {str(name): {str(key): int(n) for key, n in counts.items()} for name, counts in told[split].items()}
+            for split in ("train", "test")
+            if split in told
+        }
+        facts = describe(told["facts"]) if "facts" in told else ""
         seen = max((int(shared["prompts"]) for shared in told["overlap"].values()), default=0)
-        return seen, describe(told["facts"]) if "facts" in told else ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return 0, ""
+    return seen, facts, funnel
 
 
 def _is_finished(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> bool:
@@ -203,6 +229,11 @@ def _is_finished(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> bool:
         return state["examples"] == state["total_examples"] >= metrics[-1][EXAMPLES]
     except (OSError, ValueError, LookupError, TypeError):
         return False
+
+
+def not_begun(sweep: Path) -> list[str]:
+    """Return the runs of a sweep that ended before they began: they have a log, and no configuration."""
+    return sorted(file.parent.name for file in sweep.glob("*/log.txt") if not (file.parent / "config.yaml").exists())
 
 
 # --- Statistics ---
@@ -252,6 +283,36 @@ def reference_rewards(runs: Sequence[Run]) -> list[Interval]:
     return list(dict.fromkeys(reward for rewards in last for reward in rewards))
 
 
+def results_of(run: Run) -> dict[str, Estimate]:
+    """Return the results of a run's last evaluation, by the names of SHORT. From numbers of each example if they are
+    known; else an accuracy's interval takes pairs for independent, and other intervals are known as far as logged."""
+    if not run.evaluations:
+        return {}
+    final, each = run.evaluations[-1], run.last_by_example
+    counted = final.get("counters/eval_examples", 0)
+    n = int(counted) if 0 < counted <= MOST_EXAMPLES else None
+    drawn = [row["prompt"] for row in run.samples if row[EXAMPLES] == final[EXAMPLES]]
+    of_samples = (len(drawn) or None, len(set(drawn)) or None)
+    found = {}
+    for name in SHORT:
+        logged = KL.replace("rao_blackwell", "plain") if name == KL and KL not in final else name
+        if each is not None and name in each.values:
+            found[name] = estimate(each.values[name], each.prompts, name in SHARES)
+        elif logged in final:
+            error = final.get(f"{logged}_error")
+            ends = None if error is None else (final[logged] - Z95 * error, final[logged] + Z95 * error)
+            if name == ACCURACY and n and 0 <= final[name] <= 1:
+                ends = exact_interval(round(final[name] * n), n)
+            found[name] = Estimate(final[logged], ends, *(of_samples if name in (KL, LENGTH) else (n, None)))
+    reward = sentiment_rewards(run.samples).get(final[EXAMPLES]) if run.rewarded else None
+    if reward:
+        low, high = reward.mean - reward.half_width, reward.mean + reward.half_width
+        found["true_reward"] = Estimate(
+            reward.mean, None if math.isnan(low) else (low, high), len(drawn), reward.prompts
+        )
+    return found | ({"win_rate": run.judged} if run.judged else {})
+
+
 # --- The table ---
 
 
@@ -279,7 +340,8 @@ def reward_kind(run: Run) -> str:
 
 
 def table_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the row of report.csv for each run. `X_error` is the standard error of X; all rows have the same keys."""
+    """Return the row of report.csv for each run. `X_error` is the standard error of X, `X_low` and `X_high` the ends of
+    its 95 % interval, `X_n` its number of pairs or samples. All rows have the same keys."""
     rows, differing = [], differences(runs)
     mixed = len({reward_kind(run) for run in runs}) > 1
     for run in runs:
@@ -289,12 +351,14 @@ def table_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         row |= {"examples": run.metrics[-1][EXAMPLES] if run.metrics else 0, "evaluated_after": final.get(EXAMPLES)}
         kind = f" [{reward_kind(run)}]" if mixed else ""
         row |= {name + kind * (name in REWARDS): value for name, value in final.items() if "eval" in name}
-        reward = sentiment_rewards(run.samples).get(final.get(EXAMPLES, -1)) if run.rewarded else None
-        if reward:
-            row |= {"true_reward": reward.mean, "true_reward_error": reward.half_width / Z95, "prompts": reward.prompts}
+        for name, found in results_of(run).items():
+            column, (low, high) = name + kind * (name in REWARDS), found.interval or (None, None)
+            row |= {column: found.value, f"{column}_low": low, f"{column}_high": high, f"{column}_n": found.n}
         rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
-    first = ["run", "status", *differing, "examples", "evaluated_after", *SHORT]
+    results = [name for name in names if name.partition(" [")[0] in SHORT]
+    ends = [f"{name}{end}" for name in results for end in ("", "_low", "_high", "_n")]
+    first = ["run", "status", *differing, "examples", "evaluated_after", *ends]
     return [{name: row.get(name) for name in dict.fromkeys([*first, *names]) if name in names} for row in rows]
 
 
@@ -311,18 +375,27 @@ def as_text(value: Any) -> str:
 
 
 def with_error(row: Mapping[str, Any], name: str) -> str:
-    """Return a cell (of rewards: that of the row's own kind) as text, with its 95 % interval if the error is known."""
+    """Return a cell (of rewards: that of the row's own kind) as text, with its 95 % interval if it is known."""
     own = next((key for key, value in row.items() if key.partition(" [")[0] == name and value is not None), name)
-    value, error = row.get(own), row.get(f"{own}_error")
-    text = f"{value:.4g}" if isinstance(value, float) else as_text(value)
-    return text + (f" ± {Z95 * error:.2g}" if error is not None else "")
+    value, low, high = row.get(own), row.get(f"{own}_low"), row.get(f"{own}_high")
+    if not isinstance(value, float) or math.isnan(value):
+        return as_text(value)
+    if low is None or high is None:
+        return number(value)
+    return f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+def number(value: float) -> str:
+    """Return `value` with three digits after the point if it is below 10, else with four digits."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
 
 
 def text_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
     """Return aligned columns: ALWAYS, then the most important ones, as many as fit into `width` characters."""
     names = list(rows[0])
     settings, known = names[2 : names.index("examples")], {name.partition(" [")[0] for name in names}
-    some = [*ALWAYS, "status", *settings[:2], "examples", *SHORT, *settings[2:]]
+    results = [name for name in SHORT if name != LENGTH]
+    some = [*ALWAYS, *settings[:2], *results, "status", LENGTH, "examples", *settings[2:]]
     names = [name for name in dict.fromkeys(some) if name in known]
     columns = [[SHORT.get(name, name), *(with_error(row, name) for row in rows)] for name in names]
     widths = [max(map(len, column)) for column in columns]
@@ -330,7 +403,7 @@ def text_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
     n_fitting = max(len(known & {*ALWAYS}), sum(end <= width for end in ends))
     padded = [[text.ljust(size) for text in column] for column, size in zip(columns[:n_fitting], widths)]
     left_out = ", ".join(column[0] for column in columns[n_fitting:])
-    note = "\n± is a 95 % interval" + (f"; no room for {left_out}: see report.csv" if left_out else "")
+    note = "\n[,] is a 95 % interval" + (f"; no room for {left_out}: see report.csv" if left_out else "")
     note += "; margins are of rewards of different kinds" if known - {*rows[0]} else ""
     return "\n".join("  ".join(line).rstrip() for line in zip(*padded)) + note
 
@@ -340,7 +413,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the sweep's folder")
     folder = parser.parse_args().folder
     begun = [path.parent for path in folder.glob("*/config.yaml")]
-    failed = sorted(path.parent.name for path in folder.glob("*/log.txt") if path.parent not in begun)
+    failed = not_begun(folder)
     try:
         table = text_table(table_rows(load_runs(begun)), shutil.get_terminal_size((120, 24)).columns) if begun else ""
     except UserError as error:

@@ -60,11 +60,11 @@ def test_overlap_and_formats_are_said(chat_model: Path, cache_dir: Path, tmp_pat
     assert "warning: these rows are plain text, and the model was trained on a chat template" in said
     said, funnel = run("wrapped", text, *dpo, "chat_format=template")
     assert "these rows are" not in said and funnel["overlap"]["training data of model.archive"] == {"prompts": 4}
-    from report import load_runs, make_page, table_rows
+    from report import load_runs, make_page
 
     (run_,) = load_runs([tmp_path / "dpo"])
     assert run_.status.startswith("finished, 4 test prompts seen in training")
-    assert "the longer wins" in run_.facts and "the longer wins" in make_page([run_], table_rows([run_]), 1, "x")
+    assert "the longer wins" in run_.facts and "the longer wins" in make_page([run_], 1, "x")
     said, _ = run("third", text, *dpo[:2], f"model.archive={tmp_path / 'dpo'}", "chat_format=template")
     assert "training data of model.archive" in said  # what the archive's own archive saw is known, too
     said, _ = run("from the base", text, *dpo[:2])

@@ -1,10 +1,14 @@
 """The report on runs, on small folders of them."""
 
+import base64
 import csv
+import hashlib
 import json
 import math
 import re
+import shutil
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,14 +87,14 @@ def test_the_table(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert [row["evaluated_after"] for row in rows] == ["200", "100"]
     assert [row["status"] for row in rows] == ["finished", "unfinished, 150 examples"]
     assert page.count("unfinished, 150 examples") == 1
-    assert "0.4 ± 0.49" in page  # the KL, and 1.96 times its standard error
+    assert "[-0.090, 0.890]" in page  # the KL, 0.4, and 1.96 times its standard error
     printed = capsys.readouterr().out
-    assert re.search(r"beta=0\.5 +0\.6 +0\.6 +1 +unfinished, 150 examples +0\.5 +150 +1 ± 0\.49", printed)
+    assert re.search(r"beta=0\.5 +0\.600 +1\.000 +0\.600 +0\.5 +1\.000 \[0\.510, 1\.490\] +", printed)
     monkeypatch.setenv("COLUMNS", "60")
     make(monkeypatch, sweep)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines()[:3])) <= 60
-    assert "no room for loss.beta, examples, KL, reward: see report.csv" in printed
+    assert "no room for KL, reward, status, examples: see report.csv" in printed
 
 
 def test_only_what_differs(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +116,8 @@ def test_of_different_losses_their_names_and_what_was_changed(
     page, rows = make(monkeypatch, tmp_path / "losses")
     assert {row["run"]: row["loss.beta"] for row in rows}["simpo"] == "2.0" and "loss.beta: " not in page
     printed = capsys.readouterr().out
-    assert re.search(r"^run +loss\.name +loss +accuracy +margin$", printed, re.M) and "; margins are of" in printed
-    assert re.search(r"^simpo +simpo +0\.5 +0\.7 +2$", printed, re.M)
+    assert re.search(r"^run +loss\.name +accuracy +margin +loss$", printed, re.M) and "; margins are of" in printed
+    assert re.search(r"^simpo +simpo +0\.700 +2\.000 +0\.500$", printed, re.M)
 
 
 def test_one_run_shows_its_settings(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,15 +126,25 @@ def test_one_run_shows_its_settings(sweep: Path, monkeypatch: pytest.MonkeyPatch
     assert "lr: 5e-07; batch_size: 32; seed: 0" in page and "Report of 1 run<" in page
 
 
+def taken_apart(page: str) -> tuple[dict[str, Any], str]:
+    """Return the page's JSON, and the page without its three script elements: JSON, and the two programs that its
+    policy names by their hashes."""
+    (kind, data), *programs = re.findall("<script([^>]*)>(.*?)</script>", page, re.DOTALL)
+    assert kind == ' type="application/json" id="data"' and [kind for kind, _ in programs] == ["", ""]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for _, text in programs]
+    assert page.index("Content-Security-Policy") < page.index("<style")
+    allowed = re.search(r"content=\"default-src 'none'; style-src 'unsafe-inline'; script-src ([^;\"]*)\"", page)
+    assert allowed and allowed[1] == " ".join(f"'sha256-{digest}'" for digest in digests)
+    return json.loads(data), re.sub("<script[^>]*>.*?</script>", "", page, flags=re.DOTALL)
+
+
 def test_the_page_stands_alone(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No network, no script, no id twice, nothing that refers to an id of another chart."""
-    page, _ = make(monkeypatch, sweep)
-    assert not re.search("https?://|<script|<link|<style.*<style|@import", page, re.DOTALL)
+    data, page = taken_apart(make(monkeypatch, sweep)[0])
+    assert not re.search("https?://|<script|<link|@import|url\\(|src=|<iframe|<img", page)
     ids = re.findall(r'\bid="([^"]*)"', page)
-    assert page.count("<svg ") == 5 and len(ids) == len(set(ids)) > 50
-    used = re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', page)
-    assert used and {a or b for a, b in used} <= set(ids)
-    assert report.INK not in page and "currentColor" in page and "DejaVu" not in page
+    assert len(ids) == len(set(ids))
+    figures = [int(i) for i in re.findall('data-chart="([0-9]+)"', page)]
+    assert figures == [*range(len(data["charts"]))] and len(figures) == 5
 
 
 def test_what_models_write_is_text(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +152,11 @@ def test_what_models_write_is_text(sweep: Path, monkeypatch: pytest.MonkeyPatch)
     write(file, [{**row, "policy": HOSTILE, "prompt": f"<b>\u2028{row['prompt']}"} for row in read(file)])
     make_run(sweep / "x<i>\u202e", examples=100, exp_name=HOSTILE, lr="<script>")
     page, rows = make(monkeypatch, sweep, "--samples", "9")
-    assert not re.search("<script|<b>|<i>|[\u202e\u2028\x07]", page)
-    assert "&lt;script&gt;alert(1)&lt;/script&gt; \\u202eevil\\x07 \\ud800" in page
+    data, page = taken_apart(page)
+    shown = re.sub('<i class="range".*?</i></b></i>|<td data-v="[^"]*"><b>', "", page)
+    assert not re.search("<script|<b>(?!<)|<i>|[\u202e\u2028\x07]", shown)
+    assert data["runs"][2]["name"] == "x<i>\\u202e"
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; \\u202eevil\\x07 \\ud800" in re.sub("</?mark>", "", page)
     assert "&lt;b&gt;\\u2028The film was" in page and "x&lt;i&gt;\\u202e" in page
     assert rows[2]["run"] == "x<i>\\u202e"
 
@@ -149,7 +166,8 @@ def test_samples_side_by_side(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> N
     articles = re.findall("<article>(.*?)</article>", page, re.DOTALL)
     assert [PROMPTS[i] in article for i, article in enumerate(articles)] == [True, True]
     first = re.findall("<h4>(.*?)</h4><p>(.*?)</p>", articles[0])
-    assert [text for _, text in first] == [TEXTS[1], TEXTS[2], TEXTS[1]]  # reference, after 200, after 100
+    marked = f"<mark>{TEXTS[2]}</mark>"
+    assert [text for _, text in first] == [TEXTS[1], marked, TEXTS[1]]  # reference, after 200, after 100
     assert "after 200 examples, first of 2 samples</small>" in first[1][0]
     score = SentimentIntensityAnalyzer().polarity_scores(PROMPTS[0] + TEXTS[2])["compound"]
     assert f"reward {score:+.2f}" in first[1][0]
@@ -194,7 +212,7 @@ def test_nan_is_shown(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = read(file)
     write(file, [*rows[:-1], rows[-1] | {"kl_eval/rao_blackwell": math.nan, "rewards_eval/margins": math.inf}])
     page, table = make(monkeypatch, sweep)
-    assert table[0]["kl_eval/rao_blackwell"] == "nan" and "<td>nan ± 0.49</td>" in page and "<td>inf</td>" in page
+    assert table[0]["kl_eval/rao_blackwell"] == "nan" and "<b>nan</b>" in page and "<b>inf</b>" in page
     assert "Evaluations without a KL or a known reward are left out: of beta=0.1." in page
 
 
@@ -223,6 +241,7 @@ def test_sft_and_dpo_have_a_loss_panel_each(sweep: Path, monkeypatch: pytest.Mon
     write(folder / "metrics.jsonl", [{"counters/examples": 200, "loss/eval": 80.0}])
     page, rows = make(monkeypatch, sweep)
     assert re.findall("<h3>(Loss.*?)</h3>", page) == ["Loss: dpo", "Loss: sft"]
+    assert "1 of these runs is unfinished" in page
     assert rows[2]["loss.beta"] == "–" and rows[2]["rewards_eval/margins"] == ""
 
 
@@ -230,6 +249,108 @@ def test_sft_and_dpo_have_a_loss_panel_each(sweep: Path, monkeypatch: pytest.Mon
 def test_thinning_keeps_both_ends(n: int) -> None:
     thin = report.thin_out(range(n))
     assert len(thin) == min(n, 400) and (thin[0], thin[-1]) == (0, n - 1) and thin == sorted(set(thin))
+
+
+def test_an_axis_is_not_ruled_by_a_first_spike() -> None:
+    train = {"kind": "train", "x": [*range(100)], "y": [1e6, math.nan, *(1 + i / 100 for i in range(98))]}
+    final = {"kind": "eval", "x": [9, 99], "y": [3.0, 2.0], "low": [2.5, None], "high": [3.5, None]}
+    low, high = report.limits([train, final]) or (0, 0)
+    assert 0.8 < low < 1.1 and 3.5 < high < 3.8  # every evaluation with its interval, and not the spike
+    assert report.limits([train | {"y": [math.nan]}]) is None
+    assert report.limits([{"kind": "train", "x": [1], "y": [0.0]}]) == [-1, 1]
+
+
+def test_the_baseline(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "<h2>Differences from beta=0.1</h2>" in make(monkeypatch, sweep)[0]
+    page = make(monkeypatch, sweep, "--baseline", "beta=0.5")[0]
+    assert "<h2>Differences from beta=0.5</h2>" in page and f"compare.py {sweep}/beta=0.1 {sweep}/beta=0.5" in page
+    with pytest.raises(UserError, match=r"--baseline beta names no run; give one of: beta=0\.1, beta=0\.5"):
+        make(monkeypatch, sweep, "--baseline", "beta")
+    runs = report.load_runs([sweep])
+    found = report.reward_difference(runs[0], runs[1])
+    means = [[statistics.mean(s) for s in by_prompt(sweep / run.name, PROMPTS)] for run in runs]
+    assert found and found.value == pytest.approx(statistics.mean(a - b for a, b in zip(*means)))
+
+
+def by_prompt(run: Path, prompts: list[str]) -> list[list[float]]:
+    """The rewards of the last samples of each prompt."""
+    rows = read(run / "samples.jsonl")
+    rows = [row for row in rows if row["counters/examples"] == rows[-1]["counters/examples"]]
+    score = SentimentIntensityAnalyzer().polarity_scores
+    return [[score(p + row["policy"])["compound"] for row in rows if row["prompt"] == p] for p in prompts]
+
+
+def test_win_rates(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rate = {"rate": 0.75, "interval": [0.35, 0.97], "method": "exact binomial"}
+    told = {"settings": {"a": str(sweep / "beta=0.5"), "b": "chosen"}, "results": {"1": {"win_rate": rate}}}
+    told["results"]["1"] |= {"pairs": 8, "prompts": 8}
+    (sweep.parent / "results.json").write_text(json.dumps(told))
+    page, rows = make(monkeypatch, sweep, "--win-rates", sweep.parent / "results.json")
+    assert [row["win_rate"] for row in rows] == ["", "0.75"] and rows[1]["win_rate_n"] == "8"
+    assert "[0.350, 0.970]" in page and "win rate" in page
+    (sweep.parent / "results.json").write_text(json.dumps(told | {"settings": {"a": "elsewhere"}}))
+    with pytest.raises(UserError, match=r"--win-rates .*results\.json is no results\.json of scripts/judge\.py"):
+        make(monkeypatch, sweep, "--win-rates", sweep.parent / "results.json")
+
+
+def test_watching(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It writes what is new, waits for a file that cannot be read, and nothing if nothing happened."""
+    file = sweep / "beta=0.5" / "metrics.jsonl"
+    whole, waits, out = file.read_text(), [], sweep.parent / "out" / "report.html"
+
+    def sleep(seconds: float) -> None:
+        waits.append((seconds, out.stat().st_mtime_ns))
+        if len(waits) == 2:
+            file.write_text(whole + "broken\n")
+        if len(waits) == 3:
+            file.write_text(whole + json.dumps(evaluation(200, 1)) + "\n")
+        if len(waits) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        make(monkeypatch, sweep, "--watch", "5")
+    (first, second, third, fourth) = [when for _, when in waits]
+    assert first == second == third < fourth and {seconds for seconds, _ in waits} == {5}
+    printed = capsys.readouterr().out
+    assert printed.count("written: ") == 2 and "trying again in 5 s" in printed
+    assert '<meta http-equiv="refresh" content="5">' in out.read_text()
+    with pytest.raises(UserError, match="--watch 0 must be at least 1 second"):
+        make(monkeypatch, sweep, "--watch", "0")
+
+
+def test_what_differs_between_texts_is_marked() -> None:
+    for text, first in [
+        ("a good film", "a bad film"),
+        ("", "x"),
+        ("same", "same"),
+        (" a  b ", "b"),
+        ("x\n\ny z", "x y"),
+    ]:
+        parts = report.marked(text, first)
+        assert "".join(part for part, _ in parts) == text
+    assert report.marked(" a good film", " a bad film") == [(" a", False), (" good", True), (" film", False)]
+
+
+@pytest.mark.full
+def test_in_a_browser(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs run under the page's policy, draw every chart, and nothing that a run wrote is run."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium")
+    attack = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+    file = sweep / "beta=0.1" / "samples.jsonl"
+    write(file, [{**row, "policy": attack, "prompt": attack} for row in read(file)])
+    make_run(sweep / "x<img src=x onerror=document.title=1>", loss={"name": attack})
+    page, _ = make(monkeypatch, sweep)
+    data, _ = taken_apart(page)
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
+    command += [f"--user-data-dir={sweep.parent / 'browser'}", f"file://{sweep.parent / 'out' / 'report.html'}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert "<title>Report of 3 runs</title>" in dom and "<img" not in dom
+    assert dom.count("<canvas") == len(data["charts"]) > 5
+    assert not re.search('class="controls" hidden', dom)  # the second program ran to its end
+    assert re.search(r'<span class="value">0\.7', dom)
 
 
 def test_misuse(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,5 +421,6 @@ def test_names_of_others_do_nothing_in_a_report(tmp_path: Path) -> None:
     report.write_report(report.load_runs([tmp_path]), tmp_path, 8, "python report.py")
     rows = list(csv.reader((tmp_path / "report.csv").open(encoding="utf-8", newline="")))
     assert len(rows) == 3 and not any(cell.startswith(tuple("=+-@")) for row in rows for cell in row)
-    page = (tmp_path / "report.html").read_text()
+    data, page = taken_apart((tmp_path / "report.html").read_text())
     assert "<script" not in page and "\x1b" not in page and "&lt;script&gt;" in page
+    assert "\x1b" not in json.dumps(data, ensure_ascii=False)

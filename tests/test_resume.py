@@ -39,6 +39,7 @@ from dpo.run import checkpoint, resume
 from dpo.run.checkpoint import check, checkpoints
 from dpo.run.folder import locked
 from dpo.run.health import Watch
+from dpo.run.metrics import HISTORY
 from dpo.run.stopping import EXIT_CODE
 from dpo.run.weights import find_archive
 from dpo.utils import UserError
@@ -81,7 +82,7 @@ def without_costs(event: dict) -> dict:
 
 def assert_same_run(found: Path, wanted: Path) -> None:
     """Bit for bit: every logged number but costs, every sample, and the last checkpoint's weights and states."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in HISTORY:
         events = [[without_costs(event) for event in read_jsonl(folder / name)] for folder in (found, wanted)]
         assert events[0] == events[1], name
     last = [(folder / "LATEST").resolve() for folder in (found, wanted)]

@@ -1,6 +1,7 @@
 """python train.py -m: what fails holds up nothing, what is finished is left alone, what is not goes on."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,15 +59,24 @@ def test_a_sweep_finishes_what_it_can_and_the_second_call_trains_nothing(
         assert "log-probabilities: " in (run / "log.txt").read_text()
     assert "log-probabilities: 0 to compute" in (runs[1] / "log.txt").read_text()
 
+    page = (folder / "report.html").read_text()
+    assert "not begun, for the reason see their log.txt: loss.beta--1" in first.stdout
+    assert f"written: {folder / 'report.csv'}, {folder / 'report.html'}" in first.stdout
+    assert re.search(r"^loss\.beta-0\.1 +\d\.\d{3} \[", first.stdout, re.M) and "of 2 runs" in page
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()  # a report that cannot be written fails no sweep
+
     second = sweep("loss.beta=0.1,0.3,0.5")
     assert second.returncode == 0, second.stderr
+    assert "report.html cannot be written" in second.stderr and "loss.beta-0.5" in second.stdout
+    (folder / "report.html").rmdir()
     assert second.stdout.count("nothing to do") == 2
     assert (folder / "loss.beta-0.5" / "LATEST").exists()
     assert all(path.read_bytes() == content for path, content in files.items())
 
     other = sweep("loss.beta=0.1,0.3", "lr=1e-3")
     assert other.returncode == 1 and other.stdout.count("=== tuned: ") == 2
-    assert "curves and samples: python scripts/report.py" in other.stdout and "loss.beta-0.3" in other.stdout
+    assert "of 3 runs" in (folder / "report.html").read_text() and "loss.beta-0.3" in other.stdout
     assert other.stderr.count("lr=0.001 (was 5e-07)") == 2 and "another exp_name" in other.stderr
 
 

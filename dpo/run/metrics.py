@@ -11,7 +11,8 @@ from typing import Any
 from dpo.files import Lines
 from dpo.utils import is_quiet, log
 
-HISTORY = ("metrics.jsonl", "samples.jsonl")  # files of a run that only grow
+EVAL_EXAMPLES = "eval_examples.jsonl"
+HISTORY = ("metrics.jsonl", "samples.jsonl", EVAL_EXAMPLES)  # files of a run that only grow
 
 
 class RunLogger:
@@ -66,6 +67,12 @@ class RunLogger:
             for row in rows:
                 table.add_data(step, row["prompt"], row[model])
             self.wandb_run.log({f"{model}_samples": table}, step=step)
+
+    def eval_examples(self, columns: Mapping[str, list[Any]], step: int) -> None:
+        """Append an evaluation's numbers of each example to `eval_examples.jsonl`, one line an evaluation."""
+        if self._files:
+            self.check()
+            self._files[EVAL_EXAMPLES].add(json.dumps({"counters/examples": step, **columns}))
 
     def history(self) -> dict[str, int]:
         """Return each file's bytes so far, once they are on disk: a run that resumes from here starts with them. Raise

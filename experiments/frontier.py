@@ -12,6 +12,7 @@ import gzip
 import itertools
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -128,6 +129,8 @@ def verdicts(points: Sequence[Point]) -> list[str]:
     lines = []
     for method in dict.fromkeys(p.method for p in points if p.setting.startswith("beta")):
         runs = [p for p in last.values() if p.method == method]
+        if len(runs) == 1:
+            continue
         values = ", ".join(f"{p.setting}: {p.kl:.2f} ± {p.kl_error:.2f}" for p in runs)
         rises = [f"{a.setting} to {b.setting}" for a, b in itertools.combinations(runs, 2) if above(b, a)]
         falls = above(runs[0], runs[-1])
@@ -188,22 +191,23 @@ def draw(points: Sequence[Point], path: Path) -> None:
             if method != BEST_OF:
                 axes.annotate(run[-1].setting.split()[-1], (run[-1].kl, run[-1].reward), fontsize=7, color=f"C{number}")
     axes.set(xlabel="KL(policy || starting policy), nats a response", ylabel="true reward (VADER), held-out prompts")
-    axes.set_xscale("symlog", linthresh=1)
+    if max(p.kl for p in points) > 5:
+        axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=-0.05)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
 
 
-def write(folder: Path, points: Sequence[Point]) -> str:
-    """Write frontier.csv, frontier.png and frontier.md, and return the table as Markdown."""
+def write(folder: Path, points: Sequence[Point], command: str) -> str:
+    """Write frontier.csv, frontier.png and frontier.md, and return the table as Markdown. `command` made the points."""
     if len({p.prompts for p in points}) > 1:
         raise UserError(f"{folder} holds runs measured on different numbers of prompts; give another --folder")
     with open(folder / "frontier.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([Point._fields, *points])
     draw(points, folder / "frontier.png")
     lines = [
-        *(f"- {key}: {value}" for key, value in machine().items()),
+        *(f"- {key}: {value}" for key, value in {"command": command, **machine()}.items()),
         f"- reward: VADER's score of prompt and response, -1 to 1: the mean over {points[0].prompts} held-out prompts, "
         "and its 95 % interval",
         "- KL: kl_eval/rao_blackwell, nats a response from the starting policy, and its standard error; of best of N, "
@@ -243,7 +247,8 @@ def main() -> None:
     name = "sentiment" if data == ROOT / "data" / "sentiment" else quoted(data.resolve())
     train_methods(folder, start, name, settings)
     points = [*best_of(start, name, settings), *points_of(folder, settings["methods"])]
-    log(f"\n{write(folder, points)}\n\nwritten: {folder}/frontier.csv, .png and .md")
+    command = f"`python experiments/frontier.py {shlex.join(sys.argv[1:])}`"
+    log(f"\n{write(folder, points, command)}\n\nwritten: {folder}/frontier.csv, .png and .md")
     log(f"finished in {(time.time() - began) / 60:.1f} minutes")
 
 

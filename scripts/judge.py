@@ -58,7 +58,8 @@ from dpo.run.config import Config
 from dpo.run.saved import Saved
 from dpo.run.trackers import open_wandb
 from dpo.utils import UserError, log, make_dir, redact
-from opening import ends, find_saved, refused, take_overrides, warn_of_formats
+from opening import ends, find_saved, warn_of_formats
+from options import refused, take_overrides
 from preference_datasets import REGISTRY
 from results import sentiment
 from sample import job, rendered, sampled, write_samples

@@ -47,7 +47,8 @@ from dpo.sampling import mean_and_error
 from dpo.serving import serving
 from dpo.utils import UserError, log, make_dir, progress, redact
 from judge import add_judges, as_text, find_judge, judge_problems, read, read_rows
-from opening import ends, find_saved, key_of, refused, run_train, take_overrides
+from opening import ends, find_saved, run_train
+from options import key_of, refused, take_overrides
 from report import write_report
 from results import Z95, load_runs
 from sample import Prompt, job, rendered, write_samples

@@ -25,6 +25,49 @@ from typing import Any, BinaryIO, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dpo.utils import UserError
+from options import check_name, refused, take_overrides
+from utils import HelpFormatter, run_main
+
+
+def read_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.usage = "%(prog)s RUN --prompts FILE [options] [KEY=VALUE ...]"
+    parser.add_argument("run")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help=".jsonl or .txt")
+    parser.add_argument("--out", type=Path, default=Path("samples.jsonl"), help="file of the result")
+    parser.add_argument("--overwrite", action="store_true", help="start --out anew")
+    parser.add_argument("--reference", metavar="NAME", help="run, checkpoint, model folder, hub id, or none")
+    parser.add_argument("--n", type=int, default=1, help="samples a prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="of each response")
+    parser.add_argument("--temperature", type=float, default=1.0, help="1: the model's own distribution")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1: the model's own distribution")
+    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time: temperature 0")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples at a time")
+    parser.add_argument("--seed", type=int, default=0, help="with a batch's number it gives its samples")
+    others, overrides = take_overrides(sys.argv[1:])
+    given = parser.parse_args(others)
+    rules = [
+        *((key, vars(given)[key] >= 1, "at least 1") for key in ("n", "max_new_tokens", "batch_size")),
+        ("temperature", 0 <= given.temperature < float("inf"), "0 or more"),
+        ("top_p", 0 < given.top_p <= 1, "above 0 and at most 1"),
+        ("seed", 0 <= given.seed < 2**62, "0 or more, and less than 2^62"),
+    ]
+    wrong = refused(given, rules)
+    if given.greedy and (given.temperature, given.top_p) != (1, 1):
+        wrong.append("--greedy takes neither --temperature nor --top-p")
+    given.temperature = 0.0 if given.greedy else given.temperature
+    if given.temperature == 0 and given.n > 1:
+        wrong.append(f"--n {given.n}: greedy samples of a prompt are all the same; leave it out, or --greedy")
+    if wrong:
+        raise UserError("\n".join(wrong))
+    check_name(given.run)
+    return given, overrides
+
+
+if __name__ == "__main__":
+    run_main(read_arguments)  # before the slow imports: --help and mistakes are answered at once
+
 from dpo.data.parse import decode
 from dpo.data.rendering import ChatFormat
 from dpo.data.rows import BadRow, ParsedRow, Text, text_or_messages, to_messages
@@ -37,9 +80,8 @@ from dpo.run.config import Config
 from dpo.run.saved import Saved
 from dpo.run.weights import weights_identity
 from dpo.sampling import ESTIMATORS, Sampling, continuation, divergence, mean_and_error, sample
-from dpo.utils import UserError, file_hash, log, make_dir, progress, visible
-from opening import find_reference, find_saved, refused, take_overrides, warn_of_formats
-from utils import HelpFormatter, run_main
+from dpo.utils import file_hash, log, make_dir, progress, visible
+from opening import find_reference, find_saved, warn_of_formats
 
 ADVICE = "give another --out, or --overwrite"
 
@@ -271,40 +313,6 @@ def summary(rows: Sequence[dict[str, Any]], how: Sampling) -> str:
             shown = f"{error:.3f} (standard error over prompts)" if error is not None else "unknown (one sample)"
             lines.append(f"KL(policy || reference), nats a response, {name:13} {mean:.3f} ± {shown}")
     return "\n".join(lines)
-
-
-def read_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.usage = "%(prog)s RUN --prompts FILE [options] [KEY=VALUE ...]"
-    parser.add_argument("run")
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help=".jsonl or .txt")
-    parser.add_argument("--out", type=Path, default=Path("samples.jsonl"), help="file of the result")
-    parser.add_argument("--overwrite", action="store_true", help="start --out anew")
-    parser.add_argument("--reference", metavar="NAME", help="run, checkpoint, model folder, hub id, or none")
-    parser.add_argument("--n", type=int, default=1, help="samples a prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="of each response")
-    parser.add_argument("--temperature", type=float, default=1.0, help="1: the model's own distribution")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1: the model's own distribution")
-    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time: temperature 0")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples at a time")
-    parser.add_argument("--seed", type=int, default=0, help="with a batch's number it gives its samples")
-    others, overrides = take_overrides(sys.argv[1:])
-    given = parser.parse_args(others)
-    rules = [
-        *((key, vars(given)[key] >= 1, "at least 1") for key in ("n", "max_new_tokens", "batch_size")),
-        ("temperature", 0 <= given.temperature < float("inf"), "0 or more"),
-        ("top_p", 0 < given.top_p <= 1, "above 0 and at most 1"),
-        ("seed", 0 <= given.seed < 2**62, "0 or more, and less than 2^62"),
-    ]
-    wrong = refused(given, rules)
-    if given.greedy and (given.temperature, given.top_p) != (1, 1):
-        wrong.append("--greedy takes neither --temperature nor --top-p")
-    given.temperature = 0.0 if given.greedy else given.temperature
-    if given.temperature == 0 and given.n > 1:
-        wrong.append(f"--n {given.n}: greedy samples of a prompt are all the same; leave it out, or --greedy")
-    if wrong:
-        raise UserError("\n".join(wrong))
-    return given, overrides
 
 
 def main() -> None:

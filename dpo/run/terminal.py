@@ -78,7 +78,7 @@ def next_commands(config: Config) -> list[str]:
     """Return what a user may want to do with the finished run, as commands to paste."""
     run = shlex.quote(config.local_run_dir)
     commands = [f"python scripts/report.py {run}", f"python scripts/chat.py {run}"]
-    commands.append(f"python scripts/sample.py {run} --prompts prompts.txt")
+    commands.append(f"python scripts/sample.py {run} 'A prompt'")
     if config.loss.rows == TARGETS:
         commands.append(f"python train.py loss=dpo loss.beta=0.1 model.archive={run} <the other settings of this run>")
     elif config.loss.gives_rewards:

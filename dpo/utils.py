@@ -81,7 +81,7 @@ class _Stderr:
 
 
 BARS = _Stderr()
-LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
+LINE = "{desc}: {n_fmt}/{total_fmt}{unit}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
 
 
 class _Terminal(logging.Handler):
@@ -224,6 +224,8 @@ def progress(iterable: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
     options.setdefault("disable", is_quiet() or (not options.get("leave", True) and not terminal))
     options["desc"] = visible(options.get("desc") or "") or None
     options |= {"file": BARS, "bar_format": None if terminal else LINE}
+    if not terminal:
+        options["unit"] = f" {options.get('unit', 'it').strip()}"
     interval = 0.2 if terminal else 30.0
     return tqdm(iterable, mininterval=interval, maxinterval=max(interval, 10), dynamic_ncols=terminal, **options)
 

@@ -28,7 +28,7 @@ from dpo.data.batching import Cut, Example, Mismatched, Plan
 from dpo.data.checks import check_format, check_overlap, trained_on
 from dpo.data.diagnostics import describe, diagnose
 from dpo.data.records import PreferenceData, format_funnel
-from dpo.data.sources import HUB_ID, TARGETS, find_source
+from dpo.data.sources import HUB_ID, find_source
 from dpo.evaluation import Evaluator
 from dpo.hardware import DEVICES, Device, free_memory
 from dpo.model import adapters
@@ -46,6 +46,7 @@ from dpo.run.folder import begin, leave, locked, open_run
 from dpo.run.metrics import RunLogger
 from dpo.run.saved import formats_of, load_reference
 from dpo.run.saving import Saver
+from dpo.run.terminal import closing_block
 from dpo.run.throughput import Cost, cost_of, throughput
 from dpo.run.trackers import open_logger
 from dpo.scoring import Scorer, Share, Tally, mean_metrics
@@ -386,7 +387,7 @@ class Trainer(Updates):
             setattr(self.updater, name, state[name])
         metric, best = state["best"]
         self.saver.best = best if metric == self.config.keep_best else None
-        self.eval_metrics = state["metrics"]
+        self.eval_metrics = self.evaluator.last = state["metrics"]
         carried = state.get("loss_state") or {}
         if carried.keys() == self.scorer.state.keys():  # else it is of another loss
             self.scorer = dataclasses.replace(self.scorer, state=carried)
@@ -649,20 +650,8 @@ def build_and_fit(
         if trainer is not None:
             trainer.saver.writer.close()
         logger.close(exit_code=int(not isinstance(sys.exception(), stopping.Stopped | None)))
-    log(f"done; the run's folder is {run_dir}\n{next_commands(config)}")
-
-
-def next_commands(config: Config) -> str:
-    """Return what a user may want to do with the finished run, as commands to paste."""
-    if config.debug:
-        return "debug=true: no checkpoint was written"
-    run = shlex.quote(config.local_run_dir)
-    commands = [f"python scripts/report.py {run}", f"python scripts/sample.py {run} --prompts prompts.txt"]
-    if config.loss.rows == TARGETS:
-        commands.append(f"python train.py loss=dpo loss.beta=0.1 model.archive={run} <the other settings of this run>")
-    elif config.loss.gives_rewards:
-        commands.append(f"python scripts/score.py {run}")
-    return "\n".join(["next:", *(f"  {command}" for command in commands)])
+    if parallel.is_main():
+        log(closing_block(config))
 
 
 def check_sources(config: Config) -> None:

@@ -10,9 +10,10 @@ from typing import NoReturn
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Override, OverrideType
 
+from dpo.explained import help_text
 from dpo.hints import meant
 from dpo.run.config import name_problem
-from dpo.utils import UserError
+from dpo.utils import ROOT, UserError
 
 PLUGINS = {"launcher": ("basic", "joblib", "submitit_local", "submitit_slurm"), "sweeper": ("basic", "optuna")}
 
@@ -21,7 +22,7 @@ def arranged(arguments: list[str], check: Callable[[list[str]], list[Override]],
     """Return the command line as Hydra understands it: settings, then options, wherever these stood.
 
     In a sweep Hydra is told to name the runs after what is swept. `check` parses the settings; `keys` are those that
-    exist. Raise UserError for what cannot be understood, or cannot be a sweep.
+    exist. Raise UserError for what cannot be understood, or cannot be a sweep. Answer --help, and end.
     """
     parser = get_args_parser()
     try:
@@ -33,7 +34,10 @@ def arranged(arguments: list[str], check: Callable[[list[str]], list[Override]],
         key, _, value = unknown[0].lstrip("-").partition("=")
         hint = meant(key, keys) or f": {key}={value or '<value>'}"
         raise UserError(f"{unknown[0]} is no option; settings are written key=value{hint}")
-    if known.help or known.hydra_help or known.shell_completion:
+    if known.help:
+        print(help_text(ROOT / "config"))
+        raise SystemExit(0)
+    if known.hydra_help or known.shell_completion:
         return arguments
     overrides = check(known.overrides)
     settings = set(known.overrides)

@@ -3,7 +3,7 @@
 import functools
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from dpo.reference import LiveReference
 from dpo.run import health, weights
 from dpo.run.config import Config
 from dpo.run.metrics import RunLogger
+from dpo.run.terminal import evaluation_table
 from dpo.sampling import Divergence, SampleEvaluator, Sampling, divergence, prompts_of
-from dpo.scoring import Metrics, Scorer, evaluate_loss, mean_metrics
+from dpo.scoring import Metrics, Scorer, evaluate_loss, mean_metrics, totals
 from dpo.utils import UserError, log
 
 
@@ -40,6 +41,7 @@ class Evaluator:
         self.load_reference = load_reference
         self.examples = eval_examples(data, config.n_eval_examples) if data is not None else []
         prompts = prompts_of(data, self.examples, config.n_eval_model_samples) if data is not None else []
+        self.last: dict[str, float] = {}  # metrics of the evaluation before
         self.sampler: SampleEvaluator | None = None
         if config.sample_during_eval and prompts:
             room = max(config.max_length - max(map(len, prompts)), 1)  # the same for all prompts
@@ -66,10 +68,9 @@ class Evaluator:
         if self.sampler is not None:
             metrics |= self._sample(policy, scorer, seen)
         parallel.reshard(policy)
-        n = len(self.examples)
-        self.logger.log(metrics | {"counters/eval_examples": n}, seen, always=True)
-        shown = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
-        log(f"evaluation after {seen} examples, n={n}: {shown}")
+        self.logger.log(metrics | {"counters/eval_examples": len(self.examples)}, seen, always=True)
+        log(f"evaluation after {seen} examples\n{evaluation_table(metrics, self.last, self._sizes(each, metrics))}")
+        self.last = metrics
         return metrics
 
     @functools.cached_property
@@ -94,6 +95,14 @@ class Evaluator:
             by_example |= zip(some, zip(*metrics.values(), strict=True), strict=True)
         rows = [[v if v is None else float(f"{v:.7g}") for v in by_example[example]] for example in self.examples]
         return dict(zip(each, map(list, zip(*rows)), strict=True))
+
+    def _sizes(self, each: Metrics, metrics: Mapping[str, float]) -> dict[str, int]:
+        """Return the number of evaluation examples, or of samples, that each of `metrics` is a mean of."""
+        n, counts = len(self.examples), totals(each)
+        every = counts["loss/eval"][1]  # more than n if tensor-parallel ranks hold the same examples
+        sizes = {name: counts[name][1] * n // every if name in counts else n for name in metrics}
+        sampled = len(self.sampler.prompts) if self.sampler is not None else 0
+        return {name: sampled if name.startswith(("samples_", "kl_")) else size for name, size in sizes.items()}
 
     def _sample(self, policy: PreTrainedModel, scorer: Scorer, seen: int) -> dict[str, float]:
         """Write samples of policy and reference. Return their lengths, and the KL divergence if it is wanted."""

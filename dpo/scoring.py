@@ -1,6 +1,7 @@
 """Loss and metrics of a batch, and their means over data and processes."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -76,6 +77,8 @@ METRICS = {
     "chosen_fell_{}": _metric(lambda s: (s.chosen.log_ratio < -s.slack).float(), "reference", "pairs"),
     "logratios_per_token_{}/chosen": _metric(lambda s: s.chosen.mean_log_ratio, "reference"),
     "logratios_per_token_{}/rejected": _metric(lambda s: s.rejected.mean_log_ratio, "reference", "rejected"),
+    "tokens_{}/chosen": _metric(lambda s: s.chosen.length.float()),
+    "tokens_{}/rejected": _metric(lambda s: s.rejected.length.float(), "rejected"),
 }
 
 
@@ -278,15 +281,33 @@ class Tally:
         return total, [*numbers]
 
 
+def totals(metrics: Metrics) -> dict[str, tuple[float, int]]:
+    """Return the sum of every metric over the examples of all processes, and how many these are. A collective."""
+    given = [[value for value in values if value is not None] for values in metrics.values()]
+    every = parallel.gather([(sum(values), len(values)) for values in given])
+    sums = ([sum(column) for column in zip(*shares)] for shares in zip(*every))
+    return {name: (total, n) for name, (total, n) in zip(metrics, sums, strict=True)}
+
+
 def mean_metrics(metrics: Metrics) -> dict[str, float]:
-    """Return the mean of every metric over the examples of all processes.
+    """Return the mean of every metric over the examples of all processes, and what follows from these means.
 
     Tensor-parallel ranks hold the same examples, equally often, which leaves the mean as it is.
     """
-    given = [[value for value in values if value is not None] for values in metrics.values()]
-    every = parallel.gather([(sum(values), len(values)) for values in given])
-    totals = ([sum(column) for column in zip(*shares)] for shares in zip(*every))
-    return {name: total / n for name, (total, n) in zip(metrics, totals, strict=True) if n}
+    means = {name: total / n for name, (total, n) in totals(metrics).items() if n}
+    pairs = any(name.startswith("logps_") and name.endswith("/rejected") for name in metrics)
+    return means | {k: v for split in ("train", "eval") for k, v in _per_token(means, split, pairs).items()}
+
+
+def _per_token(means: Mapping[str, float], split: str, pairs: bool) -> dict[str, float]:
+    """Return nats per token over all tokens of `split`, long responses counting for more: log-probabilities of both
+    sides if there are `pairs`, else the loss, and the perplexity of its targets."""
+    sides = [side for side in ("chosen", "rejected") if means.get(f"tokens_{split}/{side}")]
+    found = {side: means[f"logps_{split}/{side}"] / means[f"tokens_{split}/{side}"] for side in sides}
+    if pairs or not found:
+        return {f"logps_per_token_{split}/{side}": value for side, value in found.items()}
+    loss = means[f"loss/{split}"] / means[f"tokens_{split}/chosen"]
+    return {f"loss_per_token/{split}": loss, f"perplexity/{split}": math.exp(min(-found["chosen"], 700.0))}
 
 
 @torch.no_grad()

@@ -61,12 +61,36 @@ class TakenOver(SystemExit):
         super().__init__(1)
 
 
+class _Stderr:
+    """sys.stderr for progress bars, which may go to a file on a full disk. If it is no terminal, each state of a bar is
+    a line."""
+
+    def write(self, text: str) -> None:
+        if not sys.stderr.isatty():
+            text = re.sub(r"\r|\033\[A", "", text).strip()  # of a bar that moves
+            text += "\n" if text else ""
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+BARS = _Stderr()
+LINE = "{desc}: {n_fmt}/{total_fmt}{unit}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
+
+
 class _Terminal(logging.Handler):
-    """Prints messages to stdout, errors to stderr."""
+    """Prints messages to stdout, errors to stderr. Bars on a terminal give way."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stdout.flush()
-        with contextlib.suppress(OSError):  # the output may go to a full disk
+        away = tqdm.external_write_mode(file=BARS) if sys.stderr.isatty() else contextlib.nullcontext()
+        with away, contextlib.suppress(OSError):  # the output may go to a full disk
             print(record.getMessage(), file=sys.stderr if record.levelno >= logging.ERROR else sys.stdout, flush=True)
 
 
@@ -192,29 +216,18 @@ def make_dir(path: Path, key: str) -> Path:
     return path
 
 
-class _Stderr:
-    """sys.stderr for progress bars, which may go to a file on a full disk."""
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-
 def progress(iterable: Iterable[T] | None = None, **options: Any) -> "tqdm[T]":
-    """Return a tqdm bar that redraws often on a terminal and every few seconds if the output goes to a file."""
-    interval = 0.2 if sys.stderr.isatty() else 5.0
+    """Return a tqdm bar that redraws often on a terminal, and adds a line every half minute if the output goes
+    elsewhere."""
+    terminal = sys.stderr.isatty()
     # A bar that would be wiped away leaves a line each time if the output goes to a file.
-    options.setdefault("disable", is_quiet() or (not options.get("leave", True) and not sys.stderr.isatty()))
-    options.setdefault("file", _Stderr())
+    options.setdefault("disable", is_quiet() or (not options.get("leave", True) and not terminal))
     options["desc"] = visible(options.get("desc") or "") or None
-    return tqdm(iterable, mininterval=interval, maxinterval=max(interval, 10), dynamic_ncols=True, **options)
+    options |= {"file": BARS, "bar_format": None if terminal else LINE}
+    if not terminal:
+        options["unit"] = f" {options.get('unit', 'it').strip()}"
+    interval = 0.2 if terminal else 30.0
+    return tqdm(iterable, mininterval=interval, maxinterval=max(interval, 10), dynamic_ncols=terminal, **options)
 
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>

@@ -19,16 +19,40 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dpo.utils import UserError
+from options import check_name, take_overrides
+from utils import HelpFormatter, run_main
+
+
+def read_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.usage = "%(prog)s RUN RUN2 [options] [KEY=VALUE ...]"
+    parser.add_argument("runs", nargs=2, metavar="RUN")
+    parser.add_argument("--data", nargs="+", metavar="FILE_OR_SET", help="as datasets=[...] takes them")
+    parser.add_argument("--limit", type=int, metavar="N", help="compare on the first N records of each data set")
+    parser.add_argument("--show", type=int, default=2, metavar="N", help="pairs to show on which the runs differ")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the comparison as JSON, too")
+    others, overrides = take_overrides(sys.argv[1:])
+    given = parser.parse_args(others)
+    if given.show < 0 or (given.limit is not None and given.limit < 1):
+        raise UserError(f"--show {given.show} must be at least 0 and --limit {given.limit} at least 1")
+    for name in given.runs:
+        check_name(name)
+    return given, overrides
+
+
+if __name__ == "__main__":
+    run_main(read_arguments)  # before the slow imports: --help and mistakes are answered at once
+
 import numpy as np
 
 from dpo.files import atomic_write
 from dpo.judging.statistics import interval, share_interval
 from dpo.model.loading import load_tokenizer
 from dpo.model.patches import quiet_transformers
-from dpo.utils import UserError, log, redact, visible
-from opening import ends, hits_of, take_overrides
+from dpo.utils import log, redact, visible
+from opening import ends, hits_of
 from score import load_items, opened, rows_of
-from utils import HelpFormatter, run_main
 
 
 def rows_for(name: str, given: argparse.Namespace, overrides: list[str]) -> list[dict[str, Any]]:
@@ -83,17 +107,7 @@ def as_text(found: dict[str, Any], names: Sequence[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.usage = "%(prog)s RUN RUN2 [options] [KEY=VALUE ...]"
-    parser.add_argument("runs", nargs=2, metavar="RUN")
-    parser.add_argument("--data", nargs="+", metavar="FILE_OR_SET", help="as datasets=[...] takes them")
-    parser.add_argument("--limit", type=int, metavar="N", help="compare on the first N records of each data set")
-    parser.add_argument("--show", type=int, default=2, metavar="N", help="pairs to show on which the runs differ")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the comparison as JSON, too")
-    others, overrides = take_overrides(sys.argv[1:])
-    given = parser.parse_args(others)
-    if given.show < 0 or (given.limit is not None and given.limit < 1):
-        raise UserError(f"--show {given.show} must be at least 0 and --limit {given.limit} at least 1")
+    given, overrides = read_arguments()
     quiet_transformers()
     rows = [rows_for(name, given, overrides) for name in given.runs]
     pairs = pairs_of(rows[0])

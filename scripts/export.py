@@ -22,6 +22,30 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dpo.utils import UserError
+from options import check_name, take_overrides
+from utils import HelpFormatter, run_main
+
+
+def read_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="run's folder, checkpoint, or adapter")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write; must not exist")
+    parser.add_argument("--merge", action="store_true", help="add the adapter to the weights")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; else as trained")
+    parser.add_argument("--gguf", action="store_true", help="also a GGUF file in FOLDER, by llama.cpp's converter")
+    parser.add_argument("--push", metavar="NAME", help="then upload FOLDER to this repository of the hub")
+    others, overrides = take_overrides(sys.argv[1:])
+    given = parser.parse_args(others)
+    if given.out.exists():
+        raise UserError(f"--out {given.out} is there already; give a folder that is not")
+    check_name(given.run)
+    return given, overrides
+
+
+if __name__ == "__main__":
+    run_main(read_arguments)  # before the slow imports: --help and mistakes are answered at once
+
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor
@@ -38,9 +62,8 @@ from dpo.run.checkpoint import card
 from dpo.run.saved import Saved
 from dpo.run.weights import base_of
 from dpo.sampling import Sampling, sample
-from dpo.utils import UserError, log, make_dir, visible
-from opening import find_saved, take_overrides
-from utils import HelpFormatter, run_main
+from dpo.utils import log, make_dir, visible
+from opening import find_saved
 
 CONVERTER = "convert_hf_to_gguf.py"
 N_SAMPLES, LENGTH = 8, 64  # on which models are compared
@@ -122,17 +145,7 @@ def push(folder: Path, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="run's folder, checkpoint, or adapter")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write; must not exist")
-    parser.add_argument("--merge", action="store_true", help="add the adapter to the weights")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; else as trained")
-    parser.add_argument("--gguf", action="store_true", help="also a GGUF file in FOLDER, by llama.cpp's converter")
-    parser.add_argument("--push", metavar="NAME", help="then upload FOLDER to this repository of the hub")
-    others, overrides = take_overrides(sys.argv[1:])
-    given = parser.parse_args(others)
-    if given.out.exists():
-        raise UserError(f"--out {given.out} is there already; give a folder that is not")
+    given, overrides = read_arguments()
     converter = find_converter() if given.gguf else None
     quiet_transformers()
     saved = find_saved(given.run, overrides)

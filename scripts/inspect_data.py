@@ -22,12 +22,38 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dpo.utils import UserError
+from settings import check_keys
+from utils import HelpFormatter, run_main
+
+
+def read_arguments() -> tuple[int, str, bool, list[str]]:
+    """Return `n`, `split`, whether JSON is wanted, and the overrides."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.usage = "%(prog)s [--json] [n=N] [split=SPLIT] [KEY=VALUE ...]"
+    parser.add_argument("--json", action="store_true", help="one JSON object a record, and nothing else, on stdout")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="n (default 3), split (default train), or as train.py"
+    )
+    arguments = parser.parse_intermixed_args()
+    given = {argument.partition("=")[0]: argument for argument in arguments.overrides}
+    n = given.pop("n", "n=3").removeprefix("n=")
+    split = given.pop("split", "split=train").removeprefix("split=")
+    if not re.fullmatch("[0-9]{1,9}", n):
+        raise UserError(f"n={n} must be a whole number of examples, 0 or more")
+    check_keys(list(given.values()))
+    defaults = [] if "loss" in given else ["loss=dpo", "loss.beta=0.1"]
+    return int(n), split, arguments.json, [*defaults, *given.values()]
+
+
+if __name__ == "__main__":
+    run_main(read_arguments)  # before the slow imports: --help and mistakes are answered at once
+
 from dpo.data.records import PreferenceData, Record, format_funnel
 from dpo.model.loading import load_tokenizer
-from dpo.utils import UserError, visible
+from dpo.utils import visible
 from preference_datasets import load_data
-from settings import check_keys, data_settings, load_config
-from utils import HelpFormatter, run_main
+from settings import data_settings, load_config
 
 DIM, GREEN, SPECIAL, RESET = "\033[2m", "\033[32m", "\033[1;30;43m", "\033[0m"
 
@@ -110,25 +136,6 @@ def examples(data: PreferenceData, n: int) -> list[int]:
     by_set = [[i for i, source in enumerate(data.source.tolist()) if source == s][:n] for s in range(len(data.names))]
     turns = [i for turn in range(n) for records in by_set for i in records[turn : turn + 1]]
     return turns[:n]
-
-
-def read_arguments() -> tuple[int, str, bool, list[str]]:
-    """Return `n`, `split`, whether JSON is wanted, and the overrides."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.usage = "%(prog)s [--json] [n=N] [split=SPLIT] [KEY=VALUE ...]"
-    parser.add_argument("--json", action="store_true", help="one JSON object a record, and nothing else, on stdout")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="n (default 3), split (default train), or as train.py"
-    )
-    arguments = parser.parse_intermixed_args()
-    given = {argument.partition("=")[0]: argument for argument in arguments.overrides}
-    n = given.pop("n", "n=3").removeprefix("n=")
-    split = given.pop("split", "split=train").removeprefix("split=")
-    if not re.fullmatch("[0-9]{1,9}", n):
-        raise UserError(f"n={n} must be a whole number of examples, 0 or more")
-    check_keys(list(given.values()))
-    defaults = [] if "loss" in given else ["loss=dpo", "loss.beta=0.1"]
-    return int(n), split, arguments.json, [*defaults, *given.values()]
 
 
 def main() -> None:

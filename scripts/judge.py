@@ -24,6 +24,48 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dpo.utils import UserError
+from options import add_judges, judge_problems, read, refused, take_overrides
+from utils import HelpFormatter, run_main
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.usage = "%(prog)s A B (--endpoint URL --model NAME | --reward-model NAME | --function M:F | --sentiment) ..."
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
+    add_judges(parser)
+    parser.add_argument("--prompts", nargs="+", metavar="FILE_OR_SET", help="as datasets=[...] takes them")
+    parser.add_argument("--limit", type=int, default=256, metavar="N", help="compare on the first N prompts")
+    parser.add_argument("--temperatures", default="1", metavar="T,T", help="at which models are sampled")
+    parser.add_argument("--n", type=int, default=1, help="samples a prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="of each sample")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--out", type=Path, default=Path("judge"), help="folder of answers, samples and results")
+    parser.add_argument("--wandb", action="store_true", help="log tables to Weights & Biases, too")
+    others, overrides = take_overrides(sys.argv[1:])
+    given = parser.parse_args(others)
+    given.overrides = overrides
+    if wrong := problems(given):
+        raise UserError("\n".join(wrong))
+    given.temperatures = [*dict.fromkeys(map(float, given.temperatures.split(",")))]
+    return given
+
+
+def problems(given: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the options."""
+    temperatures = read(lambda: [*map(float, given.temperatures.split(","))])
+    rules = [
+        *((key, vars(given)[key] >= 1, "at least 1") for key in ("limit", "n", "max_new_tokens")),
+        ("seed", 0 <= given.seed < 2**62, "0 or more, and less than 2^62"),
+        ("temperatures", temperatures and all(0 <= t < float("inf") for t in temperatures), "numbers such as 0,0.5,1"),
+    ]
+    return refused(given, rules) + judge_problems(given)
+
+
+if __name__ == "__main__":
+    run_main(read_arguments)  # before the slow imports: --help and mistakes are answered at once
 sys.path.append("")  # the current folder, which may hold the module of --function
 
 import numpy as np
@@ -36,7 +78,7 @@ from dpo.data.rendering import ChatFormat
 from dpo.data.rows import BadRow, ParsedRow, SkippedRow, Text, text_or_messages
 from dpo.data.sources import PAIRS, TARGETS, find_source
 from dpo.files import atomic_write
-from dpo.judging.endpoint import CRITERIA, DEFAULTS, Answers, Endpoint
+from dpo.judging.endpoint import Answers, Endpoint
 from dpo.judging.judges import (
     ANSWERS,
     REFUSED,
@@ -57,13 +99,12 @@ from dpo.model.patches import quiet_transformers
 from dpo.run.config import Config
 from dpo.run.saved import Saved
 from dpo.run.trackers import open_wandb
-from dpo.utils import UserError, log, make_dir, redact
-from opening import ends, find_saved, refused, take_overrides, warn_of_formats
+from dpo.utils import log, make_dir, redact
+from opening import ends, find_saved, warn_of_formats
 from preference_datasets import REGISTRY
 from results import sentiment
 from sample import job, rendered, sampled, write_samples
 from settings import data_settings, load_config
-from utils import HelpFormatter, run_main
 
 CHOSEN = "chosen"
 HH = ChatFormat(None, "hh", "2024-07-26")  # how judges see messages
@@ -328,79 +369,6 @@ def usage(judge: Endpoint, given: argparse.Namespace) -> dict[str, Any]:
     cost = None if given.price_in is None else used.cost(given.price_in, given.price_out)
     log(line + ("" if cost is None else f", cost {cost:.4g}"))
     return used._asdict() | {"cost": cost}
-
-
-def add_judges(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `find_judge` reads, besides --out and overrides."""
-    judges = parser.add_mutually_exclusive_group(required=True)
-    judges.add_argument("--endpoint", metavar="URL", help="judge: --model at an OpenAI-compatible endpoint")
-    judges.add_argument("--reward-model", metavar="NAME", help="judge: a sequence classifier with one label")
-    judges.add_argument("--function", metavar="MODULE:NAME", help="judge: Python function (prompt, response) -> number")
-    judges.add_argument("--sentiment", action="store_true", help="judge: VADER, the sentiment task's true reward")
-    parser.add_argument("--model", metavar="NAME", help="the endpoint's model")
-    parser.add_argument("--criterion", choices=CRITERIA, default="helpful", help="what the endpoint is asked")
-    parser.add_argument("--fields", default=json.dumps(DEFAULTS), metavar="JSON", help="further fields of a request")
-    parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for an answer")
-    parser.add_argument("--parallel", type=int, default=4, help="requests at a time")
-    parser.add_argument("--price-in", type=float, metavar="X", help="of a million tokens of questions")
-    parser.add_argument("--price-out", type=float, metavar="X", help="of a million tokens of answers")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples, or rows of a reward model, at a time")
-
-
-def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.usage = "%(prog)s A B (--endpoint URL --model NAME | --reward-model NAME | --function M:F | --sentiment) ..."
-    parser.add_argument("a", metavar="A")
-    parser.add_argument("b", metavar="B")
-    add_judges(parser)
-    parser.add_argument("--prompts", nargs="+", metavar="FILE_OR_SET", help="as datasets=[...] takes them")
-    parser.add_argument("--limit", type=int, default=256, metavar="N", help="compare on the first N prompts")
-    parser.add_argument("--temperatures", default="1", metavar="T,T", help="at which models are sampled")
-    parser.add_argument("--n", type=int, default=1, help="samples a prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="of each sample")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--out", type=Path, default=Path("judge"), help="folder of answers, samples and results")
-    parser.add_argument("--wandb", action="store_true", help="log tables to Weights & Biases, too")
-    others, overrides = take_overrides(sys.argv[1:])
-    given = parser.parse_args(others)
-    given.overrides = overrides
-    if wrong := problems(given):
-        raise UserError("\n".join(wrong))
-    given.temperatures = [*dict.fromkeys(map(float, given.temperatures.split(",")))]
-    return given
-
-
-def read(function: Callable[[], Any]) -> Any:
-    """Return what `function` reads from text, or None."""
-    try:
-        return function()
-    except ValueError:
-        return None
-
-
-def judge_problems(given: argparse.Namespace) -> list[str]:
-    """Return what is wrong with the options of `add_judges`."""
-    rules = [
-        *((key, vars(given)[key] >= 1, "at least 1") for key in ("batch_size", "parallel")),
-        ("timeout", given.timeout > 0, "above 0"),
-        ("fields", isinstance(read(lambda: json.loads(given.fields)), dict), "a JSON object"),
-    ]
-    wrong = refused(given, rules)
-    for one, other in (("endpoint", "model"), ("price_in", "price_out")):
-        if (vars(given)[one] is None) != (vars(given)[other] is None):
-            wrong.append(f"--{one} and --{other} go together: give both".replace("_", "-"))
-    return wrong
-
-
-def problems(given: argparse.Namespace) -> list[str]:
-    """Return what is wrong with the options."""
-    temperatures = read(lambda: [*map(float, given.temperatures.split(","))])
-    rules = [
-        *((key, vars(given)[key] >= 1, "at least 1") for key in ("limit", "n", "max_new_tokens")),
-        ("seed", 0 <= given.seed < 2**62, "0 or more, and less than 2^62"),
-        ("temperatures", temperatures and all(0 <= t < float("inf") for t in temperatures), "numbers such as 0,0.5,1"),
-    ]
-    return refused(given, rules) + judge_problems(given)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """What the scripts share: the model that a command line names, with the settings of its run and KEY=VALUE overrides."""
 
-import argparse
 import re
 import shlex
 import subprocess
@@ -21,25 +20,8 @@ from dpo.run.resume import flat
 from dpo.run.saved import CHANGED, Saved, reference_of
 from dpo.run.weights import find_archive, weights_identity
 from dpo.utils import ROOT, UserError, log
-from settings import LOSS_NAMES, check_keys, load_config, quoted
-
-
-def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (the other arguments, the KEY=VALUE, in any order). Raise UserError for a misspelt key."""
-    overrides = [a for a in arguments if re.match(r"[+~]{0,2}[A-Za-z_][\w.@]*=", a) and not Path(a).exists()]
-    check_keys(overrides)
-    return [a for a in arguments if a not in overrides], overrides
-
-
-def key_of(override: str) -> str:
-    """Return the key that a command-line override sets."""
-    return override.partition("=")[0].lstrip("+")
-
-
-def refused(given: argparse.Namespace, rules: Sequence[tuple[str, Any, str]]) -> list[str]:
-    """Return a message for each (option, whether its value is allowed, what is allowed) that is not."""
-    wrong = [(key, allowed) for key, ok, allowed in rules if not ok]
-    return [f"--{key.replace('_', '-')} {vars(given)[key]} must be {allowed}" for key, allowed in wrong]
+from options import check_name, key_of
+from settings import LOSS_NAMES, load_config, quoted
 
 
 def ends(found: Mapping[str, Any], form: str = ".3f") -> str:
@@ -68,6 +50,7 @@ def find_saved(name: str, overrides: list[str]) -> Saved:
     Settings are those of the run if that is known, then `overrides` as train.py takes them. Nothing that a file says
     is interpolated. Raise UserError if there is no such model.
     """
+    check_name(name)
     model = ["model=blank_model"]
     own: dict[str, Any] = {"model.name_or_path": name}
     state: dict[str, Any] = {}

@@ -17,13 +17,34 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dpo.hardware import DEVICES, GiB
+from dpo.utils import UserError
+from options import take_overrides
+from utils import HelpFormatter, run_main
+
+
+def read_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--gpu", choices=[*DEVICES], default="H100", help="the GPU to plan for")
+    parser.add_argument(
+        "--processes", type=int, help="GPUs of all machines, unless trainer=BasicTrainer; else nproc, or 8"
+    )
+    parser.add_argument("--no-advice", action="store_true", help="do not look for better settings, which takes longer")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.usage = "%(prog)s [options] KEY=VALUE ..."
+    others, overrides = take_overrides(sys.argv[1:])
+    arguments = parser.parse_args(others)
+    if arguments.processes is not None and arguments.processes < 1:
+        raise UserError(f"--processes {arguments.processes} must be at least 1")
+    return arguments, overrides
+
+
+if __name__ == "__main__":
+    run_main(read_arguments)  # before the slow imports: --help and mistakes are answered at once
+
 from dpo.plan.planning import Planned, Planner
 from dpo.plan.tracker import KINDS
-from dpo.utils import UserError
-from opening import take_overrides
 from settings import load_config
 from trainers import planner
-from utils import HelpFormatter, run_main
 
 
 def as_text(found: Planned, plan: Planner, name: str) -> str:
@@ -57,18 +78,7 @@ def as_text(found: Planned, plan: Planner, name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--gpu", choices=[*DEVICES], default="H100", help="the GPU to plan for")
-    parser.add_argument(
-        "--processes", type=int, help="GPUs of all machines, unless trainer=BasicTrainer; else nproc, or 8"
-    )
-    parser.add_argument("--no-advice", action="store_true", help="do not look for better settings, which takes longer")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.usage = "%(prog)s [options] KEY=VALUE ..."
-    others, overrides = take_overrides(sys.argv[1:])
-    arguments = parser.parse_args(others)
-    if arguments.processes is not None and arguments.processes < 1:
-        raise UserError(f"--processes {arguments.processes} must be at least 1")
+    arguments, overrides = read_arguments()
     given = [] if any(override.startswith("exp_name=") for override in overrides) else ["exp_name=plan"]
     config = load_config([*given, *overrides])
     with contextlib.redirect_stdout(sys.stderr):

@@ -12,6 +12,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import HelpFormatter, run_main
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("overrides", nargs="*", help="of the configuration, such as mixed_precision=null")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_main(read_arguments)  # before the slow imports: --help and mistakes are answered at once
+
 import torch
 
 from dpo.model.checks import refusing
@@ -24,7 +37,6 @@ from dpo.scoring import Scorer
 from dpo.utils import visible
 from opening import find_saved
 from settings import build_loss, quoted
-from utils import HelpFormatter, run_main
 
 
 def replay(folder: Path, overrides: list[str]) -> None:
@@ -55,10 +67,7 @@ def replay(folder: Path, overrides: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("overrides", nargs="*", help="of the configuration, such as mixed_precision=null")
-    replay(**vars(parser.parse_args()))
+    replay(**vars(read_arguments()))
 
 
 if __name__ == "__main__":

@@ -29,37 +29,90 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.append("")  # the current folder, which may hold the module of --function
-
-import numpy as np
-import torch
-from matplotlib.figure import Figure
 
 from dpo.config import Inherited, keys
-from dpo.data.rows import Text
-from dpo.files import atomic_write
-from dpo.judging.judges import Judge, ScoreJudge
-from dpo.judging.statistics import interval, win_rate
-from dpo.model.loading import local_folder
-from dpo.model.patches import quiet_transformers
 from dpo.run.config import Config
-from dpo.run.saved import Saved
-from dpo.sampling import mean_and_error
-from dpo.serving import serving
-from dpo.utils import UserError, log, make_dir, progress, redact
-from judge import add_judges, as_text, find_judge, judge_problems, read, read_rows
-from opening import ends, find_saved, key_of, refused, run_train, take_overrides
-from report import write_report
-from results import Z95, load_runs
-from sample import Prompt, job, rendered, write_samples
-from sample import sampled as sample
-from settings import load_config, quoted
+from dpo.utils import UserError
+from options import add_judges, judge_problems, key_of, read, refused, take_overrides
 from utils import HelpFormatter, run_main
 
 OWN = ("datasets", "model.archive", "reference.archive", "local_run_dir", "exp_name", "resume", "n_eval_examples")
 """Keys of train.py that each round sets itself."""
 ENGINES = {"vllm": "vllm serve {model} --port {port} --generation-config vllm"}  # not the top-k of a model's own folder
 """What --serve is for an --engine."""
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.usage = "%(prog)s (--endpoint URL --model NAME | --reward-model NAME | --function M:F | --sentiment) ..."
+    add_judges(parser)
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of training")
+    parser.add_argument("--k", type=int, default=4, help="responses sampled for each prompt")
+    parser.add_argument("--prompts", type=int, metavar="N", help="prompts of a round; by default all, shared out")
+    parser.add_argument("--repeat", action="store_true", help="the same prompts in each round, not fresh ones")
+    parser.add_argument("--pairs", choices=("best-worst", "all"), default="best-worst", help="of a prompt's responses")
+    parser.add_argument(
+        "--reference", choices=("moved", "fixed"), default="moved", help="the round's start or the first"
+    )
+    parser.add_argument("--keep-cut", action="store_true", help="train on cut responses, too, as if they ended")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="of each sample")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the samples to train on")
+    parser.add_argument("--top-p", type=float, default=1.0, help="of the samples to train on")
+    server = parser.add_mutually_exclusive_group()
+    server.add_argument("--engine", choices=ENGINES, help="sample from a server of this program, if it is installed")
+    server.add_argument("--serve", metavar="COMMAND", help="sample from the server that this starts: see above")
+    parser.add_argument("--eval-prompts", type=int, default=256, metavar="N", help="held-out prompts to measure on")
+    parser.add_argument("--eval-n", type=int, default=2, metavar="N", help="samples of each, at temperature 1")
+    parser.add_argument("--seed", type=int, default=0, help="of samples and of the order of prompts")
+    parser.add_argument("--out", type=Path, default=Path("rounds"), help="folder of everything")
+    others, given_overrides = take_overrides(sys.argv[1:])
+    given = parser.parse_args(others)
+    counts = ("rounds", "prompts", "max_new_tokens", "eval_prompts", "eval_n")
+    rules = [
+        *((key, vars(given)[key] is None or vars(given)[key] >= 1, "at least 1") for key in counts),
+        ("k", given.k >= 2, "at least 2"),
+        ("temperature", 0 < given.temperature < float("inf"), "above 0"),
+        ("top_p", 0 < given.top_p <= 1, "above 0 and at most 1"),
+        ("engine", given.engine is None or importlib.util.find_spec(given.engine), "installed in this environment"),
+        ("serve", given.serve is None or read(lambda: shlex.split(given.serve)), "a command line"),
+        ("seed", 0 <= given.seed < 2**62, "0 or more, and less than 2^62"),
+    ]
+    taken = [key for key in map(key_of, given_overrides) if key in OWN and key not in ("datasets", "model.archive")]
+    wrong = [f"{key}=... is set by each round itself: leave it out" for key in taken]
+    if wrong := wrong + refused(given, rules) + judge_problems(given):
+        raise UserError("\n".join(wrong))
+    given.overrides, given.serve = given_overrides, ENGINES.get(given.engine, given.serve)
+    opened = {"device", "cache_dir", *keys(Config, Inherited)}
+    given.opening = [o for o in given_overrides if {key_of(o), key_of(o).partition(".")[0]} & opened]
+    return given
+
+
+if __name__ == "__main__":
+    run_main(read_arguments)  # before the slow imports: --help and mistakes are answered at once
+sys.path.append("")  # the current folder, which may hold the module of --function
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from dpo.data.rows import Text
+from dpo.files import atomic_write
+from dpo.judging.judges import Judge, ScoreJudge
+from dpo.judging.statistics import interval, win_rate
+from dpo.model.loading import local_folder
+from dpo.model.patches import quiet_transformers
+from dpo.run.saved import Saved
+from dpo.sampling import mean_and_error
+from dpo.serving import serving
+from dpo.utils import log, make_dir, progress, redact
+from judge import as_text, find_judge, read_rows
+from opening import ends, find_saved, run_train
+from report import write_report
+from results import Z95, load_runs
+from sample import Prompt, job, rendered, write_samples
+from sample import sampled as sample
+from settings import load_config, quoted
+
 KL_COLUMN = "kl_rao_blackwell"
 
 
@@ -245,51 +298,6 @@ def check_out(given: argparse.Namespace, settings: Mapping[str, Any]) -> None:
     if changes:
         raise UserError(f"--out {given.out} was made with other settings ({'; '.join(changes)}): give another --out")
     atomic_write(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.usage = "%(prog)s (--endpoint URL --model NAME | --reward-model NAME | --function M:F | --sentiment) ..."
-    add_judges(parser)
-    parser.add_argument("--rounds", type=int, default=2, help="rounds of training")
-    parser.add_argument("--k", type=int, default=4, help="responses sampled for each prompt")
-    parser.add_argument("--prompts", type=int, metavar="N", help="prompts of a round; by default all, shared out")
-    parser.add_argument("--repeat", action="store_true", help="the same prompts in each round, not fresh ones")
-    parser.add_argument("--pairs", choices=("best-worst", "all"), default="best-worst", help="of a prompt's responses")
-    parser.add_argument(
-        "--reference", choices=("moved", "fixed"), default="moved", help="the round's start or the first"
-    )
-    parser.add_argument("--keep-cut", action="store_true", help="train on cut responses, too, as if they ended")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="of each sample")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the samples to train on")
-    parser.add_argument("--top-p", type=float, default=1.0, help="of the samples to train on")
-    server = parser.add_mutually_exclusive_group()
-    server.add_argument("--engine", choices=ENGINES, help="sample from a server of this program, if it is installed")
-    server.add_argument("--serve", metavar="COMMAND", help="sample from the server that this starts: see above")
-    parser.add_argument("--eval-prompts", type=int, default=256, metavar="N", help="held-out prompts to measure on")
-    parser.add_argument("--eval-n", type=int, default=2, metavar="N", help="samples of each, at temperature 1")
-    parser.add_argument("--seed", type=int, default=0, help="of samples and of the order of prompts")
-    parser.add_argument("--out", type=Path, default=Path("rounds"), help="folder of everything")
-    others, given_overrides = take_overrides(sys.argv[1:])
-    given = parser.parse_args(others)
-    counts = ("rounds", "prompts", "max_new_tokens", "eval_prompts", "eval_n")
-    rules = [
-        *((key, vars(given)[key] is None or vars(given)[key] >= 1, "at least 1") for key in counts),
-        ("k", given.k >= 2, "at least 2"),
-        ("temperature", 0 < given.temperature < float("inf"), "above 0"),
-        ("top_p", 0 < given.top_p <= 1, "above 0 and at most 1"),
-        ("engine", given.engine is None or importlib.util.find_spec(given.engine), "installed in this environment"),
-        ("serve", given.serve is None or read(lambda: shlex.split(given.serve)), "a command line"),
-        ("seed", 0 <= given.seed < 2**62, "0 or more, and less than 2^62"),
-    ]
-    taken = [key for key in map(key_of, given_overrides) if key in OWN and key not in ("datasets", "model.archive")]
-    wrong = [f"{key}=... is set by each round itself: leave it out" for key in taken]
-    if wrong := wrong + refused(given, rules) + judge_problems(given):
-        raise UserError("\n".join(wrong))
-    given.overrides, given.serve = given_overrides, ENGINES.get(given.engine, given.serve)
-    opened = {"device", "cache_dir", *keys(Config, Inherited)}
-    given.opening = [o for o in given_overrides if {key_of(o), key_of(o).partition(".")[0]} & opened]
-    return given
 
 
 def main() -> None:

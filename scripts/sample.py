@@ -1,10 +1,13 @@
 """Samples of a trained policy and of its reference for the same prompts, with estimates of the KL divergence.
 
+    python scripts/sample.py RUN "Rivers are" --n 4
+    python scripts/sample.py RUN - < prompt.txt
     python scripts/sample.py RUN --prompts prompts.txt --out samples.jsonl
 
 RUN is a run's folder, a checkpoint, a model folder or a hub id; the reference is the one it was trained against, and
-`--reference none` goes without. Prompts: one a line of a .txt file, or the column `prompt` of a .jsonl file: text, or a
-list of {role, content}, to be rendered with the chat template. Text is taken literally, unless the run was trained with
+`--reference none` goes without. Prompts: on the command line (`-`: all of stdin), where samples are printed and written
+only to a given --out; or --prompts: one a line of a .txt file, or the column `prompt` of a .jsonl file: text, or a list
+of {role, content}, to be rendered with the chat template. Text is taken literally, unless the run was trained with
 chat_format=template (or that is given): then it is a user's turn. Started again after an interruption
 with the same --out it resumes, and the file becomes the same. KEY=VALUE are overrides as train.py
 takes them: device=cpu, model.policy_dtype=bfloat16.
@@ -25,6 +28,53 @@ from typing import Any, BinaryIO, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dpo.utils import UserError
+from options import check_name, refused, take_overrides
+from utils import HelpFormatter, run_main
+
+
+def read_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.usage = "%(prog)s RUN (PROMPT ... | - | --prompts FILE) [options] [KEY=VALUE ...]"
+    parser.add_argument("run")
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="text, or - for all of stdin")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help=".jsonl or .txt")
+    parser.add_argument("--out", type=Path, help="file of the result; of --prompts by default samples.jsonl")
+    parser.add_argument("--overwrite", action="store_true", help="start --out anew")
+    parser.add_argument("--reference", metavar="NAME", help="run, checkpoint, model folder, hub id, or none")
+    parser.add_argument("--n", type=int, default=1, help="samples a prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="of each response")
+    parser.add_argument("--temperature", type=float, default=1.0, help="1: the model's own distribution")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1: the model's own distribution")
+    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time: temperature 0")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples at a time")
+    parser.add_argument("--seed", type=int, default=0, help="with a batch's number it gives its samples")
+    others, overrides = take_overrides(sys.argv[1:])
+    given = parser.parse_intermixed_args(others)
+    rules = [
+        *((key, vars(given)[key] >= 1, "at least 1") for key in ("n", "max_new_tokens", "batch_size")),
+        ("temperature", 0 <= given.temperature < float("inf"), "0 or more"),
+        ("top_p", 0 < given.top_p <= 1, "above 0 and at most 1"),
+        ("seed", 0 <= given.seed < 2**62, "0 or more, and less than 2^62"),
+    ]
+    wrong = refused(given, rules)
+    if given.greedy and (given.temperature, given.top_p) != (1, 1):
+        wrong.append("--greedy takes neither --temperature nor --top-p")
+    given.temperature = 0.0 if given.greedy else given.temperature
+    if given.temperature == 0 and given.n > 1:
+        wrong.append(f"--n {given.n}: greedy samples of a prompt are all the same; leave it out, or --greedy")
+    if bool(given.prompt) == bool(given.prompts):
+        wrong.append("give prompts on the command line, - for stdin, or --prompts FILE")
+    if wrong:
+        raise UserError("\n".join(wrong))
+    given.out = given.out or (Path("samples.jsonl") if given.prompts else None)
+    check_name(given.run)
+    return given, overrides
+
+
+if __name__ == "__main__":
+    run_main(read_arguments)  # before the slow imports: --help and mistakes are answered at once
+
 from dpo.data.parse import decode
 from dpo.data.rendering import ChatFormat
 from dpo.data.rows import BadRow, ParsedRow, Text, text_or_messages, to_messages
@@ -37,9 +87,8 @@ from dpo.run.config import Config
 from dpo.run.saved import Saved
 from dpo.run.weights import weights_identity
 from dpo.sampling import ESTIMATORS, Sampling, continuation, divergence, mean_and_error, sample
-from dpo.utils import UserError, file_hash, log, make_dir, progress, visible
-from opening import find_reference, find_saved, refused, take_overrides, warn_of_formats
-from utils import HelpFormatter, run_main
+from dpo.utils import file_hash, log, make_dir, progress, visible
+from opening import find_reference, find_saved, warn_of_formats
 
 ADVICE = "give another --out, or --overwrite"
 
@@ -77,6 +126,17 @@ def read_prompts(path: Path, tokenizer: Any, chat: ChatFormat) -> list[Prompt]:
     if not prompts:
         raise UserError(f"--prompts {path} holds no prompt; give a file with at least one")
     return prompts
+
+
+def prompts_given(texts: Sequence[str], tokenizer: Any, chat: ChatFormat) -> list[Prompt]:
+    """Return the prompts of the command line; "-" is what stdin holds. Raise UserError."""
+    read = [
+        ("stdin", sys.stdin.read().removesuffix("\n")) if text == "-" else (f"prompt {text!r}", text) for text in texts
+    ]
+    try:
+        return [as_prompt(where, text, tokenizer, chat) for where, text in read]
+    except BadRow as bad:
+        raise UserError(f"a prompt of the command line: {bad}; give text") from None
 
 
 def as_prompt(where: str, prompt: Text, tokenizer: Any, chat: ChatFormat) -> Prompt:
@@ -250,10 +310,10 @@ def write_samples(
         return [json.loads(line) for line in file]
 
 
-def summary(rows: Sequence[dict[str, Any]], how: Sampling) -> str:
-    """Return the means over the rows of a finished file, and the first of them."""
+def summary(rows: Sequence[dict[str, Any]], how: Sampling, every: bool = False) -> str:
+    """Return the means over the rows of a finished file, and the first of them, or all."""
     lines = []
-    for row in [row for row in rows if row["sample"] == 0][:3]:
+    for row in rows if every else [row for row in rows if row["sample"] == 0][:3]:
         lines.append(f"\n{visible(row['prompt'])}")
         lines += [f"  {name:9} {visible(row[name])}" for name in ("policy", "reference") if name in row]
     prompts = [row["prompt"] for row in rows]
@@ -273,40 +333,6 @@ def summary(rows: Sequence[dict[str, Any]], how: Sampling) -> str:
     return "\n".join(lines)
 
 
-def read_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.usage = "%(prog)s RUN --prompts FILE [options] [KEY=VALUE ...]"
-    parser.add_argument("run")
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help=".jsonl or .txt")
-    parser.add_argument("--out", type=Path, default=Path("samples.jsonl"), help="file of the result")
-    parser.add_argument("--overwrite", action="store_true", help="start --out anew")
-    parser.add_argument("--reference", metavar="NAME", help="run, checkpoint, model folder, hub id, or none")
-    parser.add_argument("--n", type=int, default=1, help="samples a prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="of each response")
-    parser.add_argument("--temperature", type=float, default=1.0, help="1: the model's own distribution")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1: the model's own distribution")
-    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time: temperature 0")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples at a time")
-    parser.add_argument("--seed", type=int, default=0, help="with a batch's number it gives its samples")
-    others, overrides = take_overrides(sys.argv[1:])
-    given = parser.parse_args(others)
-    rules = [
-        *((key, vars(given)[key] >= 1, "at least 1") for key in ("n", "max_new_tokens", "batch_size")),
-        ("temperature", 0 <= given.temperature < float("inf"), "0 or more"),
-        ("top_p", 0 < given.top_p <= 1, "above 0 and at most 1"),
-        ("seed", 0 <= given.seed < 2**62, "0 or more, and less than 2^62"),
-    ]
-    wrong = refused(given, rules)
-    if given.greedy and (given.temperature, given.top_p) != (1, 1):
-        wrong.append("--greedy takes neither --temperature nor --top-p")
-    given.temperature = 0.0 if given.greedy else given.temperature
-    if given.temperature == 0 and given.n > 1:
-        wrong.append(f"--n {given.n}: greedy samples of a prompt are all the same; leave it out, or --greedy")
-    if wrong:
-        raise UserError("\n".join(wrong))
-    return given, overrides
-
-
 def main() -> None:
     given, overrides = read_arguments()
     quiet_transformers()
@@ -314,17 +340,23 @@ def main() -> None:
     reference = None if given.reference == "none" else find_reference(policy, given.reference, overrides)
     tokenizer = load_tokenizer(policy.config)
     chat = ChatFormat(tokenizer, policy.config.chat_format, policy.config.chat_date)
-    prompts = read_prompts(given.prompts, tokenizer, chat)
-    warn_of_formats(policy, {prompt.format for prompt in prompts}, str(given.prompts))
+    if given.prompt:
+        prompts, digest = prompts_given(given.prompt, tokenizer, chat), None
+    else:
+        prompts, digest = read_prompts(given.prompts, tokenizer, chat), file_hash(given.prompts)
+    warn_of_formats(policy, {prompt.format for prompt in prompts}, str(given.prompts or "the prompt"))
     check_lengths(prompts, [policy, reference] if reference else [policy], given.max_new_tokens)
     options = {key: vars(given)[key] for key in ("max_new_tokens", "batch_size", "seed", "temperature", "top_p")}
-    digest = file_hash(given.prompts)
     items, how, settings = job(policy, reference, overrides, prompts, given.n, options, digest)
-    make_dir(given.out.parent, "--out")
     make = functools.partial(sampled, policy, reference, how, items)
-    rows = write_samples(given.out, make, items, settings, given.overwrite)
-    log(summary(rows, how))
-    log(f"written to {given.out}")
+    if given.out:
+        make_dir(given.out.parent, "--out")
+        rows = write_samples(given.out, make, items, settings, given.overwrite)
+    else:
+        rows = [*itertools.chain.from_iterable(make(0))]
+    log(summary(rows, how, every=bool(given.prompt)))
+    if given.out:
+        log(f"written to {given.out}")
 
 
 if __name__ == "__main__":

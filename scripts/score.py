@@ -1,6 +1,7 @@
 """The rewards that a policy stands for, beta log policy(y | x) / reference(y | x), of responses and of their tokens.
 
     python scripts/score.py RUN --data pairs.jsonl --out scores.jsonl
+    python scripts/score.py RUN RUN2 RUN3      # one table, a row a run; compare.py: two runs, pair by pair
 
 RUN is a run's folder, a checkpoint, a model folder or a hub id; the reference is the one it was trained against. These
 rewards (Rafailov et al. 2023, section 4) are known up to a function of the prompt: compare responses to one prompt.
@@ -19,9 +20,43 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dpo.utils import UserError
+from options import check_name, take_overrides
+from utils import HelpFormatter, run_main
+
+
+def read_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.usage = "%(prog)s RUN [RUN ...] [options] [KEY=VALUE ...]"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run's folder, checkpoint, model folder or hub id")
+    parser.add_argument("--reference", metavar="NAME", help="run, checkpoint, model folder or hub id")
+    parser.add_argument("--data", nargs="+", metavar="FILE_OR_SET", help="as datasets=[...] takes them")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="test: all rows, if undivided")
+    parser.add_argument("--out", type=Path, default=Path("scores.jsonl"), help="file of the result")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="records of a run to show, token by token")
+    parser.add_argument("--limit", type=int, metavar="N", help="score the first N records of each data set")
+    others, overrides = take_overrides(sys.argv[1:])
+    arguments = parser.parse_intermixed_args(others)
+    if arguments.show < 0 or (arguments.limit is not None and arguments.limit < 1):
+        raise UserError(f"--show {arguments.show} must be at least 0 and --limit {arguments.limit} at least 1")
+    if arguments.out.is_dir() or (arguments.out.exists() and not arguments.overwrite):
+        raise UserError(f"--out {arguments.out} exists: give another file, or --overwrite to replace a file")
+    if arguments.data and len(set(arguments.data)) < len(arguments.data):
+        raise UserError(f"--data {' '.join(arguments.data)} names a data set twice; name each once")
+    if len(set(arguments.runs)) < len(arguments.runs):
+        raise UserError(f"{' '.join(arguments.runs)} names a run twice; name each once")
+    for name in arguments.runs:
+        check_name(name)
+    return arguments, overrides
+
+
+if __name__ == "__main__":
+    run_main(read_arguments)  # before the slow imports: --help and mistakes are answered at once
 
 import numpy as np
 import torch
@@ -36,12 +71,12 @@ from dpo.model.loading import load_tokenizer
 from dpo.model.patches import quiet_transformers
 from dpo.run.config import Config
 from dpo.run.saved import Saved, token_logps
-from dpo.utils import UserError, log, make_dir, redact, visible
+from dpo.run.terminal import aligned
+from dpo.utils import log, make_dir, redact, visible
 from inspect_data import DIM, RESET, in_colour, pieces
-from opening import find_reference, find_saved, hits_of, take_overrides, warn_of_formats
+from opening import find_reference, find_saved, hits_of, warn_of_formats
 from preference_datasets import REGISTRY, load_data
 from settings import data_settings, quoted
-from utils import HelpFormatter, run_main
 
 GREENS, REDS = (22, 28, 34, 40, 46), (52, 88, 124, 160, 196)  # of a terminal's 256 colours, small to large
 
@@ -186,9 +221,34 @@ def rows_of(items: Sequence[Item], policy: Saved, reference: Saved, loss: Loss, 
         yield row | {"responses": responses, "pairs": record.pairs}
 
 
-def table(pairs: Sequence[tuple[int, str, float, int]]) -> str:
-    """Return how often the preferred response has the higher reward (equal: half), from (prompt, data set, reward of
-    the preferred minus that of the other, how many tokens longer it is) of each pair."""
+PairScore = tuple[int, str, float, int]
+"""Of a pair: prompt, data set, reward of the preferred minus that of the other, and how many tokens longer it is."""
+
+
+def accuracy(prompts: np.ndarray, margins: np.ndarray) -> list[str]:
+    """Return the numbers of pairs and prompts, how often the preferred response has the higher reward (equal: half),
+    with an interval, and the mean margin."""
+    hits = hits_of(margins, np.zeros(len(margins)))
+    found = share_interval(hits, prompts)
+    shown = f"[{found[0]:.3f}, {found[1]:.3f}]" if found else "unknown: 1 prompt"
+    return [str(len(hits)), str(len(np.unique(prompts))), f"{hits.mean():.3f}", shown, f"{margins.mean():+.4f}"]
+
+
+COLUMNS = ["", "pairs", "prompts", "accuracy", "95 % interval", "mean margin"]
+
+
+def table_of_runs(pairs: Mapping[str, Sequence[PairScore]], losses: Mapping[str, Loss]) -> str:
+    """Return a row for each run. Margins of runs with other rewards cannot be compared."""
+    rows = [[*COLUMNS, "reward of"]]
+    for name, scores in pairs.items():
+        prompts, _, margins, _ = map(np.array, zip(*scores)) if scores else [np.array([])] * 4
+        found = accuracy(prompts, margins) if scores else ["0", "0", "-", "-", "-"]
+        rows.append([visible(name), *found, str(losses[name])])
+    return aligned(rows)
+
+
+def table(pairs: Sequence[PairScore]) -> str:
+    """Return the accuracy on all pairs, on those of each data set, and by which response is longer."""
     prompts, names, margins, longer = map(np.array, zip(*pairs))
     groups = {"all": np.ones(len(pairs), dtype=bool)}
     sets = list(dict.fromkeys(names.tolist()))
@@ -196,16 +256,8 @@ def table(pairs: Sequence[tuple[int, str, float, int]]) -> str:
         groups |= {short: names == name for short, name in zip(short_names(sets), sets)}
     sizes = {"longer": longer > 0, "as long": longer == 0, "shorter": longer < 0}
     groups |= {f"preferred is {size}": there for size, there in sizes.items()}
-    width = max(map(len, groups))
-    lines = [f"{'':{width}}  {'pairs':>7} {'prompts':>7}  accuracy  95 % interval   mean margin"]
-    for name, there in groups.items():
-        if there.any():
-            hits = hits_of(margins[there], np.zeros(there.sum()))
-            found = share_interval(hits, prompts[there])
-            shown = f"[{found[0]:.3f}, {found[1]:.3f}]" if found else "unknown: 1 prompt"
-            n = f"{len(hits):>7} {len(np.unique(prompts[there])):>7}"
-            lines.append(f"{name:{width}}  {n}  {hits.mean():>8.3f}  {shown:<16} {margins[there].mean():>+10.4f}")
-    return "\n".join(lines)
+    rows = [[name, *accuracy(prompts[there], margins[there])] for name, there in groups.items() if there.any()]
+    return aligned([COLUMNS, *rows])
 
 
 # --- Showing and writing ---
@@ -236,47 +288,18 @@ def show(row: Mapping[str, Any], colours: bool) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, rows: Iterable[dict[str, Any]], n_shown: int) -> tuple[list[tuple], list[float]]:
-    """Write `rows` to `path`, which appears when complete, and show the first. Returns what `table` takes, and all
-    rewards."""
+def write(file: TextIO, rows: Iterable[dict[str, Any]], n_shown: int) -> tuple[list[PairScore], list[float]]:
+    """Write `rows`, and show the first. Return the scores of their pairs, and all rewards."""
     pairs, every = [], []
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for number, row in enumerate(rows):
-                print(json.dumps(row, ensure_ascii=False), file=file)
-                if number < n_shown:
-                    print(redact(show(row, in_colour())), flush=True)  # which has made it visible; colours stay
-                every += [response["reward"] for response in row["responses"]]
-                for a, b in ((row["responses"][a], row["responses"][b]) for a, b in row["pairs"]):
-                    longer = len(a["tokens"]) - len(b["tokens"])
-                    pairs.append((number, row["dataset"], a["reward"] - b["reward"], longer))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    for number, row in enumerate(rows):
+        print(json.dumps(row, ensure_ascii=False), file=file)
+        if number < n_shown:
+            print(redact(show(row, in_colour())), flush=True)  # which has made it visible; colours stay
+        every += [response["reward"] for response in row["responses"]]
+        for a, b in ((row["responses"][a], row["responses"][b]) for a, b in row["pairs"]):
+            longer = len(a["tokens"]) - len(b["tokens"])
+            pairs.append((number, row["dataset"], a["reward"] - b["reward"], longer))
     return pairs, every
-
-
-def read_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.usage = "%(prog)s RUN [options] [KEY=VALUE ...]"
-    parser.add_argument("run")
-    parser.add_argument("--reference", metavar="NAME", help="run, checkpoint, model folder or hub id")
-    parser.add_argument("--data", nargs="+", metavar="FILE_OR_SET", help="as datasets=[...] takes them")
-    parser.add_argument("--split", choices=("test", "train"), default="test", help="test: all rows, if undivided")
-    parser.add_argument("--out", type=Path, default=Path("scores.jsonl"), help="file of the result")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out")
-    parser.add_argument("--show", type=int, default=3, metavar="N", help="records to show, token by token")
-    parser.add_argument("--limit", type=int, metavar="N", help="score the first N records of each data set")
-    others, overrides = take_overrides(sys.argv[1:])
-    arguments = parser.parse_args(others)
-    if arguments.show < 0 or (arguments.limit is not None and arguments.limit < 1):
-        raise UserError(f"--show {arguments.show} must be at least 0 and --limit {arguments.limit} at least 1")
-    if arguments.out.is_dir() or (arguments.out.exists() and not arguments.overwrite):
-        raise UserError(f"--out {arguments.out} exists: give another file, or --overwrite to replace a file")
-    if arguments.data and len(set(arguments.data)) < len(arguments.data):
-        raise UserError(f"--data {' '.join(arguments.data)} names a data set twice; name each once")
-    return arguments, overrides
 
 
 def opened(run: str, reference: str | None, data: Sequence[str] | None, overrides: list[str]) -> tuple[Saved, Saved]:
@@ -288,20 +311,37 @@ def opened(run: str, reference: str | None, data: Sequence[str] | None, override
     return policy, find_reference(policy, reference, overrides)
 
 
-def main() -> None:
-    arguments, overrides = read_arguments()
-    quiet_transformers()
-    policy, reference = opened(arguments.run, arguments.reference, arguments.data, overrides)
-    make_dir(arguments.out.parent, "--out")
+def score_run(
+    name: str, policy: Saved, reference: Saved, given: argparse.Namespace, overrides: list[str], file: TextIO
+) -> list[PairScore]:
+    """Score a run, write its rows, and say what was found. Return its pairs' scores."""
     tokenizer, loss = load_tokenizer(policy.config), policy.config.loss
-    items = load_items(policy, tokenizer, arguments.split, not arguments.data, arguments.limit)
+    items = load_items(policy, tokenizer, given.split, not given.data, given.limit)
     rows = rows_of(items, policy, reference, loss, tokenizer)
-    pairs, every = write(arguments.out, rows, arguments.show)
+    several = {"run": name} if len(given.runs) > 1 else {}
+    pairs, every = write(file, ({**several, **row} for row in rows), given.show)
     known = bool(policy.trained) or any(override.startswith("loss") for override in overrides)
     why = f"loss={loss.name} has none" if known else "the run's loss is not known"
     log(f"\nreward: that of {loss}" if loss.gives_rewards else f"\nreward: log policy / reference ({why})")
-    log(f"{len(items)} records, {len(every)} responses, mean reward {np.mean(every):+.4f}: {arguments.out}")
+    log(f"{len(items)} records, {len(every)} responses, mean reward {np.mean(every):+.4f}: {given.out}")
     log(table(pairs) if pairs else "no pairs: no accuracy")
+    return pairs
+
+
+def main() -> None:
+    given, overrides = read_arguments()
+    quiet_transformers()
+    runs = {name: opened(name, given.reference, given.data, overrides) for name in given.runs}
+    make_dir(given.out.parent, "--out")
+    temporary = given.out.with_name(f".{given.out.name}.{os.getpid()}")  # --out appears when complete
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            pairs = {name: score_run(name, *models, given, overrides, file) for name, models in runs.items()}
+        os.replace(temporary, given.out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if len(runs) > 1:
+        log(f"\n{table_of_runs(pairs, {name: policy.config.loss for name, (policy, _) in runs.items()})}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """scripts/sample.py: what is sampled, going on after interruptions, and misuse."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -287,3 +288,30 @@ def test_what_is_shown_holds_no_control_characters() -> None:
     assert "unknown (one sample)" in script.summary(
         [{**row, "reference": "", "kl_plain": 1.0, "kl_rao_blackwell": 1.0}], how
     )
+
+
+def test_prompts_of_the_command_line_are_printed(
+    call: Call, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    expected = read_jsonl(call("--greedy"))[:2]
+
+    def given(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, [run_dir, "device=cpu", *arguments])])
+        capfd.readouterr()
+        script.main()
+        return capfd.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "samples.jsonl").unlink()
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPTS[1] + "\n"))
+    said = given(PROMPTS[0], "--greedy", "-", "--max-new-tokens", 8)
+    for row in expected:
+        assert script.visible(f"\n{row['prompt']}\n  policy    {row['policy']}\n") in said
+    assert "2 samples of 2 prompts" in said and not (tmp_path / "samples.jsonl").exists()
+    said = given("It", "--n", 3, "--max-new-tokens", 4, "--out", "mine.jsonl")
+    assert said.count("\nIt\n") == 3 and len(read_jsonl(tmp_path / "mine.jsonl")) == 3
+    for wrong in ([], ["It", "--prompts", "prompts.jsonl"]):
+        with pytest.raises(UserError, match="give prompts on the command line, - for stdin, or --prompts FILE"):
+            given(*wrong)
+    with pytest.raises(UserError, match="a prompt of the command line: empty prompt"):
+        given(" ")

@@ -412,3 +412,24 @@ def test_a_run_whose_loss_needs_a_live_reference_is_opened(overrides: Callable[.
     given = ["loss=tdpo", "loss.beta=0.1", "reference.mode=live", "n_examples=8", "batch_size=8", "n_eval_examples=0"]
     train_here(overrides(*given, "sample_during_eval=false"))
     assert find_saved(str(tmp_path / "run"), ["device=cpu"]).config.loss.name == "tdpo"
+
+
+def test_several_runs_are_rows_of_one_table(
+    scored: Score, run_dir: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = scored()
+    said = capsys.readouterr().out
+    copy = run_dir.with_name("copy")
+    if not copy.exists():
+        shutil.copytree(run_dir, copy, symlinks=True)
+    rows = scored(copy, "--overwrite", "--show", 0)
+    assert rows == [{"run": str(run), **row} for run in (run_dir, copy) for row in alone]
+    *_, head, first, second = capsys.readouterr().out.splitlines()
+    every = next(line for line in said.splitlines() if line.startswith("all "))
+    assert head.split() == ["pairs", "prompts", "accuracy", "95", "%", "interval", "mean", "margin", "reward", "of"]
+    for line, run in ((first, run_dir), (second, copy)):
+        assert line.split()[0] == str(run) and line.split()[1:7] == every.split()[1:7] and "beta=0.3" in line
+    with pytest.raises(UserError, match="names a run twice"):
+        scored(run_dir, "--overwrite")
+    with pytest.raises(UserError, match=r"no such folder; did you mean .*copy"):
+        scored(run_dir.with_name("copyy"), "--overwrite")

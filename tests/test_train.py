@@ -48,7 +48,7 @@ def test_sft_then_dpo_as_processes(train_process: RunTrain, tmp_path: Path) -> N
     assert [e["counters/examples"] for e in train] == [4, 8, 12, 16, 20, 24]
     assert [e["counters/examples"] for e in evals] == [0, 12, 24]
     assert {e["counters/eval_examples"] for e in evals} == {8}
-    assert "evaluation after 12 examples, n=8: " in sft.stdout
+    assert "evaluation after 12 examples\n" in sft.stdout
     assert "| held-out metric, n = 8 | value |" in (tmp_path / "sft" / "LATEST" / "README.md").read_text()
     assert evals[-1]["loss/eval"] < evals[0]["loss/eval"]
     assert not list((tmp_path / "sft").glob(".step*"))
@@ -667,8 +667,9 @@ def test_a_run_ends_with_commands_to_paste(overrides: Callable[..., list[str]], 
     train_here(overrides("loss=sft"))
     said = capsys.readouterr().out
     _, _, commands = said.partition("next:\n")
-    report, sample, dpo = (shlex.split(line.partition("<")[0]) for line in commands.strip().splitlines()[:3])
+    report, chat, sample, dpo = (shlex.split(line.partition("<")[0]) for line in commands.strip().splitlines()[:4])
     assert report == ["python", "scripts/report.py", str(tmp_path / "run")] and sample[1] == "scripts/sample.py"
+    assert chat[1:] == ["scripts/chat.py", str(tmp_path / "run")]
     assert load_config([*dpo[2:], "exp_name=x"]).model.archive == str(tmp_path / "run")
     assert "pairs dropped" not in said and "responses truncated" not in said  # nothing was
     train_here(overrides("loss=sft", "debug=true", f"local_run_dir={tmp_path / 'other'}"))

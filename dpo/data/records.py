@@ -342,7 +342,7 @@ def _table(funnel: Mapping[str, Mapping[str, int]]) -> str:
             if key not in keys:
                 keys.insert(at, key)
             at = keys.index(key) + 1
-    quiet = re.compile("dropped|truncated")  # lines that say nothing if they are zero
+    quiet = re.compile("dropped|truncated|not used")  # lines that say nothing if they are zero
     keys = [key for key in keys if not quiet.search(key) or any(counts.get(key) for counts in funnel.values())]
     cells = [[f"{counts[key]:,}" if key in counts else "-" for counts in funnel.values()] for key in keys]
     rows = [["", *short_names(list(funnel))], *([key, *line] for key, line in zip(keys, cells))]

@@ -5,14 +5,12 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-from dpo.data.rows import ASSISTANT, HUMAN, ParsedRow, to_messages
-from dpo.model.checks import positions
 from dpo.utils import UserError, progress
+
+if TYPE_CHECKING:
+    import torch
 
 Pair = tuple[str, str, str]
 """A prompt and two responses, a and b."""
@@ -96,11 +94,17 @@ def function_judge(path: str) -> ScoreJudge:
     return ScoreJudge(path, score)
 
 
-def reward_model_judge(name: str, device: torch.device, batch_size: int) -> ScoreJudge:
+def reward_model_judge(name: str, device: "torch.device", batch_size: int) -> ScoreJudge:
     """Return the judge by a reward model: a sequence classifier with one label, a folder or hub id. Raise UserError.
 
     It reads prompt and response as its tokenizer's chat template renders them, or as plain text without one.
     """
+    import torch  # here, so that the options of a command can be read without
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from dpo.data.rows import ASSISTANT, HUMAN, ParsedRow, to_messages
+    from dpo.model.checks import positions
+
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
         options = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}

@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import ColwiseParallel, TensorParallelLayer
@@ -22,12 +22,14 @@ from transformers.modeling_gguf_pytorch_utils import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dpo import parallel
+from dpo.utils import progress
 
 
 def quiet_transformers() -> None:
     """Show transformers' errors only. Its warnings and its bars of loading and saving weights repeat what we log."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    modeling_gguf_pytorch_utils.tqdm = progress  # transformers 5.23: a bar of its own, which ignores the line above
 
 
 def class_of(config: PreTrainedConfig) -> Any:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo import parallel
 from dpo.run import checkpoint, health
 from dpo.run.config import Config
+from dpo.run.terminal import LOW_IS_BEST
 from dpo.utils import UserError, log
 
 SECONDS_BETWEEN_TRIES = 10
@@ -101,7 +102,7 @@ class Saver:
             log(f"warning: this evaluation has no {metric} (keep_best): its examples are all of the other kind")
             return False
         value = metrics[metric]
-        falls = metric.startswith(("loss/", "loss_eval/"))
+        falls = metric.startswith(LOW_IS_BEST)
         better = self.best is None or (value < self.best if falls else value > self.best)
         self.best = value if better else self.best
         return better

@@ -1,0 +1,50 @@
+"""python train.py --help."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from dpo.explained import GROUPS, comments, help_text
+from settings import all_keys
+
+KEYS = [key for keys in GROUPS.values() for key in keys]
+
+
+def test_the_twenty_keys_that_matter_are_explained_by_their_comments() -> None:
+    text = help_text(ROOT / "config")
+    words = " ".join(text.split())
+    assert len(KEYS) == 20 == len(set(KEYS)) and set(KEYS) <= set(all_keys())
+    main = comments(ROOT / "config/config.yaml")
+    for key in KEYS:
+        assert re.search(rf"(^  |, ){re.escape(key)}\b", text, re.M), key
+        if key in main:
+            assert main[key][1] and " ".join(main[key][1].split()) in words
+    assert "Strength of the pull to the reference" in words and "a policy.pt of the original code" in words
+    assert "datasets=[hh]" in words and "smollm2" in words and "config/config.yaml" in words
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_comments_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "# Of the file.\n\n# (new) Two\n# lines.\na: 1\nb: ${a}\n\nc:\n- x\n- y\n\n# D.\nd:\n  e: 2\n"
+    )
+    expected = {"a": ("1", "Two lines."), "b": ("", "Two lines."), "c": ("[x,y]", ""), "d": ("", "D.")}
+    assert comments(tmp_path / "a.yaml") == expected
+
+
+@pytest.mark.full
+def test_help_is_quick() -> None:
+    seconds = []
+    for command in ("train.py", "scripts/plan.py", "scripts/score.py", "scripts/sample.py", "scripts/chat.py"):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, command, "--help"], cwd=ROOT, capture_output=True, check=True, timeout=60)
+        seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch, transformers"], cwd=ROOT, check=True, timeout=60)
+    slow = time.perf_counter() - start  # on a busy machine all take longer
+    assert max(seconds) < max(2.0, slow), (seconds, slow)

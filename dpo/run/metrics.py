@@ -1,6 +1,7 @@
-"""Write a run's numbers and samples: files, Weights & Biases, TensorBoard."""
+"""Write a run's numbers and samples: files, Weights & Biases, trackio, TensorBoard."""
 
 import contextlib
+import io
 import json
 import math
 import time
@@ -15,15 +16,17 @@ HISTORY = ("metrics.jsonl", "samples.jsonl")  # files of a run that only grow
 
 
 class RunLogger:
-    """Writes a run's numbers: every event to `metrics.jsonl` and TensorBoard, W&B at most once in `wandb_interval` s.
+    """Writes a run's numbers: every event to `metrics.jsonl` and TensorBoard; to W&B and trackio at most one in
+    `wandb_interval` seconds.
 
-    `wandb_run` and `tensorboard` are open writers or None. No file is written before `open`. `check` raises TakenOver
-    if the folder is another process's by now. In processes that are quiet it does nothing.
+    `wandb_run`, `trackio_run` and `tensorboard` are open writers or None. No file is written before `open`. `check`
+    raises TakenOver if the folder is another process's by now. In processes that are quiet it does nothing.
     """
 
     def __init__(self, run_dir: Path, check: Callable[[], None] = lambda: None, wandb_interval: float = 1.0):
         self.run_dir, self.check, self.wandb_interval = run_dir, check, wandb_interval
         self.wandb_run: Any = None
+        self.trackio_run: Any = None
         self.tensorboard: Any = None
         self._files: dict[str, Lines] = {}
         self._last_wandb = -math.inf
@@ -46,8 +49,9 @@ class RunLogger:
             with contextlib.suppress(OSError):
                 for name, value in metrics.items():
                     self.tensorboard.add_scalar(name, value, step)
-        if self.wandb_run is not None and (always or time.monotonic() - self._last_wandb >= self.wandb_interval):
-            self.wandb_run.log({"counters/examples": step, **metrics}, step=step)
+        if always or time.monotonic() - self._last_wandb >= self.wandb_interval:
+            for run in filter(None, (self.wandb_run, self.trackio_run)):
+                run.log({"counters/examples": step, **metrics}, step=step)
             self._last_wandb = time.monotonic()
 
     def samples(self, rows: list[dict[str, Any]], step: int) -> None:
@@ -85,3 +89,6 @@ class RunLogger:
             self.tensorboard.close()
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=exit_code)
+        if self.trackio_run is not None:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.trackio_run.finish()

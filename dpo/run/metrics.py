@@ -4,13 +4,15 @@ import contextlib
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo.files import Lines
-from dpo.utils import is_quiet, log
+from dpo.run.provenance import Provenance
+from dpo.utils import TakenOver, is_quiet, log
 
 HISTORY = ("metrics.jsonl", "samples.jsonl")  # files of a run that only grow
 
@@ -19,12 +21,20 @@ class RunLogger:
     """Writes a run's numbers: every event to `metrics.jsonl` and TensorBoard; to W&B and trackio at most one in
     `wandb_interval` seconds.
 
-    `wandb_run`, `trackio_run` and `tensorboard` are open writers or None. No file is written before `open`. `check`
-    raises TakenOver if the folder is another process's by now. In processes that are quiet it does nothing.
+    `provenance` counts what they cost. `wandb_run`, `trackio_run` and `tensorboard` are open writers or None. No file
+    is written before `open`. `check` raises TakenOver if the folder is another process's by now. In processes that
+    are quiet it does nothing.
     """
 
-    def __init__(self, run_dir: Path, check: Callable[[], None] = lambda: None, wandb_interval: float = 1.0):
+    def __init__(
+        self,
+        run_dir: Path,
+        check: Callable[[], None] = lambda: None,
+        wandb_interval: float = 1.0,
+        provenance: Provenance | None = None,
+    ):
         self.run_dir, self.check, self.wandb_interval = run_dir, check, wandb_interval
+        self.provenance = provenance
         self.wandb_run: Any = None
         self.trackio_run: Any = None
         self.tensorboard: Any = None
@@ -45,6 +55,8 @@ class RunLogger:
         record = {"counters/examples": step, **metrics, "time": round(time.time(), 3)}
         if not self._files["metrics.jsonl"].add(json.dumps(record)):
             log(f"warning: {self.run_dir} is full; metrics wait in memory")
+        if self.provenance is not None:
+            self.provenance.note(metrics, step)
         if self.tensorboard is not None:
             with contextlib.suppress(OSError):
                 for name, value in metrics.items():
@@ -83,6 +95,9 @@ class RunLogger:
         return self.wandb_run.id if self.wandb_run is not None else None
 
     def close(self, exit_code: int = 0) -> None:
+        if self.provenance is not None and not isinstance(sys.exception(), TakenOver):
+            self.check()
+            self.provenance.end()
         for file in self._files.values():
             file.close()
         if self.tensorboard is not None:

@@ -411,6 +411,7 @@ class Trainer(Updates):
             "best": [self.config.keep_best, self.saver.best],
             "metrics": self.eval_metrics,
             "eval_examples": len(self.evaluator.examples),
+            "eval_samples": len(self.evaluator.sampler.prompts) if self.evaluator.sampler else 0,
             "command": self.command,
             "loss": str(self.config.loss),
             "adapter": adapters.described(self.policy) if self.starting is not None else None,

@@ -155,14 +155,16 @@ def test_trackio_gets_the_metrics(overrides: Overrides, tmp_path: Path, monkeypa
     check_logged(tmp_path / "run", logged)
 
 
+@pytest.mark.full
 def test_trackio_itself(overrides: Overrides, tmp_path: Path) -> None:
     """In a process of its own: trackio reads TRACKIO_DIR when it is imported."""
     pytest.importorskip("trackio")
+    given = ["tracker=[trackio]", "wandb.enabled=", "n_eval_examples=0", "minimum_log_interval_secs=0"]
     code = f"""
 import os, sys
 os.environ["TRACKIO_DIR"] = {str(tmp_path / "trackio")!r}
 import conftest
-conftest.train_here({overrides("tracker=[trackio]", "wandb.enabled=", "n_eval_examples=0")!r})
+conftest.train_here({overrides(*given)!r})
 import trackio
 [run] = trackio.Api().runs("direct-preference-optimization")
 assert run.name == "test run" and run.config["tags"][0] == "sft", (run.name, run.config)

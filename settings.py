@@ -222,12 +222,12 @@ def check_keys(overrides: list[str]) -> None:
     """Raise UserError for a misspelt key among command-line overrides, with the key that was probably meant."""
     own_losses = any(override.lstrip("+").startswith("hydra.searchpath=") for override in overrides)
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, value = override.partition("=")
         free = key.partition(".")[0] in ("hydra", "optimizer_kwargs", "dataset_sources", "columns")
         free |= key.startswith("adapter.peft_kwargs.") or (own_losses and key.startswith("loss."))
         if equals and key[:1].isalpha() and "/" not in key and not free and key not in all_keys():
             places = "config/config.yaml, config/model/blank_model.yaml, config/adapter/none.yaml and config/loss"
-            raise UserError(f"there is no key {key!r}{meant(key, all_keys())} (every key stands in {places})")
+            raise UserError(f"there is no key {key!r}{meant(key, all_keys(), value)} (every key stands in {places})")
 
 
 def check_command(overrides: list[str]) -> list[Override]:

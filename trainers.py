@@ -44,6 +44,7 @@ from dpo.run import checkpoint, health, resume, stopping, tensors, weights
 from dpo.run.config import Config
 from dpo.run.folder import begin, leave, locked, open_run
 from dpo.run.metrics import RunLogger
+from dpo.run.provenance import Provenance
 from dpo.run.saved import formats_of, load_reference
 from dpo.run.saving import Saver
 from dpo.run.terminal import closing_block
@@ -411,6 +412,7 @@ class Trainer(Updates):
             "best": [self.config.keep_best, self.saver.best],
             "metrics": self.eval_metrics,
             "eval_examples": len(self.evaluator.examples),
+            "eval_samples": len(self.evaluator.sampler.prompts) if self.evaluator.sampler else 0,
             "command": self.command,
             "loss": str(self.config.loss),
             "adapter": adapters.described(self.policy) if self.starting is not None else None,
@@ -551,20 +553,22 @@ def train_in_process(config: Config, overrides: list[str] | None, stop: stopping
     command = shlex.join(["python", "train.py", *overrides]) if overrides is not None else "trainers.train(config)"
     fit = functools.partial(build_and_fit, config, sharding, command, stop)
     if not parallel.is_main():
-        fit(RunLogger(run_dir), lambda funnel: None)
+        fit(RunLogger(run_dir), lambda funnel, identity: None)
         return
     fresh, accepted = not run_dir.exists(), False
     composed = OmegaConf.create(literal(config.to_dict()))
+    record = Provenance(run_dir, pick_device(config), config.model.device_map, command)
 
-    def accept(funnel: dict[str, Any]) -> None:
+    def accept(funnel: dict[str, Any], identity: dict[str, Any]) -> None:
         nonlocal accepted
         begin(config, composed, overrides or [], funnel)
+        record.begin(funnel["sources"], identity, config.checkpoint, resume.resumes_in_place(config))
         accepted = True
 
     with locked(run_dir) as check:
         try:
             open_run(config, composed, overrides or [])
-            fit(RunLogger(run_dir, check, config.minimum_log_interval_secs), accept)
+            fit(RunLogger(run_dir, check, config.minimum_log_interval_secs, record), accept)
         except TakenOver:
             raise
         except BaseException as error:
@@ -615,9 +619,10 @@ def build_and_fit(
     command: str,
     stop: stopping.StopRequest,
     logger: RunLogger,
-    accept: Callable[[dict[str, Any]], None],
+    accept: Callable[[dict[str, Any], dict[str, Any]], None],
 ) -> None:
-    """Load tokenizer, data and model, and train. Call `accept` with the data's funnel after all validation."""
+    """Load tokenizer, data and model, and train. Call `accept` after all validation, with the data's funnel and what
+    identifies data and starting weights."""
     device, run_dir = pick_device(config), Path(config.local_run_dir)
     with parallel.one_per_machine_first():
         tokenizer = load_tokenizer(config)
@@ -644,7 +649,7 @@ def build_and_fit(
             + f" on {device} ({sharding or 'one process'}), "
             f"a {config.model.name_or_path}, layout {trainer.scorer.how.layout}"
         )
-        open_logger(logger, config, lambda: accept(funnel))
+        open_logger(logger, config, lambda: accept(funnel, trainer.identity()))
         trainer.fit()
     finally:
         if trainer is not None:

@@ -32,7 +32,7 @@ def arranged(arguments: list[str], check: Callable[[list[str]], list[Override]],
         raise UserError(str(error)) from error
     if unknown:
         key, _, value = unknown[0].lstrip("-").partition("=")
-        hint = meant(key, keys) or f": {key}={value or '<value>'}"
+        hint = meant(key, keys, value) or f": {key}={value or '<value>'}"
         raise UserError(f"{unknown[0]} is no option; settings are written key=value{hint}")
     if known.help:
         print(help_text(ROOT / "config"))

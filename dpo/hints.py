@@ -11,7 +11,8 @@ from hydra.errors import HydraException
 
 from dpo.utils import UserError
 
-# Names of the same thing in transformers, TRL and their like, with what is written here.
+# Names of the same thing in transformers, TRL and their like, with what is written here. `docs/make_names.py` makes a
+# table of this for readers.
 ELSEWHERE = {
     "learning_rate": "lr=<value>",
     "per_device_train_batch_size train_batch_size micro_batch_size": "batch_size=<examples in one update, over all "
@@ -22,14 +23,20 @@ ELSEWHERE = {
     "max_train_samples num_samples": "n_examples=<value>",
     "max_eval_samples": "n_eval_examples=<value>",
     "eval_steps evaluation_strategy eval_strategy eval_interval": "eval_every=<examples between evaluations>",
+    "eval_on_start": "do_first_eval=<value>",
+    "generate_during_eval": "sample_during_eval=<value>",
     "save_steps save_strategy save_interval": "save_every=<examples between checkpoints>",
     "save_total_limit": "keep_last_n=<value>",
+    "save_only_model": "save_weights_only=<value>",
     "metric_for_best_model load_best_model_at_end": "keep_best=<metric, such as loss/eval>",
-    "logging_steps logging_strategy": "nothing: metrics.jsonl has every update",
-    "report_to": "wandb.enabled=true or false, tensorboard=true or false",
+    "logging_steps logging_strategy logging_first_step": "nothing: metrics.jsonl has every update",
+    "report_to with_tracking": "tracker=[<wandb, tensorboard, trackio>], or [] for none",
     "output_dir logging_dir save_dir out_dir": "local_run_dir=<folder>, or local_dirs=[<folder>] for a fresh one in it",
     "run_name": "exp_name=<value>",
-    "project": "wandb.project=<value>",
+    "push_to_hub hub_model_id": "scripts/export.py <run> --out <folder> --push <organisation/name>, after training",
+    "project wandb_project": "wandb.project=<value>",
+    "wandb_entity": "wandb.entity=<value>",
+    "use_wandb": "wandb.enabled=<value>",
     "bf16 bfloat16": "mixed_precision=bfloat16",
     "fp16 float16 half": "mixed_precision=float16",
     "tf32": "allow_tf32=<value>",
@@ -39,9 +46,14 @@ ELSEWHERE = {
     "trust_remote_code": "model.trust_remote_code=<value>",
     "ref_model ref_model_name_or_path": "reference.archive=<checkpoint>; null: model.archive, where training starts",
     "dataset dataset_name train_file data data_path": "datasets=[<name or path>]",
+    "dataset_mixer dataset_mixer_list": "datasets=[<names or paths>] dataset_weights=[<shares of each>]",
+    "dataset_train_split dataset_test_split": "nothing: splits are found by their names; without one for tests, "
+    "holdout_fraction=<share of the prompts>",
+    "completion_only_loss assistant_only_loss": "nothing: only the assistant's tokens count (sft_turns)",
+    "packing padding_free": "layout=<auto, packed, tree or padded>; auto packs on CUDA",
     "dataset_num_proc preprocessing_num_workers": "num_proc=<value>",
-    "beta": "loss.beta=<value>",
-    "loss_type": "loss=<a file of config/loss>",
+    "beta dpo_beta": "loss.beta=<value>",
+    "loss_type dpo_loss_type": "loss=<a file of config/loss>",
     "label_smoothing label_smoothing_factor": "loss.label_smoothing=<value>",
     "reference_free": "loss.reference_free=<value>",
     "simpo_gamma gamma_beta_ratio": "loss=simpo loss.gamma=<value, not divided by beta>",
@@ -87,7 +99,10 @@ ELSEWHERE = {
     "gradient_checkpointing": "activation_checkpointing=<value>",
     "resume_from_checkpoint": "resume=<auto, or a folder>",
     "torch_compile": "compile=<value>",
-    "fsdp deepspeed": "trainer=FSDPTrainer",
+    "fsdp deepspeed zero_stage": "trainer=FSDPTrainer",
+    "auto_find_batch_size": "microbatch_tokens=auto",
+    "data_seed": "seed=<value>",
+    "use_cpu no_cuda": "device=cpu",
     "experiment recipe": "+experiment=<name of a file in config/experiment>",
     "num_gpus n_gpus num_processes world_size": "trainer=FSDPTrainer nproc=<value>",
     "do_train do_eval": "nothing: it always trains; n_eval_examples=0 turns evaluations off",
@@ -95,12 +110,15 @@ ELSEWHERE = {
 HERE = {name: meaning for names, meaning in ELSEWHERE.items() for name in names.split()}
 
 
-def meant(key: str, keys: Collection[str]) -> str:
-    """Return what to write instead of `key`, as the end of a message; empty if that is not known."""
+def meant(key: str, keys: Collection[str], value: str = "") -> str:
+    """Return what to write instead of `key`, as the end of a message, with the `value` that it was given, if any; empty
+    if that is not known."""
     name = key.replace("-", "_").lower()
     for elsewhere in (name, name.removeprefix("loss.")):
         if elsewhere in HERE:
-            return f"; here that is {HERE[elsewhere]}"
+            text = HERE[elsewhere]
+            one = value and text.count("<value>") == 1
+            return f"; here that is {text.replace('<value>', value) if one else text}"
     if name in keys:
         return f"; did you mean {name!r}?"
     close = difflib.get_close_matches(key, keys, 1)

@@ -6,23 +6,20 @@ Nothing is sent anywhere, and no secret is printed. The exit code is 1 if someth
 """
 
 import argparse
-import importlib.metadata
 import os
 import platform
-import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import psutil
 import torch
 
 import dpo
-from dpo.utils import ROOT, UserError, default_cache, get_local_dir, n_cores
+from dpo.installation import OPTIONAL, checkout, devices, packages, version
+from dpo.utils import ROOT, UserError, default_cache, get_local_dir
 from settings import load_config
 from utils import HelpFormatter, run_main
 
@@ -31,34 +28,9 @@ ENVIRONMENT = ("HF_HUB_OFFLINE", "WANDB_MODE", "OMP_NUM_THREADS", "CUDA_VISIBLE_
 
 def versions(requirements: Path) -> Iterator[tuple[str, bool]]:
     """Yield (a line about a pinned package, whether it is the pinned version)."""
-    for name, pinned in re.findall(r"^([\w.-]+)==(\S+)", requirements.read_text(encoding="utf-8"), re.MULTILINE):
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found = "missing"
-        fits = found.partition("+")[0] == pinned  # torch 2.13.0+cpu
-        yield f"{name} {found}" + ("" if fits else f" (tested with {pinned}: make setup)"), fits
-
-
-def devices() -> Iterator[str]:
-    """Yield a line about each device that models can train on."""
-    for i in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(i)
-        free, _ = torch.cuda.mem_get_info(i)
-        yield f"GPU {i}: {facts.name}, {facts.total_memory / 2**30:.1f} GiB, {free / 2**30:.1f} free"
-    if torch.backends.mps.is_available():
-        yield "Apple GPU"
-    memory = psutil.virtual_memory()
-    yield f"CPU: {n_cores()} cores, {memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} free"
-
-
-def commit() -> str:
-    """Return the commit of the project's folder, or that it is not known."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "not known"
+    for name, pinned, installed in packages(requirements):
+        fits = (installed or "").partition("+")[0] == pinned  # torch 2.13.0+cpu
+        yield f"{name} {installed or 'missing'}" + ("" if fits else f" (tested with {pinned}: make setup)"), fits
 
 
 def folders() -> Iterator[tuple[str, bool]]:
@@ -72,11 +44,12 @@ def folders() -> Iterator[tuple[str, bool]]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
-    print(f"dpo {dpo.__version__}, commit {commit()}")
+    print(f"dpo {dpo.__version__}, commit {checkout()}")
     print(f"Python {platform.python_version()}, {platform.platform()}")
     found = [*versions(ROOT / "requirements.txt"), *folders()]
-    for line in [*(line for line, _ in found), *devices()]:
+    for line in [*(line for line, _ in found), *devices(free=True)]:
         print(line)
+    print("optional:", ", ".join(f"{name} {version(name) or 'missing'}" for name in OPTIONAL))
     print(f"torch: CUDA {torch.version.cuda or 'none'}, processes by {backends()}")
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
     print(f"C++ compiler (for compile=true on CPUs): {compiler or 'none'}")

@@ -58,7 +58,7 @@ from dpo.model.adapters import CONFIG_FILE, WEIGHTS_FILE
 from dpo.model.loading import load_policy, load_tokenizer, merged_model
 from dpo.model.logps import Computation, response_logps
 from dpo.model.patches import quiet_transformers
-from dpo.run.checkpoint import card
+from dpo.run.card import card
 from dpo.run.saved import Saved
 from dpo.run.weights import base_of
 from dpo.sampling import Sampling, sample

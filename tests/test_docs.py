@@ -3,10 +3,12 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
-def test_the_table_of_losses_is_that_of_the_code() -> None:
-    code = "import make_losses, sys; sys.exit(make_losses.FILE.read_text(encoding='utf-8') != make_losses.text())"
+@pytest.mark.parametrize("program", ["make_losses", "make_names"])
+def test_tables_are_those_of_the_code(program: str) -> None:
+    code = f"import {program} as made, sys; sys.exit(made.FILE.read_text(encoding='utf-8') != made.text())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", timeout=100)
-    assert done.returncode == 0, "docs/losses.md is old: run python docs/make_losses.py"
+    assert done.returncode == 0, f"a table is old: run python docs/{program}.py"

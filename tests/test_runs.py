@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -301,7 +302,7 @@ def command(folder: Path, *given: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("given", "code", "said"),
     [
-        (["exp_name=x", "learning_rate=1e-6"], 1, "lr="),
+        (["exp_name=x", "learning_rate=1e-6"], 1, "here that is lr=1e-6 "),
         (["exp_name=x", "seed=1", "-m"], 1, "no key has several values"),
         (["-m", "seed=0,1"], 1, "exp_name is missing"),
         (["exp_name=x", "seed=0,1", "hydra/launcher=joblib", "-m"], 1, "pip install -r requirements-sweeps.txt"),
@@ -310,8 +311,8 @@ def command(folder: Path, *given: str) -> subprocess.CompletedProcess[str]:
         (["exp_name=x", "loss.beta=0.1"], 1, "add loss=dpo"),
         (["exp_name=x", "loss=simpoo"], 1, "(config/loss, docs/losses.md); did you mean 'simpo'?"),
         (["exp_name=x", "loss=sigmoid_norm"], 1, "here that is loss=dpo loss.length_normalized=true"),
-        (["exp_name=x", "rpo_alpha=1"], 1, "loss.nll_weight=<value>"),
-        (["exp_name=x", "loss=dpo", "loss.rpo_alpha=1"], 1, "loss.nll_weight=<value>"),
+        (["exp_name=x", "rpo_alpha=1"], 1, "loss.nll_weight=1, "),
+        (["exp_name=x", "loss=dpo", "loss.rpo_alpha=1"], 1, "loss.nll_weight=1, "),
         (["exp_name=x", "datasets=[nope]"], 1, "unknown data set 'nope'"),
         (["exp_name=x", "--nonsense"], 1, "--nonsense is no option"),
         (["exp_name=x", "--cfg", "job"], 0, "batch_size: 4"),
@@ -333,6 +334,16 @@ def test_hints_name_keys_that_exist() -> None:
             continue
         with pytest.raises(UserError, match="here that is"):
             check_keys([f"{name}=1"])
+    for name in (
+        *("learning_rate per_device_train_batch_size max_steps eval_steps output_dir bf16 num_train_epochs").split(),
+        *("gradient_checkpointing save_steps logging_steps lr_scheduler_type warmup_ratio beta loss_type").split(),
+        *("ref_model_name_or_path model_name_or_path use_peft lora_r report_to optim").split(),
+    ):
+        assert name in HERE, name
+    known = set(all_keys()) | {"hydra"}
+    for text in HERE.values():  # whatever a hint tells to write is a key
+        written = re.findall(r"(?:^|[\s'+(])\+?([a-z_][\w.]*)=", text)
+        assert not [key for key in written if key not in known and not key.startswith("optimizer_kwargs.")], text
     assert meant("Batch-Size", all_keys()) == "; did you mean 'batch_size'?" and meant("zzzz", all_keys()) == ""
 
 
@@ -360,7 +371,12 @@ def test_runs_and_caches_lie_in_the_project(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("lrr=1", "did you mean 'lr'?"), ("batch_size=four", "batch_size=four"), ("--help", "lr=5e-7")],
+    [
+        ("lrr=1", "did you mean 'lr'?"),
+        ("max_steps=100", "here that is n_examples=<steps x batch_size>"),
+        ("batch_size=four", "batch_size=four"),
+        ("--help", "lr=5e-7"),
+    ],
 )
 def test_mistakes_are_answered_without_importing_torch(given: str, message: str, tmp_path: Path) -> None:
     for name in ("torch", "transformers"):

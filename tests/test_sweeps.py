@@ -140,8 +140,10 @@ def test_a_failed_run_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyPatch, 
     seen: list[weakref.ref] = []
     job = {"overrides": {"task": ["resume=null"]}, "runtime": {"output_dir": str(tmp_path / "b")}}
     monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(job))
+    composed = OmegaConf.create({"exp_name": "x", "local_run_dir": "a/b", "resume": None, "keep_best": None})
     with pytest.raises(sweeps.RunFailed) as failure:
-        sweeps.run_in_sweep(OmegaConf.create({"local_run_dir": "a/b", "resume": None, "keep_best": None}), run)
+        sweeps.run_in_sweep(composed, run)
+    assert composed.wandb.group == "x"
     assert failure.value.__context__ is None and seen[0]() is None
 
 

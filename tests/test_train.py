@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ def test_sft_then_dpo_as_processes(train_process: RunTrain, tmp_path: Path) -> N
     assert [e["counters/examples"] for e in evals] == [0, 12, 24]
     assert {e["counters/eval_examples"] for e in evals} == {8}
     assert "evaluation after 12 examples\n" in sft.stdout
-    assert "| held-out metric, n = 8 | value |" in (tmp_path / "sft" / "LATEST" / "README.md").read_text()
+    card = (tmp_path / "sft" / "LATEST" / "README.md").read_text()
+    assert "| held-out metric | value | n |" in card and re.search(r"\| loss/eval \| [\d.]+ \| 8 \|", card)
     assert evals[-1]["loss/eval"] < evals[0]["loss/eval"]
     assert not list((tmp_path / "sft").glob(".step*"))
     for name in ("config.yaml", "log.txt", "samples.jsonl", "data_funnel.json", ".hydra/overrides.yaml"):
@@ -68,8 +69,9 @@ def test_sft_then_dpo_as_processes(train_process: RunTrain, tmp_path: Path) -> N
     by_step = {step: [r for r in rows if r["counters/examples"] == step] for step in (0, 24)}
     assert by_step[0][0]["policy"] == by_step[0][0]["reference"] == by_step[24][0]["reference"]
     card = (tmp_path / "dpo" / "LATEST" / "README.md").read_text()
-    for fact in ("beta=0.1", "24 examples", "rewards_eval/accuracies", str(tmp_path / "sft"), "python train.py"):
+    for fact in ("beta=0.1", "24 examples", "rewards_eval/accuracies", "weights of `sft/step-24`", "python train.py"):
         assert fact in card
+    assert str(tmp_path) not in card
 
 
 def test_each_term_of_a_sum_of_losses_is_logged(overrides: Overrides, tmp_path: Path) -> None:
@@ -385,27 +387,6 @@ def test_activation_checkpointing_changes_nothing(overrides: Overrides, tmp_path
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def wandb_records(file: Path) -> Iterator:
-    """Records of a .wandb file: a 7-byte header, then LevelDB's log format (blocks of 32 KiB; each piece has 4 bytes of
-    checksum, 2 of length, 1 of type: 1 whole, 2 first, 3 middle, 4 last)."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, parts = file.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
-
-
 @pytest.mark.full
 def test_a_device_map_changes_nothing(overrides: Overrides, tmp_path: Path) -> None:
     losses = []
@@ -415,34 +396,6 @@ def test_a_device_map_changes_nothing(overrides: Overrides, tmp_path: Path) -> N
         train_here(overrides(*given))
         losses.append([e["loss/train"] for e in read_jsonl(run / "metrics.jsonl") if "loss/train" in e])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-
-
-@pytest.mark.full
-def test_an_offline_wandb_run_holds_the_metrics(train_process: RunTrain, tmp_path: Path) -> None:
-    env = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
-    done = train_process("wandb.enabled=true", "n_eval_examples=8", "minimum_log_interval_secs=0", **env)
-    assert done.returncode == 0, done.stderr
-    assert "W&B: offline" in done.stdout
-    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
-    logged: dict[int, dict[str, float]] = {}
-    for record in wandb_records(file):
-        if record.WhichOneof("record_type") == "history":
-            items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-            logged.setdefault(items["counters/examples"], {}).update(items)
-    for event in read_jsonl(tmp_path / "run" / "metrics.jsonl"):
-        for name in event.keys() - {"time"}:
-            assert logged[event["counters/examples"]][name] == pytest.approx(event[name]), name
-
-
-def test_tensorboard_files_hold_the_metrics(overrides: Overrides, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train_here(overrides("tensorboard=true", "n_eval_examples=0"))
-    reader = EventAccumulator(str(tmp_path / "run"))
-    reader.Reload()
-    found = [(e.step, e.value) for e in reader.Scalars("loss/train")]
-    expected = [(e["counters/examples"], e["loss/train"]) for e in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
-    assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
 
 
 @pytest.mark.full

@@ -261,6 +261,8 @@ class Source(NamedTuple):
     held_out: bool
     label: str
     files: Sequence[str] = ()  # names, below the folder
+    hashes: Sequence[str] = ()  # SHA-256 of each file; of a set on the hub its fingerprint by `datasets`
+    hub: str | None = None  # the id of the set on the hub, of which a local copy may be read
 
 
 log_once = functools.cache(log)  # both splits would warn of the same folder
@@ -343,8 +345,9 @@ def local_files(root: Path, layout: Layout, split: str, strict: bool = True) -> 
 def local_source(root: Path, layout: Layout, split: str, limit: int, strict: bool) -> Source:
     files, held_out = local_files(root, layout, split, strict)
     names = [path.relative_to(root).as_posix() if path != root else path.name for path in files]
-    identity = [[name if files != [root] else "", file_hash_once(path)] for name, path in zip(names, files)]
-    return Source(identity, lambda: read_files(files, limit), held_out, str(root), names)
+    hashes = [file_hash_once(path) for path in files]
+    identity = [[name if files != [root] else "", hashed] for name, hashed in zip(names, hashes)]
+    return Source(identity, lambda: read_files(files, limit), held_out, str(root), names, hashes)
 
 
 def hub_source(hub: str, layout: Layout, split: str, advice: str) -> Source:
@@ -367,4 +370,5 @@ def hub_source(hub: str, layout: Layout, split: str, advice: str) -> Source:
         batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
         return chunks_of_batches(f"{hub} [{name}] row ", batches)
 
-    return Source([hub, name, rows._fingerprint], chunks, test is None, f"{hub} [{name}]", [f"{hub} [{name}]"])
+    label, fingerprint = f"{hub} [{name}]", rows._fingerprint
+    return Source([hub, name, fingerprint], chunks, test is None, label, [label], [fingerprint], hub)

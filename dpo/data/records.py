@@ -255,7 +255,8 @@ class PreferenceData:
         self.identity = [loaded.folder.name for loaded in sets]  # of each data set: a hash of all it depends on
         self.formats = sorted({name for loaded in sets for name in loaded.formats})  # how rows were rendered
         self.sources = [  # where the rows come from, and a hash of their content
-            {"name": name, "path": s.label, "files": [*s.files], "digest": digest(s.identity)}
+            {"name": name, "path": s.label, "files": [*s.files], "hashes": [*s.hashes], "digest": digest(s.identity)}
+            | ({"hub": s.hub} if s.hub else {})
             for name, s in zip(names, (loaded.source for loaded in sets), strict=True)
         ]
         sizes = [loaded.funnel["records"] for loaded in sets]

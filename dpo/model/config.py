@@ -31,6 +31,8 @@ class ModelConfig(Component):
     reference_dtype: str | None
     device_map: Annotated[Literal["balanced"] | None, MayChange]
     trust_remote_code: Annotated[bool, MayChange]
+    hub_id: Annotated[str | None, MayChange]
+    license: Annotated[str | None, MayChange]
 
     @property
     def start(self) -> str:

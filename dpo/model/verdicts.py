@@ -29,7 +29,7 @@ FOLDER = "verdicts"
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "flash_attn", "kernels", "triton")
 # Keys of ParallelConfig that say nothing about how a given model computes.
 NOT_COMPUTED = ("cache_dir", "reference", "microbatch_tokens", "fsdp_port")
-NAMES = ("name_or_path", "archive", "tokenizer_name_or_path")
+NAMES = ("name_or_path", "archive", "tokenizer_name_or_path", "hub_id", "license")
 
 
 @dataclasses.dataclass(frozen=True)

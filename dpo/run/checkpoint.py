@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo import parallel
 from dpo.files import atomic_link, atomic_write, replace_folder, set_aside, sync
 from dpo.model import adapters
+from dpo.run.card import card
 from dpo.run.tensors import RANDOM_STATE, TRAINING_STATE, needed_bytes, tensor_writer
 from dpo.utils import TakenOver, UserError, file_hash, log, redact, visible
 
@@ -118,6 +119,7 @@ class _State(_Strict):
     loss: str | None = None
     loss_state: dict[str, float] | None = None
     eval_examples: Count | None = None
+    eval_samples: Count | None = None
     formats: list[str] | None = None
     sources: dict[str, list[dict[str, str | list[str]]]] | None = None
 
@@ -487,36 +489,3 @@ def point(run_dir: Path, link: str, name: str) -> None:
     if (run_dir / link).exists() and not (run_dir / link).is_symlink():
         log(f"{run_dir / link} is no link: it is called {set_aside(run_dir / link).name} from here on")
     atomic_link(run_dir / link, name)
-
-
-def card(state: dict[str, Any], merged: bool = False) -> str:
-    """Return a model card (Markdown with the hub's front matter) from a checkpoint's state. `merged`: an adapter of the
-    checkpoint has been added to the weights."""
-    n = f", n = {state['eval_examples']}" if state.get("eval_examples") else ""
-    metrics = "\n".join(f"| {name} | {value:.5g} |" for name, value in state["metrics"].items())
-    config = state["config"]
-    model, name = config["model"], config["loss"]["name"]
-    start = f"`{model['name_or_path']}`" + (f", from the weights of `{model['archive']}`" if model["archive"] else "")
-    adapter, quantization = state.get("adapter"), (config.get("adapter") or {}).get("quantization")
-    facts = [*filter(None, (adapter, quantization)), *(["merged into the weights"] if merged else [])]
-    described = f"\n- adapter: {', '.join(facts)}" if adapter else ""
-    library = "peft" if adapter and not merged else "transformers"
-    hub_id = model["archive"] is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model["name_or_path"])
-    base = f"\nbase_model: {model['name_or_path']}" if hub_id and not Path(model["name_or_path"]).exists() else ""
-    text = f"""---
-library_name: {library}{base}
-tags: [{name}{f", {config['adapter']['peft_type'].lower()}" if adapter else ""}]
----
-# {Path(model["name_or_path"]).name} after {name}
-
-- base model: {start}
-- data: {", ".join(f"`{data}`" for data in config["datasets"])}, seed {config["seed"]}
-- loss: `{state.get("loss") or name}`{described}
-- trained for {state["examples"]} examples in {state["updates"]} updates
-- command: `{state["command"]}`
-
-| held-out metric{n} | value |
-|---|---|
-{metrics or "| none measured | |"}
-"""
-    return visible(redact(text))

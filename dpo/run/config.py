@@ -12,6 +12,7 @@ from dpo.config import AboveZero, Component, Count, MayChange, NotNegative, Posi
 from dpo.data.config import DataConfig
 from dpo.model.config import ParallelConfig
 
+Tracker = Literal["wandb", "tensorboard", "trackio"]
 LONGEST_WARMUP = 150  # updates: the original's warm-up
 
 
@@ -22,6 +23,7 @@ class WandbConfig(Component):
     enabled: bool
     entity: str | None
     project: str
+    group: str | None
 
 
 @dataclass(kw_only=True)
@@ -110,6 +112,7 @@ class RunConfig(Component):
     plan: Annotated[bool, MayChange]
     wandb: Annotated[WandbConfig, MayChange]
     tensorboard: Annotated[bool, MayChange]
+    tracker: Annotated[list[Tracker] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v), MayChange]
     minimum_log_interval_secs: Annotated[NotNegative, MayChange]
     resume: Annotated[str | None, MayChange]
     resume_allow_changes: Annotated[bool, MayChange]
@@ -126,6 +129,13 @@ class RunConfig(Component):
     warn_chosen_drop: Annotated[AboveZero | None, MayChange]
 
     @property
+    def trackers(self) -> list[str]:
+        """Where metrics go besides the run's folder. With debug=true nothing leaves it."""
+        switches = {"wandb": self.wandb.enabled, "tensorboard": self.tensorboard}
+        chosen = [name for name, on in switches.items() if on] if self.tracker is None else self.tracker
+        return [name for name in chosen if name == "tensorboard" or not self.debug]
+
+    @property
     def checkpoint(self) -> Path | None:
         """The checkpoint that the run resumes from."""
         return Path(self.resume) if self.resume not in (None, "auto") else None
@@ -137,8 +147,14 @@ class RunConfig(Component):
         if self.save_weights_only and self.keep_optimizer_last_n is not None:
             both = f"keep_optimizer_last_n={self.keep_optimizer_last_n} and save_weights_only=true"
             yield f"{both} exclude each other"
-        if self.tensorboard and find_spec("tensorboard") is None:
-            yield "tensorboard=true needs the package: pip install tensorboard"
+        if self.tracker is not None and self.tensorboard and "tensorboard" not in self.tracker:
+            yield f"tensorboard=true, but tracker={self.tracker} leaves it out: set tracker alone"
+        if self.tracker is not None and "wandb" in self.tracker and not self.wandb.enabled:
+            yield f"wandb.enabled=false, but tracker={self.tracker}: set tracker alone"
+        for name in self.trackers:
+            if find_spec(name) is None:
+                given = f"tracker={self.tracker}" if self.tracker is not None else f"{name}=true"
+                yield f"{given} needs the package: pip install {name}"
 
 
 @dataclass(kw_only=True)

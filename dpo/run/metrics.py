@@ -1,30 +1,43 @@
-"""Write a run's numbers and samples: files, Weights & Biases, TensorBoard."""
+"""Write a run's numbers and samples: files, Weights & Biases, trackio, TensorBoard."""
 
 import contextlib
+import io
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo.files import Lines
-from dpo.utils import is_quiet, log
+from dpo.run.provenance import Provenance
+from dpo.utils import TakenOver, is_quiet, log
 
 EVAL_EXAMPLES = "eval_examples.jsonl"
 HISTORY = ("metrics.jsonl", "samples.jsonl", EVAL_EXAMPLES)  # files of a run that only grow
 
 
 class RunLogger:
-    """Writes a run's numbers: every event to `metrics.jsonl` and TensorBoard, W&B at most once in `wandb_interval` s.
+    """Writes a run's numbers: every event to `metrics.jsonl` and TensorBoard; to W&B and trackio at most one in
+    `wandb_interval` seconds.
 
-    `wandb_run` and `tensorboard` are open writers or None. No file is written before `open`. `check` raises TakenOver
-    if the folder is another process's by now. In processes that are quiet it does nothing.
+    `provenance` counts what they cost. `wandb_run`, `trackio_run` and `tensorboard` are open writers or None. No file
+    is written before `open`. `check` raises TakenOver if the folder is another process's by now. In processes that
+    are quiet it does nothing.
     """
 
-    def __init__(self, run_dir: Path, check: Callable[[], None] = lambda: None, wandb_interval: float = 1.0):
+    def __init__(
+        self,
+        run_dir: Path,
+        check: Callable[[], None] = lambda: None,
+        wandb_interval: float = 1.0,
+        provenance: Provenance | None = None,
+    ):
         self.run_dir, self.check, self.wandb_interval = run_dir, check, wandb_interval
+        self.provenance = provenance
         self.wandb_run: Any = None
+        self.trackio_run: Any = None
         self.tensorboard: Any = None
         self._files: dict[str, Lines] = {}
         self._last_wandb = -math.inf
@@ -43,12 +56,15 @@ class RunLogger:
         record = {"counters/examples": step, **metrics, "time": round(time.time(), 3)}
         if not self._files["metrics.jsonl"].add(json.dumps(record)):
             log(f"warning: {self.run_dir} is full; metrics wait in memory")
+        if self.provenance is not None:
+            self.provenance.note(metrics, step)
         if self.tensorboard is not None:
             with contextlib.suppress(OSError):
                 for name, value in metrics.items():
                     self.tensorboard.add_scalar(name, value, step)
-        if self.wandb_run is not None and (always or time.monotonic() - self._last_wandb >= self.wandb_interval):
-            self.wandb_run.log({"counters/examples": step, **metrics}, step=step)
+        if always or time.monotonic() - self._last_wandb >= self.wandb_interval:
+            for run in filter(None, (self.wandb_run, self.trackio_run)):
+                run.log({"counters/examples": step, **metrics}, step=step)
             self._last_wandb = time.monotonic()
 
     def samples(self, rows: list[dict[str, Any]], step: int) -> None:
@@ -86,9 +102,15 @@ class RunLogger:
         return self.wandb_run.id if self.wandb_run is not None else None
 
     def close(self, exit_code: int = 0) -> None:
+        if self.provenance is not None and not isinstance(sys.exception(), TakenOver):
+            self.check()
+            self.provenance.end()
         for file in self._files.values():
             file.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=exit_code)
+        if self.trackio_run is not None:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.trackio_run.finish()

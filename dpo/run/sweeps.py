@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dpo import parallel
 from dpo.run import stopping
@@ -39,6 +39,8 @@ def run_in_sweep(composed: DictConfig, run: Callable[[stopping.StopRequest], Any
         composed.local_run_dir = hydra_config.runtime.output_dir
     if "resume" not in given:
         composed.resume = "auto"
+    if "wandb.group" not in given:
+        OmegaConf.update(composed, "wandb.group", composed.get("exp_name"))
     run_dir = Path(composed.local_run_dir)
     try:
         with locked(run_dir):  # the log of a run that another process trains is not to be written to

@@ -1,8 +1,11 @@
-"""Weights & Biases and TensorBoard: opened once the run may write."""
+"""Weights & Biases, trackio and TensorBoard: opened once the run may write."""
 
+import contextlib
 import functools
+import io
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,21 +19,60 @@ from dpo.utils import UserError, log, redact
 
 
 def open_logger(logger: RunLogger, config: Config, begin: Callable[[], None]) -> None:
-    """Open W&B and TensorBoard, if they are on, and the metric files, in the main process.
+    """Open the configuration's trackers and the metric files, in the main process.
 
     Call `begin` after all validation, before anything is written to the folder of a resumed run.
     """
     if not parallel.is_main():
         return
-    if config.wandb.enabled and not config.debug:
+    if "wandb" in config.trackers:
         logger.wandb_run = open_wandb(config, logger.run_dir)
+    if "trackio" in config.trackers:
+        logger.trackio_run = open_trackio(config, logger.run_dir)
     examples = read_state(config.checkpoint)["examples"] if config.checkpoint else None
     begin()
-    if config.tensorboard:
+    if "tensorboard" in config.trackers:
         from torch.utils.tensorboard import SummaryWriter
 
         logger.tensorboard = SummaryWriter(str(logger.run_dir), purge_step=examples and examples + 1)
     logger.open()
+
+
+def run_name(config: Config, run_dir: Path) -> str:
+    """Return what a tracker calls the run: in a sweep what varies, which is the folder's name; else exp_name."""
+    if config.wandb.group == config.exp_name:
+        return run_dir.name
+    return config.exp_name if run_dir.name.startswith(Path(config.exp_name).name) else unique_name(config, run_dir)
+
+
+def unique_name(config: Config, run_dir: Path) -> str:
+    """Return a name that no run of another folder has, but for one in a folder of the same name elsewhere."""
+    starts = run_dir.name.startswith(Path(config.exp_name).name) and config.wandb.group != config.exp_name
+    return run_dir.name if starts else f"{config.exp_name} {run_dir.name}"
+
+
+def tags(config: Config) -> list[str]:
+    """Return the names of loss, model, adapter and data sets: at most 64 characters each, as W&B asks."""
+    adapter = [config.adapter.peft_type.lower()] if config.adapter.peft_type else []
+    named = [Path(name).name for name in (config.model.name_or_path, *config.datasets)]
+    return [*dict.fromkeys(redact(name)[:64] for name in (config.loss.name, *adapter, *named) if name)]
+
+
+def open_trackio(config: Config, run_dir: Path) -> Any:
+    """Return a trackio run, which a resumed run continues. It lies on this machine (TRACKIO_DIR), unless
+    TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says otherwise. Raise UserError if it cannot start."""
+    import trackio
+
+    shown = json.loads(redact(json.dumps(config.to_dict() | {"tags": tags(config)})))
+    resumed = config.checkpoint is not None and resumes_in_place(config)
+    names = {"project": config.wandb.project, "group": config.wandb.group, "name": unique_name(config, run_dir)}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints half a page
+            run = trackio.init(**names, config=shown, resume="allow" if resumed else "never", embed=False)
+    except Exception as error:  # the library raises whatever its many layers do
+        raise UserError(f"trackio cannot start: {error}; or leave it out of tracker={config.tracker}") from error
+    log(f"trackio: look at the run with: trackio show --project {shlex.quote(config.wandb.project)}")
+    return run
 
 
 def open_wandb(config: Config, run_dir: Path, shown: Mapping[str, Any] | None = None) -> Any:
@@ -40,13 +82,14 @@ def open_wandb(config: Config, run_dir: Path, shown: Mapping[str, Any] | None = 
     """
     import wandb
 
-    name = Path(config.exp_name).name
     known = read_state(config.checkpoint)["wandb_id"] if config.checkpoint and resumes_in_place(config) else None
     start = functools.partial(
         wandb.init,
         entity=config.wandb.entity,
         project=config.wandb.project,
-        name=config.exp_name if run_dir.name.startswith(name) else f"{config.exp_name} {run_dir.name}",
+        group=config.wandb.group,
+        name=run_name(config, run_dir),
+        tags=tags(config) if shown is None else None,
         dir=str(run_dir),
         config=json.loads(redact(json.dumps(config.to_dict() if shown is None else shown))),
         id=known,

@@ -16,7 +16,7 @@ FILE = ROOT / "docs" / "names.md"
 HEAD = """# Names of TRL, transformers and others
 
 `python docs/make_names.py` writes this file from `dpo/hints.py`. `train.py` answers each of these names with the same
-words, within a second or two: `python train.py learning_rate=1e-6` says `here that is lr=1e-6`. `max_length`,
+words, in a second or two: `python train.py learning_rate=1e-6` says `here that is lr=1e-6`. `max_length`,
 `max_prompt_length`, `gradient_accumulation_steps`, `max_grad_norm`, `weight_decay`, `warmup_steps` and `seed` are
 called the same here.
 """

@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from settings import all_keys, load_config
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 FOLDERS = "benchmarks|config|data|docs|dpo|experiments|scripts|tests"
-OTHER_COMMANDS = ("source .venv/bin/activate", "pip install ")
+OTHER_COMMANDS = ("source .venv/bin/activate", "pip install ", "printf ")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -34,7 +34,7 @@ def commands(text: str) -> Iterator[list[str]]:
     """Yield the words of each command of a page as a shell passes them on, with variables of the page filled in."""
     known = {"USER": "me"}
     for line in "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines():
-        for command in re.split(r" && ", line):
+        for command in re.split(r" && | \| ", line):
             words = [re.sub(r"\$\{?([A-Z]+)\}?", lambda m: known[m[1]], w) for w in shlex.split(command, comments=True)]
             while words and (given := re.fullmatch(r"([A-Z]+)=(.*)", words[0])):
                 known[given[1]] = given[2]
@@ -84,16 +84,28 @@ class Parsed(BaseException):
     """The options of a command are in order."""
 
 
-@pytest.mark.parametrize("words", found("script"))
-def test_options_of_scripts_are_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    parse = argparse.ArgumentParser.parse_known_args
+def stop_after(name: str, inside: list[str]) -> Callable[..., Any]:
+    """Return ArgumentParser's method of this name, which ends in Parsed unless another of them has called it."""
+    parse = getattr(argparse.ArgumentParser, name)
 
-    def stop(self: argparse.ArgumentParser, *given: Any) -> None:
-        _, others = parse(self, *given)
-        assert not [other for other in others if other.startswith("-") or "=" not in other]
+    def stop(*given: Any, **more: Any) -> Any:
+        inside.append(name)
+        result = parse(*given, **more)
+        inside.pop()
+        if inside:
+            return result
+        if name == "parse_known_args":  # a script that lets overrides pass
+            assert not [other for other in result[1] if other.startswith("-") or "=" not in other]
         raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+    return stop
+
+
+@pytest.mark.parametrize("words", found("script"))
+def test_options_of_scripts_are_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[str] = []
+    for method in ("parse_args", "parse_intermixed_args", "parse_known_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, method, stop_after(method, inside))
     monkeypatch.setattr(sys, "argv", words[1:])
     folder, name = Path(words[1]).parent, Path(words[1]).stem
     monkeypatch.syspath_prepend(ROOT / folder)

@@ -23,7 +23,7 @@ from settings import all_keys, load_config
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 FOLDERS = "benchmarks|config|data|docs|dpo|experiments|scripts|tests"
-OTHER_COMMANDS = ("source .venv/bin/activate", "pip install ", "printf ")
+OTHER_COMMANDS = ("source .venv/bin/activate", "pip install ", "printf ", "docker ")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -32,7 +32,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 def commands(text: str) -> Iterator[list[str]]:
     """Yield the words of each command of a page as a shell passes them on, with variables of the page filled in."""
-    known = {"USER": "me"}
+    known = {"USER": "me", "PWD": "."}
     for line in "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines():
         for command in re.split(r" && | \| ", line):
             words = [re.sub(r"\$\{?([A-Z]+)\}?", lambda m: known[m[1]], w) for w in shlex.split(command, comments=True)]

@@ -62,7 +62,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-5, 1e-6])
     parser.add_argument("--optimizer", nargs="+", default=["RMSprop", "AdamW", "AdamW8bit"])
     options = parser.parse_args()
-    text = torch.frombuffer(bytearray((ROOT / "README.md").read_bytes()), dtype=torch.uint8).long()
+    pages = b"".join(path.read_bytes() for path in sorted((ROOT / "docs").glob("*.md")))
+    text = torch.frombuffer(bytearray(pages), dtype=torch.uint8).long()
     print("| optimizer | lr | weights | loss, nats a byte | changed | step, ms |\n|---|---|---|---|---|---|")
     for optimizer in options.optimizer:
         for lr in options.lr:

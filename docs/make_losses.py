@@ -26,6 +26,13 @@ ROWS = {
 
 HEAD = """# Losses
 
+Choose what the policy learns from pairs, rankings, labels or demonstrations. `loss=<name>` chooses, `loss.<key>` sets.
+
+```bash
+python train.py loss=simpo loss.gamma=0.5 'datasets=[sentiment]' exp_name=simpo
+python train.py loss=dpo loss.beta=0.1 loss.nll_weight=0.1 'datasets=[sentiment]' exp_name=dpo_with_nll
+```
+
 `python docs/make_losses.py` writes this file from `config/loss`, `losses.py` and its own table of deviations.
 
 u is the log-ratio log pi(y)/ref(y) of a response, summed over its tokens with EOS; d = u(chosen) - u(rejected); r

@@ -96,5 +96,5 @@ def _naming(overrides: Sequence[Override]) -> list[str]:
         raise UserError("-m, but no key has several values: leave -m out, or write <key>=choice(<value>) for one value")
     interval = next((key for key, override in swept.items() if override.is_interval_sweep()), None)
     if interval and "hydra/sweeper" not in hydras:
-        raise UserError(f"{interval} is an interval, which a search is for: hydra/sweeper=optuna (see README)")
+        raise UserError(f"{interval} is an interval, which a search is for: hydra/sweeper=optuna (docs/sweeps.md)")
     return [f"hydra.job.config.override_dirname.exclude_keys={json.dumps(sorted(fixed))}"]

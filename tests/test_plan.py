@@ -100,7 +100,7 @@ def test_its_memory_is_what_the_allocator_sees(
     ([], "| float32,"),
     (["model.policy_dtype=bfloat16"], "| `model.policy_dtype=bfloat16` |"),
 ])  # fmt: skip
-def test_the_readme_has_its_bytes_a_parameter(
+def test_the_docs_have_its_bytes_a_parameter(
     given: list[str], start: str, overrides: Callable[..., list[str]], shape: str, tiny_model_dir: Path
 ) -> None:
     tokenizer = f"model.tokenizer_name_or_path={tiny_model_dir}"
@@ -108,7 +108,7 @@ def test_the_readme_has_its_bytes_a_parameter(
     found = Planner(data, CPU, DEVICES["H100"], trainers.Updates)(config)
     kinds = found.memory["backward"] | {"gradients": found.memory["clip"]["gradients"]}
     each = [round(kinds[kind] / found.parameters, 1) for kind in ("weights", "gradients", "optimizer state")]
-    [row] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(start)]
+    [row] = [line for line in (ROOT / "docs" / "gpus.md").read_text().splitlines() if line.startswith(start)]
     cells = [float(cell) for cell in re.findall(r"\| \(?(\d+)\)? (?=\|)", row)]
     assert [*cells[:3], cells[-1]] == [*each, sum(each)]
 

@@ -28,12 +28,44 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dpo.utils import UserError
+from utils import HelpFormatter, run_main
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="SWEEP_OR_RUN", help="run folders, or folders of runs")
+    parser.add_argument("--baseline", metavar="NAME", help="the run that others are compared with (default: the first)")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder for report.csv and report.html")
+    parser.add_argument("--samples", type=int, default=8, help="prompts whose samples are shown")
+    parser.add_argument(
+        "--watch", type=float, nargs="?", const=60.0, metavar="SECONDS", help="write it anew every 60 (or SECONDS) s"
+    )
+    parser.add_argument(
+        "--win-rates",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="results.json of scripts/judge.py",
+    )
+    given = parser.parse_args()
+    if given.samples < 0:
+        raise UserError(f"--samples {given.samples} must be 0 or more prompts")
+    if given.watch is not None and not 1 <= given.watch < math.inf:
+        raise UserError(f"--watch {given.watch:g} must be at least 1 second")
+    return given
+
+
+if __name__ == "__main__":
+    run_main(read_arguments)  # before the slow imports: --help and mistakes are answered at once
+
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
 from dpo.files import atomic_write
-from dpo.utils import UserError, log, make_dir, redact, visible
+from dpo.utils import log, make_dir, redact, visible
 from evaluations import (
     ACCURACY,
     SHARES,
@@ -67,7 +99,6 @@ from results import (
     table_rows,
     text_table,
 )
-from utils import HelpFormatter, run_main
 
 HERE = Path(__file__).resolve().parent
 MOST_POINTS = 400  # of a curve
@@ -546,27 +577,7 @@ def watch(given: argparse.Namespace, command: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="SWEEP_OR_RUN", help="run folders, or folders of runs")
-    parser.add_argument("--baseline", metavar="NAME", help="the run that others are compared with (default: the first)")
-    parser.add_argument("--out", type=Path, default=Path("report"), help="folder for report.csv and report.html")
-    parser.add_argument("--samples", type=int, default=8, help="prompts whose samples are shown")
-    parser.add_argument(
-        "--watch", type=float, nargs="?", const=60.0, metavar="SECONDS", help="write it anew every 60 (or SECONDS) s"
-    )
-    parser.add_argument(
-        "--win-rates",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="results.json of scripts/judge.py",
-    )
-    given = parser.parse_args()
-    if given.samples < 0:
-        raise UserError(f"--samples {given.samples} must be 0 or more prompts")
-    if given.watch is not None and not 1 <= given.watch < math.inf:
-        raise UserError(f"--watch {given.watch:g} must be at least 1 second")
+    given = read_arguments()
     make_dir(given.out, "--out")
     command = shlex.join(["python", "scripts/report.py", *sys.argv[1:]])
     (make_report if given.watch is None else watch)(given, command)

@@ -100,7 +100,9 @@ class Evaluator:
         """Return the number of evaluation examples, or of samples, that each of `metrics` is a mean of."""
         n, counts = len(self.examples), totals(each)
         every = counts["loss/eval"][1]  # more than n if tensor-parallel ranks hold the same examples
-        sizes = {name: counts[name][1] * n // every if name in counts else n for name in metrics}
+        # what follows from the tokens of a side is a mean over the examples that have that side
+        base = {name: name.replace("logps_per_token_", "tokens_") for name in metrics}
+        sizes = {name: counts[base[name]][1] * n // every if base[name] in counts else n for name in metrics}
         sampled = len(self.sampler.prompts) if self.sampler is not None else 0
         return {name: sampled if name.startswith(("samples_", "kl_")) else size for name, size in sizes.items()}
 

@@ -38,7 +38,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--temperature", type=float, default=0.7, help="1: the model's own distribution; 0: greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="1: the model's own distribution")
     parser.add_argument("--seed", type=int, default=0, help="with a reply's number it gives that reply")
-    others, overrides = take_overrides(sys.argv[1:])
+    others, overrides = take_overrides(sys.argv[1:], ("--message",))
     given = parser.parse_args(others)
     rules = [
         ("max_new_tokens", given.max_new_tokens >= 1, "at least 1"),
@@ -83,8 +83,9 @@ def style_of(policy: Saved, overrides: Iterable[str]) -> str:
     if any(name.startswith("template") for name in formats):
         return "template" if chosen == "template" else "auto"
     samples = Path(policy.config.model.start).parent / "samples.jsonl"
-    with contextlib.suppress(OSError, ValueError), open(samples, encoding="utf-8") as file:  # it may not have sampled
-        return "hh" if "\n\nHuman:" in json.loads(file.readline())["prompt"] else "plain"
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # it may not have sampled
+        first = samples.read_text(encoding="utf-8").partition("\n")[0]
+        return "hh" if "\n\nHuman:" in json.loads(first)["prompt"] else "plain"
     return "hh"
 
 
@@ -150,8 +151,8 @@ def typed() -> Iterator[str]:
     """Yield the messages that a user types; those of a pipe without a prompt sign."""
     interactive = sys.stdin.isatty()
     if interactive:
-        with contextlib.suppress(ImportError):  # input() edits lines with it
-            pass
+        with contextlib.suppress(ImportError):  # input() edits lines with it; Windows has none
+            import readline  # noqa: F401
         log(HELP)
     with contextlib.suppress(EOFError):
         while True:

@@ -5,13 +5,12 @@
 
 RUN and RUN2 are named as in score.py, each with the reference that it was trained against. The difference of accuracies
 has a 95 % interval, by bootstrap over prompts, of the pairs' own differences: narrower than two intervals apart.
-McNemar's exact test counts only pairs on which the runs disagree, and takes them for independent. KEY=VALUE are
-overrides as train.py takes them, for both.
+The p is exact: if the runs were alike, each prompt's difference had either sign (of one pair a prompt it is McNemar's).
+KEY=VALUE are overrides as train.py takes them, for both.
 """
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +50,7 @@ from dpo.judging.statistics import interval, share_interval
 from dpo.model.loading import load_tokenizer
 from dpo.model.patches import quiet_transformers
 from dpo.utils import log, redact, visible
+from evaluations import SURE, flip_p, no_difference
 from opening import ends, hits_of
 from score import load_items, opened, rows_of
 
@@ -74,12 +74,6 @@ def rewards_of(rows: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.array([[row["responses"][i]["reward"] for i in pair] for row in rows for pair in row["pairs"]])
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """Return the two-sided p of McNemar's exact test, from the counts of pairs that one run alone ranks right."""
-    n, least = gained + lost, min(gained, lost)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
-
-
 def compared(pairs: Sequence[tuple[str, str, str]], first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
     """Return accuracies, their paired difference (first minus second) and the disagreements, of hits [pairs]."""
     prompts = np.array([prompt for prompt, _, _ in pairs])
@@ -87,8 +81,10 @@ def compared(pairs: Sequence[tuple[str, str, str]], first: np.ndarray, second: n
     for name, hits in (("first", first), ("second", second)):
         found[name] = {"accuracy": float(hits.mean()), "interval": share_interval(hits, prompts)}
     found["difference"] = {"mean": float((first - second).mean()), "interval": interval(first - second, prompts)}
-    gained, lost = int((first > second).sum()), int((first < second).sum())
-    return found | {"only first": gained, "only second": lost, "mcnemar_p": mcnemar(gained, lost)}
+    if (first == second).all():  # resampling would make it certain
+        found["difference"]["interval"] = list(no_difference(found["prompts"]))
+    counts = {"only first": int((first > second).sum()), "only second": int((first < second).sum())}
+    return found | counts | {"p": flip_p(2 * (first - second), prompts)}  # twice: ties are halves
 
 
 def as_text(found: dict[str, Any], names: Sequence[str]) -> str:
@@ -99,9 +95,8 @@ def as_text(found: dict[str, Any], names: Sequence[str]) -> str:
     difference = found["difference"]
     lines.append(f"difference {difference['mean']:+.3f} {ends(difference, '+.3f')}, paired")
     counts = f"{found['only first']} pairs are right for the first alone, {found['only second']} for the second alone"
-    lines.append(f"{counts}: p = {found['mcnemar_p']:.2g} (McNemar, exact)")
-    low, high = difference["interval"] or (-1, 1)
-    better = names[0] if low > 0 else names[1] if high < 0 else None
+    lines.append(f"{counts}: p = {found['p']:.2g} (exact, over prompts)")
+    better = names[difference["mean"] < 0] if found["p"] < SURE else None
     told = f"{visible(better)} is the more accurate one" if better else "these pairs do not tell which is more accurate"
     return "\n".join([*lines, told])
 

@@ -139,11 +139,11 @@ def paired(run: Evaluation, other: Evaluation) -> Paired | None:
     gained, lost = int((hits > others).sum()), int((hits < others).sum())
     difference = estimate(hits - others, prompts, share=False)
     if not gained + lost:
-        difference = difference._replace(interval=_no_difference(difference.prompts or 0))
+        difference = difference._replace(interval=no_difference(difference.prompts or 0))
     return Paired(difference, gained, lost, flip_p(hits - others, prompts), estimate(margins, prompts, share=False))
 
 
-def _no_difference(prompts: int) -> tuple[float, float]:
+def no_difference(prompts: int) -> tuple[float, float]:
     """Return how large a difference may be if none was seen: the exact interval of the share that differs."""
     high = exact_interval(0, prompts)[1]
     return -high, high
@@ -248,8 +248,11 @@ _SEEDS = "Intervals and p tell how other held-out examples might differ, not how
 
 
 def _compared(one: Ranked, other: Ranked) -> float | None:
-    """Return the p of their difference in accuracy; None if it is not known."""
-    if not (one.evaluation and other.evaluation) or (rows := on_both(one.evaluation, other.evaluation)) is None:
+    """Return the p of their difference in accuracy; None if it is not known. Runs that saw other examples, too, are not
+    compared: on those that they share the order may be the other one."""
+    if not (one.evaluation and other.evaluation) or {*one.evaluation.keys} != {*other.evaluation.keys}:
+        return None
+    if (rows := on_both(one.evaluation, other.evaluation)) is None:
         return None
     (hits, prompts), (others, _) = one.evaluation.at(rows[0], ACCURACY), other.evaluation.at(rows[1], ACCURACY)
     return flip_p(hits - others, prompts)

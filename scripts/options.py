@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,11 +14,16 @@ from dpo.utils import ROOT, UserError
 from settings import check_keys
 
 
-def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (the other arguments, the KEY=VALUE, in any order). Raise UserError for a misspelt key."""
-    overrides = [a for a in arguments if re.match(r"[+~]{0,2}[A-Za-z_][\w.@]*=", a) and not Path(a).exists()]
+def take_overrides(arguments: Sequence[str], texts: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Return (the other arguments, the KEY=VALUE, in any order). What follows an option of `texts` is no override.
+    Raise UserError for a misspelt key."""
+    others: list[str] = []
+    overrides: list[str] = []
+    for a in arguments:
+        given = re.match(r"[+~]{0,2}[A-Za-z_][\w.@]*=", a) and not os.path.exists(a)
+        (overrides if given and others[-1:] not in [[text] for text in texts] else others).append(a)
     check_keys(overrides)
-    return [a for a in arguments if a not in overrides], overrides
+    return others, overrides
 
 
 def key_of(override: str) -> str:

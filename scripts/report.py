@@ -305,12 +305,28 @@ def conclusion_of(runs: Sequence[Run]) -> tuple[str, str]:
         said, how = conclude(ranked)
         n = sum(not run.finished for run, _ in found)
         return said + (f" {n} of these runs {'are' if n > 1 else 'is'} unfinished." if n else ""), how
-    losses = [(e.value, run.name) for run in runs if (e := results_of(run).get(LOSS)) and math.isfinite(e.value)]
+    losses = [(e.value, run) for run in runs if (e := results_of(run).get(LOSS)) and math.isfinite(e.value)]
     if not losses:
         return "No run has been evaluated yet.", ""
     if len({as_text(run.config.get("loss.name")) for run in runs}) > 1:
         return "No run ranks held-out pairs, and losses of different kinds cannot be compared.", ""
-    return f"{min(losses)[1]} has the lowest held-out loss, {number(min(losses)[0])}.", "No run ranks held-out pairs."
+    (least, best), *others = sorted(losses, key=lambda found: found[0])
+    said = f"{best.name} has the lowest held-out loss, {number(least)}"
+    if others:
+        said += f"; {loss_gap(best, others[0][1])}"
+    return f"{said}.", "No run ranks held-out pairs."
+
+
+def loss_gap(best: Run, second: Run) -> str:
+    """Return how much higher the loss of the second-best run is, in words: on the same held-out examples, paired."""
+    mine, other = best.last_by_example, second.last_by_example
+    if mine is None or other is None or {*mine.keys} != {*other.keys} or not {LOSS} <= {*mine.values} & {*other.values}:
+        return f"whether that is less than {second.name}'s by more than chance is not known"
+    place = {key: i for i, key in enumerate(other.keys)}
+    gap = other.values[LOSS][[place[key] for key in mine.keys]] - mine.values[LOSS]
+    found = estimate(gap, mine.prompts, share=False)
+    ends = f", 95 % interval {number(found.interval[0])} to {number(found.interval[1])}" if found.interval else ""
+    return f"that of {second.name} is higher by {number(found.value)}{ends}, not corrected for the number of runs"
 
 
 def find_baseline(runs: Sequence[Run], name: str | None) -> int:
@@ -343,7 +359,8 @@ def differences_of(runs: Sequence[Run], baseline: int) -> dict[str, Any] | None:
     mine = base.last_by_example
     found = [paired(e, mine) if (e := run.last_by_example) and mine else None for run in others]
     ps = iter(holm([each.p for each in found if each]))
-    alike = [reward_kind(run) == reward_kind(base) for run in others]
+    kinds = [(reward_kind(run), run.config.get("loss.beta")) for run in (base, *others)]
+    alike = [kind == kinds[0] for kind in kinds[1:]]  # margins grow with beta by themselves
     columns: dict[str, list[Estimate | None]] = {
         "accuracy": [each and each.difference for each in found],
         "margin": [each.margin if each and same else None for each, same in zip(found, alike)],
@@ -531,11 +548,15 @@ def write_report(runs: Sequence[Run], out: Path, samples: int, command: str, **h
 
 
 def add_win_rates(runs: Sequence[Run], files: Sequence[Path]) -> None:
-    """Set the win rate of each run that a results.json of judge.py is about, as its A. Raise UserError."""
+    """Set the win rate of each run that a results.json of judge.py is about, as its A. Raise UserError, also if files
+    differ in the opponent, the judge, the prompts or the temperature."""
+    before: dict[str, Any] | None = None
     for file in files:
         try:
             told = json.loads(file.read_text(encoding="utf-8"))
-            name, found = told["settings"]["a"], next(iter(told["results"].values()))
+            name, how = told["settings"]["a"], {k: v for k, v in told["settings"].items() if k != "a"}
+            how["temperatures"], found = next(iter(told["results"].items()))
+            several = len(told["results"]) > 1
             low_high = found["win_rate"]["interval"]
             ends = (float(low_high[0]), float(low_high[1])) if low_high else None
             won = Estimate(float(found["win_rate"]["rate"]), ends, int(found["pairs"]), int(found["prompts"]))
@@ -544,7 +565,14 @@ def add_win_rates(runs: Sequence[Run], files: Sequence[Path]) -> None:
             raise UserError(
                 f"--win-rates {file} is no results.json of scripts/judge.py about one of the runs"
             ) from error
-        run.judged = won
+        if several:
+            raise UserError(f"--win-rates {file} has several temperatures: judge at one for the report")
+        if before is not None and how != before:
+            apart = ", ".join(k for k in how.keys() | before.keys() if how.get(k) != before.get(k))
+            raise UserError(f"--win-rates: {file} differs from {files[0]} in {apart}: win rates cannot be compared")
+        run.judged, before = won, how
+    if before is not None:
+        log(f"win rate: against {before.get('b')}, by {before.get('judge')}, temperature {before['temperatures']}")
 
 
 def make_report(given: argparse.Namespace, command: str) -> None:
@@ -566,13 +594,13 @@ def watch(given: argparse.Namespace, command: str) -> None:
     """Write the report anew whenever a run has something new, until Ctrl-C. What cannot be read yet is tried again."""
     before = None
     while True:
-        now = sorted((str(p), p.stat().st_size) for path in given.runs for p in path.rglob("*.jsonl") if p.is_file())
-        if now != before:
-            try:
+        try:
+            now = sorted((str(p), p.stat().st_size) for path in given.runs for p in path.rglob("*.jsonl"))
+            if now != before:
                 make_report(given, command)
                 before = now
-            except UserError as error:
-                log(f"{error}\ntrying again in {given.watch:g} s")
+        except (UserError, OSError) as error:  # a file can go while they are listed
+            log(f"{error}\ntrying again in {given.watch:g} s")
         time.sleep(given.watch)
 
 

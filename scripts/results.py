@@ -1,9 +1,5 @@
-"""The table of a sweep's runs: python scripts/results.py runs/me/hh_beta
+"""What runs reached: their folders' configuration, metrics, samples, true reward, and a table of them."""
 
-Other scripts read runs with this file: configuration, metrics, samples, the true reward.
-"""
-
-import argparse
 import contextlib
 import functools
 import glob
@@ -11,8 +7,6 @@ import json
 import math
 import os
 import re
-import shlex
-import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +30,7 @@ from dpo.run.resume import flat
 from dpo.sampling import mean_and_error
 from dpo.utils import UserError, visible
 from evaluations import ACCURACY, EXAMPLES, MARGIN, SHARES, Z95, Estimate, Evaluation, estimate, read_evaluations
-from utils import CONFIG_DIR, HelpFormatter, loss_values, run_main
+from utils import CONFIG_DIR, loss_values
 
 REWARDS = [f"rewards_eval/{name}" for name in ("chosen", "rejected", "margins")]
 MOST_EXAMPLES = 10**7
@@ -81,6 +75,11 @@ class Run:
         """The last evaluation's numbers of each example, if they are known."""
         last = self.by_example[-1] if self.by_example else None
         return last if last is not None and self.evaluations and last.seen == self.evaluations[-1][EXAMPLES] else None
+
+    @functools.cached_property
+    def results(self) -> dict[str, Estimate]:
+        """See `results_of`. Bootstraps take time."""
+        return _results(self)
 
     @functools.cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -284,6 +283,11 @@ def reference_rewards(runs: Sequence[Run]) -> list[Interval]:
 
 
 def results_of(run: Run) -> dict[str, Estimate]:
+    """Return the results of a run's last evaluation, and its win rate if it was judged, by the names of SHORT."""
+    return run.results | ({"win_rate": run.judged} if run.judged else {})
+
+
+def _results(run: Run) -> dict[str, Estimate]:
     """Return the results of a run's last evaluation, by the names of SHORT. From numbers of each example if they are
     known; else an accuracy's interval takes pairs for independent, and other intervals are known as far as logged."""
     if not run.evaluations:
@@ -295,22 +299,21 @@ def results_of(run: Run) -> dict[str, Estimate]:
     of_samples = (len(drawn) or None, len(set(drawn)) or None)
     found = {}
     for name in SHORT:
-        logged = KL.replace("rao_blackwell", "plain") if name == KL and KL not in final else name
         if each is not None and name in each.values:
             found[name] = estimate(each.values[name], each.prompts, name in SHARES)
-        elif logged in final:
-            error = final.get(f"{logged}_error")
-            ends = None if error is None else (final[logged] - Z95 * error, final[logged] + Z95 * error)
+        elif name in final:
+            error = final.get(f"{name}_error")
+            ends = None if error is None else (final[name] - Z95 * error, final[name] + Z95 * error)
             if name == ACCURACY and n and 0 <= final[name] <= 1:
                 ends = exact_interval(round(final[name] * n), n)
-            found[name] = Estimate(final[logged], ends, *(of_samples if name in (KL, LENGTH) else (n, None)))
+            found[name] = Estimate(final[name], ends, *(of_samples if name in (KL, LENGTH) else (n, None)))
     reward = sentiment_rewards(run.samples).get(final[EXAMPLES]) if run.rewarded else None
     if reward:
         low, high = reward.mean - reward.half_width, reward.mean + reward.half_width
         found["true_reward"] = Estimate(
             reward.mean, None if math.isnan(low) else (low, high), len(drawn), reward.prompts
         )
-    return found | ({"win_rate": run.judged} if run.judged else {})
+    return found
 
 
 # --- The table ---
@@ -406,22 +409,3 @@ def text_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:
     note = "\n[,] is a 95 % interval" + (f"; no room for {left_out}: see report.csv" if left_out else "")
     note += "; margins are of rewards of different kinds" if known - {*rows[0]} else ""
     return "\n".join("  ".join(line).rstrip() for line in zip(*padded)) + note
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("folder", type=Path, help="the sweep's folder")
-    folder = parser.parse_args().folder
-    begun = [path.parent for path in folder.glob("*/config.yaml")]
-    failed = not_begun(folder)
-    try:
-        table = text_table(table_rows(load_runs(begun)), shutil.get_terminal_size((120, 24)).columns) if begun else ""
-    except UserError as error:
-        table = str(error)
-    reasons = f"\nnot begun, for the reason see their log.txt: {', '.join(failed)}" if failed else ""
-    report = shlex.join(["python", "scripts/report.py", str(folder)])
-    print(f"\n=== {folder.name}\n{table}{reasons}\ncurves and samples: {report}", flush=True)
-
-
-if __name__ == "__main__":
-    run_main(main)

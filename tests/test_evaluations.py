@@ -18,7 +18,18 @@ import report
 from dpo.judging.statistics import exact_interval
 from dpo.model.loading import load_tokenizer
 from dpo.utils import UserError
-from evaluations import Estimate, Evaluation, Ranked, conclude, estimate, flip_p, holm, paired, read_evaluations
+from evaluations import (
+    Estimate,
+    Evaluation,
+    Ranked,
+    conclude,
+    estimate,
+    flip_p,
+    holm,
+    length_bins,
+    paired,
+    read_evaluations,
+)
 from results import load_runs, results_of
 from score import load_items, opened, rows_of
 
@@ -70,7 +81,8 @@ def test_what_an_evaluation_writes_is_what_it_measured(sweep: Path) -> None:
     assert [row["counters/examples"] for row in rows] == [row["counters/examples"] for row in logged] == [0, 8, 16, 24]
     known = ("counters/examples", "example", "prompt", "data set", "tokens")
     for row, means in zip(rows, logged, strict=True):
-        assert {*row} - {*known} == {name for name in means if "eval" in name} - {"counters/eval_examples"}
+        whole = ("counters/eval_examples", "logps_per_token_eval/")  # of all examples together
+        assert {*row} - {*known} == {name for name in means if "eval" in name and not name.startswith(whole)}
         for name in {*row} - {*known}:
             assert statistics.fmean(row[name]) == pytest.approx(means[name], rel=1e-5, abs=1e-7)
     last = rows[-1]
@@ -120,12 +132,16 @@ def test_the_page_says_what_the_files_say(sweep: Path, tmp_path: Path) -> None:
             assert x == row["counters/examples"] and y == pytest.approx(statistics.fmean(row[MARGIN]), abs=1e-5)
             assert high - y == pytest.approx(1.96 * by_hand(row[MARGIN], row["prompt"]), rel=1e-3, abs=1e-6)
     (lengths,) = (chart for chart in data["charts"] if chart["title"] == "Accuracy by length")
+    edges = length_bins(read_evaluations(sweep / data["runs"][0]["name"] / "eval_examples.jsonl")[-1])
     for line in lengths["lines"]:
         row = files[line["run"]][-1]
         longer = [a - b for a, b in row["tokens"]]
         assert len(line["x"]) >= 3 and line["x"] == sorted(line["x"])
-        edges = [-math.inf, *((a + b) / 2 for a, b in itertools.pairwise(line["x"])), math.inf]
-        assert line["x"][0] >= min(longer) and line["x"][-1] <= max(longer) and len(edges) == len(line["x"]) + 1
+        groups = [sum(n >= edge for edge in edges) for n in longer]
+        for group, x, y in zip(sorted({*groups}), line["x"], line["y"], strict=True):
+            hits = [h for h, g in zip(row[ACCURACY], groups) if g == group]
+            assert y == pytest.approx(statistics.fmean(hits), abs=1e-5)
+            assert x == pytest.approx(statistics.fmean(n for n, g in zip(longer, groups) if g == group), abs=1e-5)
     for row, lines in zip(tables[2], files, strict=True):
         for name, shown in zip(("plain", "other"), re.findall('data-v="([^"]*)"', row), strict=True):
             hits = [a for a, s in zip(lines[-1][ACCURACY], lines[-1]["data set"]) if s == name]
@@ -144,6 +160,12 @@ def test_runs_without_numbers_of_each_example(sweep: Path, tmp_path: Path) -> No
     assert re.search("python scripts/compare.py [^ ]*beta-0.5 [^ ]*beta-0.1</code>", page)
 
 
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the two-sided p of McNemar's exact test."""
+    n, least = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_exact_test(seed: int) -> None:
     """By going through all signs; of one pair a prompt it is McNemar's."""
@@ -155,7 +177,7 @@ def test_the_exact_test(seed: int) -> None:
     expected = statistics.fmean(abs(total) >= abs(sum(sums)) for total in totals)
     assert flip_p(np.array(differences, float), np.array(prompts)) == pytest.approx(expected)
     alone = flip_p(np.array(differences, float), np.arange(12))
-    assert alone == pytest.approx(compare.mcnemar(differences.count(1), differences.count(-1)))
+    assert alone == pytest.approx(mcnemar(differences.count(1), differences.count(-1)))
     assert flip_p(np.zeros(5), np.arange(5)) == 1
     assert flip_p(np.ones(3000), np.arange(3000)) < 1e-300
 
@@ -199,8 +221,11 @@ def test_the_conclusion() -> None:
     assert said.startswith("b ranks the most held-out pairs right: 0.900, 95 % interval") and "(40 pairs)" in said
     assert "The data tell b from a (p = 0.0012)" in said and "The data do not tell b from c (p = 1)" in said
     assert "3 comparisons" in how and "another seed" in how
-    said, how = conclude([ranked("a", bad), ranked("b", of([0, 1] * 20 + [1]))])
+    said, how = conclude([ranked("a", bad), ranked("b", of([0, 1] * 19 + [1, 1]))])
     assert "b ranks the most" in said and "not told from chance" in said and "not tell b from a" in said
+    few, many_more = of([1] * 45 + [0] * 19), of([1] * 60 + [0] * 4 + [1, 0] * 224)  # on the shared 64, b is better
+    said, how = conclude([ranked("a", few), ranked("b", many_more)])
+    assert said.startswith("a ranks the most") and "Whether a is better than b is not known" in said
     said, how = conclude([ranked("a", bad), ranked("b", good), ranked("old", None)])
     assert "The data tell b from a" in said and "Whether b is better than old is not known" in said
     assert "python scripts/compare.py runs/b runs/old" in how

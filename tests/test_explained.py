@@ -1,9 +1,9 @@
 """python train.py --help."""
 
+import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from conftest import ROOT
 from dpo.explained import GROUPS, comments, help_text
 from settings import all_keys
 
+QUICK = ("chat", "compare", "export", "inspect_data", "judge", "plan", "report", "rounds", "sample", "score")
 KEYS = [key for keys in GROUPS.values() for key in keys]
 
 
@@ -37,14 +38,12 @@ def test_comments_of_a_file(tmp_path: Path) -> None:
     assert comments(tmp_path / "a.yaml") == expected
 
 
-@pytest.mark.full
-def test_help_is_quick() -> None:
-    seconds = []
-    for command in ("train.py", "scripts/plan.py", "scripts/score.py", "scripts/sample.py", "scripts/chat.py"):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, command, "--help"], cwd=ROOT, capture_output=True, check=True, timeout=60)
-        seconds.append(time.perf_counter() - start)
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch, transformers"], cwd=ROOT, check=True, timeout=60)
-    slow = time.perf_counter() - start  # on a busy machine all take longer
-    assert max(seconds) < max(2.0, slow), (seconds, slow)
+@pytest.mark.parametrize("command", ["train.py", *(f"scripts/{name}.py" for name in QUICK)])
+def test_help_imports_no_torch(command: str, tmp_path: Path) -> None:
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    given = [sys.executable, command, "--help"]
+    done = subprocess.run(
+        given, cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(tmp_path)}
+    )
+    assert done.returncode == 0 and "imported" not in done.stderr and len(done.stdout) > 200, done.stderr

@@ -288,6 +288,14 @@ def test_win_rates(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page, rows = make(monkeypatch, sweep, "--win-rates", sweep.parent / "results.json")
     assert [row["win_rate"] for row in rows] == ["", "0.75"] and rows[1]["win_rate_n"] == "8"
     assert "[0.350, 0.970]" in page and "win rate" in page
+    other = told | {"settings": {"a": str(sweep / "beta=0.1"), "b": "another"}}
+    (sweep.parent / "other.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"other\.json differs from .*results\.json in b: win rates cannot be compared"):
+        make(monkeypatch, sweep, "--win-rates", sweep.parent / "results.json", sweep.parent / "other.json")
+    several = told | {"results": told["results"] | {"0": told["results"]["1"]}}
+    (sweep.parent / "other.json").write_text(json.dumps(several))
+    with pytest.raises(UserError, match="several temperatures"):
+        make(monkeypatch, sweep, "--win-rates", sweep.parent / "other.json")
     (sweep.parent / "results.json").write_text(json.dumps(told | {"settings": {"a": "elsewhere"}}))
     with pytest.raises(UserError, match=r"--win-rates .*results\.json is no results\.json of scripts/judge\.py"):
         make(monkeypatch, sweep, "--win-rates", sweep.parent / "results.json")

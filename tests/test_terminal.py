@@ -33,11 +33,11 @@ def test_an_evaluation_is_a_table() -> None:
     sizes = dict.fromkeys(metrics, 8) | {"kl_eval/rao_blackwell": 2}
     table = evaluation_table(metrics, {"loss/eval": 0.75}, sizes)
     assert table.splitlines() == [
-        "                                                   now  change  n",
-        "  loss/eval                                        0.5   -0.25  8",
-        "  logps_eval/chosen (nats a response)              -50       -  8",
-        "  rewards_eval/accuracies                         0.75       -  8",
-        "  kl_eval/rao_blackwell (nats a response)  1.25 ± 0.25       -  2",
+        "                                           now (± standard error)  change  n",
+        "  loss/eval                                                   0.5   -0.25  8",
+        "  logps_eval/chosen (nats a response)                         -50       -  8",
+        "  rewards_eval/accuracies                                    0.75       -  8",
+        "  kl_eval/rao_blackwell (nats a response)             1.25 ± 0.25       -  2",
     ]
 
 

@@ -28,7 +28,7 @@ def aligned(rows: Iterable[Sequence[str]]) -> str:
 
 def evaluation_table(metrics: Mapping[str, float], before: Mapping[str, float], sizes: Mapping[str, int]) -> str:
     """Return an evaluation as a table: its means, their change since the evaluation `before`, of how many examples."""
-    rows = [["", "now", "change", "n"]]
+    rows = [["", "now (± standard error)" if any("_error" in name for name in metrics) else "now", "change", "n"]]
     for name, value in sorted(metrics.items(), key=lambda metric: not metric[0].startswith(("loss", "perplexity"))):
         if not LEFT_OUT.search(name):
             error = metrics.get(f"{name}_error")
@@ -62,10 +62,13 @@ def _results(config: Config) -> list[str]:
             rows += [row] if "loss/eval" in row else []
     if not rows:
         return []
-    names = ("loss/eval", "perplexity/eval", "rewards_eval/accuracies", "rewards_eval/margins", "kl_eval/rao_blackwell")
+    names = ("loss/eval", "perplexity/eval", "rewards_eval/accuracies", "rewards_eval/margins")
     last, n = rows[-1], rows[-1]["counters/eval_examples"]
     shown = ", ".join(f"{name} {last[name]:.4g}" for name in names if name in last)
     lines = [f"  last evaluation, after {last['counters/examples']} examples, n={n}: {shown}"]
+    if (kl := "kl_eval/rao_blackwell") in last:  # of its samples, which are fewer
+        error = last.get(f"{kl}_error")
+        lines.append(f"  {kl} {last[kl]:.4g}" + (f" ± {error:.2g} (standard error)" if error is not None else ""))
     rows = [row for row in rows if metric in row]
     if len(rows) > 1:
         sign = 1 if metric.startswith(LOW_IS_BEST) else -1

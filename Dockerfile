@@ -2,7 +2,7 @@
 #   docker build -t dpo .
 #   docker run --rm --gpus all dpo                                           # what the installation has: scripts/doctor.py
 #   docker run --rm --gpus all --shm-size 8g -v "$PWD/runs:/home/dpo/project/runs" -v "$PWD/.cache:/home/dpo/project/.cache" \
-#       dpo python train.py loss=sft datasets=[sentiment] exp_name=first
+#       dpo python train.py loss=sft 'datasets=[sentiment]' exp_name=first
 # The two folders must be writable for user 1000, or for the one of --user.
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 

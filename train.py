@@ -1,7 +1,7 @@
 """Train a language model by SFT, then by DPO (or another loss) against the frozen SFT checkpoint.
 
-    python train.py loss=sft datasets=[hh] exp_name=hh_sft
-    python train.py loss=dpo loss.beta=0.1 datasets=[hh] exp_name=hh_dpo model.archive=<run folder of the SFT>
+    python train.py loss=sft 'datasets=[hh]' exp_name=hh_sft
+    python train.py loss=dpo loss.beta=0.1 'datasets=[hh]' exp_name=hh_dpo model.archive=runs/hh_sft
 
 Every key of config/config.yaml can be overridden in this way.
 """

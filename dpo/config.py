@@ -71,7 +71,7 @@ def component_in(annotation: Any) -> type | None:
 
 def build(kind: type, values: Mapping[str, Any], prefix: str = "") -> tuple[Any, list[str]]:
     """Return an object of dataclass `kind` with these values, and what is wrong with them: one of both is empty."""
-    problems = [f"{prefix}{problem}" for problem in _no_numbers(kind, values)]
+    problems = [f"{prefix}{problem}" for problem in _refused(kind, values)]
     try:
         built: Any = TypeAdapter(kind).validate_python(dict(values))
         return (None, problems) if problems else (built, [])
@@ -79,12 +79,13 @@ def build(kind: type, values: Mapping[str, Any], prefix: str = "") -> tuple[Any,
         return None, problems + [_said(entry, prefix) for entry in error.errors()]
 
 
-def _no_numbers(kind: type, values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a message for each number that pydantic would make of a truth value, or cut to a whole one."""
+def _refused(kind: type, values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for each value that pydantic would take: a truth value or a fraction for a number, and an empty
+    text, which `model.archive=$SFT` is in a terminal that has no such variable."""
     for name, annotation in get_type_hints(kind).items():
         group, value = component_in(annotation), values.get(name)
         if group is not None and isinstance(value, Mapping):
-            yield from (f"{name}.{problem}" for problem in _no_numbers(group, value))
+            yield from (f"{name}.{problem}" for problem in _refused(group, value))
             continue
         types = set(_leaves(annotation))
         for entry in value if isinstance(value, list | tuple) else [value]:
@@ -92,6 +93,8 @@ def _no_numbers(kind: type, values: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{name}={json.dumps(value)}: input should be a number"
             elif isinstance(entry, float) and int in types and float not in types:
                 yield f"{name}={json.dumps(value)}: input should be a whole number"
+            elif entry == "":
+                yield f"{name} is empty: was a variable of the shell unset? Give a value, or null"
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:
@@ -115,6 +118,8 @@ def _said(error: Any, prefix: str) -> str:
         return f"{name}={value} is not known; choose from: {context['expected']}".replace("'", "").replace(" or ", ", ")
     if error["type"] == "value_error":
         return str(context["error"])
+    if error["type"] in ("list_type", "tuple_type"):
+        return f"{name}={value} is no list: write '{name}=[{value}]'"
     if error["type"] == "finite_number":
         return f"{name}={value} must be a finite number"
     if error["type"] in ("missing", "missing_argument"):

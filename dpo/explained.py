@@ -15,16 +15,17 @@ FILES = {"model": "model/blank_model.yaml", "loss": "loss/pairs.yaml"}  # which 
 USAGE = """\
 python train.py KEY=VALUE ...
 
-  python train.py loss=sft datasets=[hh] exp_name=hh_sft
-  python train.py loss=dpo loss.beta=0.1 datasets=[hh] exp_name=hh_dpo model.archive=<run folder of the SFT>
-  python train.py +experiment=hh_dpo model.archive=<run folder of the SFT>       # a recipe of config/experiment
-  python train.py -m loss=dpo loss.beta=0.05,0.1,0.5 datasets=[hh] exp_name=betas    # a sweep
+  SFT=runs/hh_sft
+  python train.py loss=sft 'datasets=[hh]' exp_name=hh_sft local_run_dir=$SFT
+  python train.py loss=dpo loss.beta=0.1 'datasets=[hh]' exp_name=hh_dpo model.archive=$SFT
+  python train.py +experiment=hh_dpo model.archive=$SFT       # a recipe of config/experiment
+  python train.py -m loss=dpo loss.beta=0.05,0.1,0.5 'datasets=[hh]' exp_name=betas model.archive=$SFT    # a sweep
 
 The keys that matter most, with their defaults:
 """
 REST = """
 All keys, with comments: config/config.yaml, config/model/blank_model.yaml, config/adapter/none.yaml, config/loss.
-Losses: docs/losses.md. Everything else: README.md.
+Losses: docs/losses.md. Your own data: docs/data.md. Everything else: README.md and docs/. (new): not in the original code.
 Options: -m sweeps over values with commas; --cfg job prints the configuration instead of training; --hydra-help."""
 
 

@@ -1,7 +1,7 @@
 """What the model will see: the funnel from rows to examples, then a few examples as tokens with their loss mask.
 
-    python scripts/inspect_data.py datasets=[hh] n=3 split=train
-    python scripts/inspect_data.py --json datasets=[hh] n=3 > examples.jsonl
+    python scripts/inspect_data.py 'datasets=[hh]' n=3 split=train
+    python scripts/inspect_data.py --json 'datasets=[hh]' n=3 > examples.jsonl
 
 takes the overrides of train.py and, besides, `n` (examples shown) and `split` (train or test). Preference pairs are
 shown unless told loss=sft. Tokens are set apart by `|`: prompt dim, response (what the loss sees) green, special tokens

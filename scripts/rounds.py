@@ -1,7 +1,7 @@
 """On-policy preference training: sample, judge, train, and again, in rounds.
 
     python scripts/rounds.py --sentiment --rounds 4 +experiment=sentiment_dpo model.archive=<SFT run>
-    python scripts/rounds.py --reward-model NAME --k 8 model=llama3-8b datasets=[hh] loss=dpo loss.beta=0.1 ...
+    python scripts/rounds.py --reward-model NAME --k 8 model=llama3-8b 'datasets=[hh]' loss=dpo loss.beta=0.1 ...
 
 Each round samples k responses to each of its prompts from the newest policy, has a judge score them (see judge.py),
 makes pairs, and trains on these through train.py, from the newest policy. KEY=VALUE are the overrides of that training,

@@ -25,7 +25,7 @@ The keys that matter most, with their defaults:
 """
 REST = """
 All keys, with comments: config/config.yaml, config/model/blank_model.yaml, config/adapter/none.yaml, config/loss.
-Losses: docs/losses.md. Your own data: docs/data.md. Everything else: README.md and docs/. (new): not in the original code.
+Losses: docs/losses.md. Your own data: docs/data.md. Everything else: README.md, docs/. (new): not in the original.
 Options: -m sweeps over values with commas; --cfg job prints the configuration instead of training; --hydra-help."""
 
 

@@ -1,5 +1,5 @@
 # Training on NVIDIA GPUs, and on CPUs. torch's wheel brings CUDA's libraries with it; the driver is the host's.
-#   docker build -t dpo .
+#   docker build --build-arg COMMIT=$(git rev-parse HEAD) -t dpo .
 #   docker run --rm --gpus all dpo                                           # what the installation has: scripts/doctor.py
 #   docker run --rm --gpus all --shm-size 8g -v "$PWD/runs:/home/dpo/project/runs" -v "$PWD/.cache:/home/dpo/project/.cache" \
 #       dpo python train.py loss=sft 'datasets=[sentiment]' exp_name=first
@@ -29,5 +29,8 @@ RUN python3 -m venv .venv \
 COPY --chown=dpo:dpo . .
 RUN python -m pip install --no-cache-dir --disable-pip-version-check --no-deps -e . \
     && touch .venv/.installed
+# What provenance.json says of the code: the image has no .git.
+ARG COMMIT=
+ENV DPO_COMMIT=$COMMIT
 
 CMD ["python", "scripts/doctor.py"]

@@ -132,12 +132,14 @@ def build_config(composed: DictConfig) -> Config:
 
 def _top_problems(config: Config) -> Iterator[str]:
     """Yield what contradicts the data sets and metrics that there are. Imports torch."""
-    from dpo.scoring import measured
+    from dpo.scoring import choices
     from preference_datasets import REGISTRY
 
-    names = list(measured(config.loss, "eval"))
+    names = choices(config.loss)
     if config.keep_best is not None and config.keep_best not in names:
-        yield f"keep_best={config.keep_best} is not measured; choose from: {', '.join(names)}"
+        constant = config.keep_best.startswith("tokens_eval/")
+        reason = "the same at every evaluation" if constant else "not measured"
+        yield f"keep_best={config.keep_best} is {reason}; choose from: {', '.join(names)}"
     for name in sorted(config.dataset_sources.keys() - REGISTRY.keys()):
         yield f"dataset_sources.{name} is no built-in data set; choose from: {', '.join(REGISTRY)}"
 

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,29 +14,39 @@ from pathlib import Path
 
 from dpo.utils import ROOT, n_cores
 
-LONGEST_DIFF = 2**20  # characters
+LONGEST_DIFF = 2**20  # bytes
 MOST_NAMES = 50  # of untracked files
 GIT_SECONDS = 20
+COMMIT = "DPO_COMMIT"  # the environment variable that says what an image without .git was built from
 OPTIONAL = ("tensorboard", "trackio", "hydra-joblib-launcher", "hydra-submitit-launcher", "hydra-optuna-sweeper")
 
 
 @dataclass(frozen=True)
 class Checkout:
-    """The code of a folder. `problem` says why `commit` is None. `diff` is that of tracked files from the commit; if it
-    is `cut`, its first LONGEST_DIFF characters. `untracked` are files that git does not ignore, at most MOST_NAMES."""
+    """The code of a folder. `problem` says why `commit` or `diff` is None. `diff` is that of tracked files from the
+    commit; if it is `cut`, its first LONGEST_DIFF bytes. `untracked` are files that git does not ignore, `n_untracked`
+    of them, named at most MOST_NAMES. `new_code`: some of them are Python or YAML."""
 
     commit: str | None = None
     problem: str | None = None
-    diff: str = ""
+    diff: bytes | None = b""
     cut: bool = False
     untracked: tuple[str, ...] = ()
+    n_untracked: int = 0
+    new_code: bool = False
+
+    @property
+    def dirty(self) -> bool | None:
+        """Whether the code is not the commit's; None if that is not known."""
+        return True if self.new_code else None if self.diff is None else bool(self.diff)
 
     def __str__(self) -> str:
         if self.commit is None:
             return f"not known ({self.problem})"
-        return (
-            self.commit[:12] + (", with changes" if self.diff else "") + (", with new files" if self.untracked else "")
+        changes = (
+            f", changes not known ({self.problem})" if self.diff is None else ", with changes" if self.diff else ""
         )
+        return self.commit[:12] + changes + (", with new files" if self.untracked else "")
 
 
 @functools.cache  # of the code as this process has loaded it
@@ -44,29 +55,57 @@ def checkout(root: Path = ROOT) -> Checkout:
     try:
         known = _git(root, "ls-files", "--", "dpo/__init__.py").strip()
         if not known:  # a folder of a repository that does not hold it, such as a home directory's
-            return Checkout(problem="the project's folder is no git checkout")
+            return _without("the project's folder is no git checkout")
         commit = _git(root, "rev-parse", "HEAD").strip()
-        with subprocess.Popen(
-            [*_command(root), "diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD", "--", "."],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=_environment(),
-            text=True,
-            errors="replace",
-        ) as git:
-            assert git.stdout is not None
-            diff = git.stdout.read(LONGEST_DIFF + 1)  # no more of a large file than is kept
-            git.kill()
         names = _git(root, "ls-files", "--others", "--exclude-standard").splitlines()
     except FileNotFoundError:
-        return Checkout(problem="git is not installed")
+        return _without("git is not installed")
     except subprocess.TimeoutExpired:
-        return Checkout(problem=f"git took more than {GIT_SECONDS} s")
+        return _without(f"git took more than {GIT_SECONDS} s")
     except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        outside = said and "not a git repository" in said[0]
-        return Checkout(problem="the project's folder is no git checkout" if outside else f"git: {said[0]}")
-    return Checkout(commit, None, diff[:LONGEST_DIFF], len(diff) > LONGEST_DIFF, tuple(names[:MOST_NAMES]))
+        said = [*(getattr(error, "stderr", None) or str(error)).strip().splitlines(), type(error).__name__]
+        outside = "not a git repository" in said[0]
+        return _without("the project's folder is no git checkout" if outside else f"git: {said[0]}")
+    diff, problem = _diff(root)
+    cut, new_code = len(diff or b"") > LONGEST_DIFF, any(name.endswith((".py", ".yaml", ".yml")) for name in names)
+    kept = diff and diff[:LONGEST_DIFF]
+    return Checkout(commit, problem, kept, cut, tuple(names[:MOST_NAMES]), len(names), new_code)
+
+
+def _without(problem: str) -> Checkout:
+    """Return what is known without git: the commit that an image was built from, if it says so."""
+    commit = os.environ.get(COMMIT, "").strip()
+    return Checkout(commit, f"{problem}; the commit is that of {COMMIT}", None) if commit else Checkout(None, problem)
+
+
+def _diff(root: Path) -> tuple[bytes | None, str | None]:
+    """Return the diff of tracked files from the commit, one byte more than LONGEST_DIFF at most; None and the reason
+    if git fails or takes too long."""
+    with subprocess.Popen(
+        [*_command(root), "diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD", "--", "."],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=_environment(),
+    ) as git:
+        assert git.stdout is not None
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            git.kill()
+
+        timer = threading.Timer(GIT_SECONDS, end)
+        timer.start()
+        diff = git.stdout.read(LONGEST_DIFF + 1)  # no more of a large file than is kept
+        if len(diff) > LONGEST_DIFF:
+            git.kill()
+        code = git.wait()
+        timer.cancel()
+    if late.is_set():
+        return None, f"git diff took more than {GIT_SECONDS} s"
+    if code and len(diff) <= LONGEST_DIFF:
+        return None, f"git diff ended with exit status {code}"
+    return diff, None
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -145,5 +184,5 @@ def gpu_energy(numbers: Sequence[int]) -> float | None:
         names = [f"GPU-{torch.cuda.get_device_properties(number).uuid}" for number in numbers]
         handles = [pynvml.nvmlDeviceGetHandleByUUID(name) for name in names]
         return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles) / 1000
-    except (pynvml.NVMLError, AttributeError, RuntimeError):  # no such counter, or not NVIDIA's
+    except (pynvml.NVMLError, AttributeError, RuntimeError, AssertionError):  # no such counter, or not NVIDIA's
         return None

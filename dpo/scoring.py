@@ -23,6 +23,7 @@ from dpo.utils import one_ahead, progress
 # processes, compiled kernels): relative, and in nats. SmolLM2-135M's change by up to 1.3e-6 nats a token (60 pairs).
 ROUNDING, TOKEN_ROUNDING = 1e-6, 2e-6
 COLUMN = "column "  # before the names of the data's columns among the tensors of a micro-batch
+LOW_IS_BEST = ("loss/", "loss_eval/", "perplexity/")  # beginnings of names; of all other metrics high is best
 Metrics = dict[str, list[float | None]]
 """Metric name -> one value for each example; None if the example has no such side."""
 
@@ -89,6 +90,14 @@ def measured(loss: Loss, split: str) -> dict[str, Metric]:
     facts |= {"gradient_weight": loss.weighs_gradients}
     found = {name.format(split): m for name, m in METRICS.items() if all(facts[need] for need in m.needs)}
     return found | {f"loss_{split}/{term}": _term(term) for term in loss.term_names}
+
+
+def choices(loss: Loss) -> list[str]:
+    """Return the metrics of an evaluation that tell checkpoints apart: not lengths, which are the data's alone."""
+    names = [name for name in measured(loss, "eval") if not name.startswith("tokens_")]
+    sides = [side for side in ("chosen", "rejected") if f"logps_eval/{side}" in names]
+    names += [f"logps_per_token_eval/{side}" for side in sides]
+    return names + (["perplexity/eval"] if sides == ["chosen"] else [])
 
 
 @dataclass(frozen=True)
@@ -300,14 +309,13 @@ def mean_metrics(metrics: Metrics) -> dict[str, float]:
 
 
 def _per_token(means: Mapping[str, float], split: str, pairs: bool) -> dict[str, float]:
-    """Return nats per token over all tokens of `split`, long responses counting for more: log-probabilities of both
-    sides if there are `pairs`, else the loss, and the perplexity of its targets."""
+    """Return each side's log-probability per token over all tokens of `split`, in nats, long responses counting for
+    more; and without `pairs` the perplexity of the targets, whatever the loss makes of them."""
     sides = [side for side in ("chosen", "rejected") if means.get(f"tokens_{split}/{side}")]
-    found = {side: means[f"logps_{split}/{side}"] / means[f"tokens_{split}/{side}"] for side in sides}
-    if pairs or not found:
-        return {f"logps_per_token_{split}/{side}": value for side, value in found.items()}
-    loss = means[f"loss/{split}"] / means[f"tokens_{split}/chosen"]
-    return {f"loss_per_token/{split}": loss, f"perplexity/{split}": math.exp(min(-found["chosen"], 700.0))}
+    nats = {side: means[f"logps_{split}/{side}"] / means[f"tokens_{split}/{side}"] for side in sides}
+    found = {f"logps_per_token_{split}/{side}": value for side, value in nats.items()}
+    alone = {} if pairs or not nats else {f"perplexity/{split}": math.exp(min(-nats["chosen"], 700.0))}
+    return found | alone
 
 
 @torch.no_grad()

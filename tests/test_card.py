@@ -27,7 +27,7 @@ STATE: dict[str, Any] = {
     "command": "python train.py",
     "formats": ["hh"],
     "adapter": None,
-    "sources": {"train": [{"name": "hh", "path": "/mine/hh", "hub": "Anthropic/hh-rlhf"}, {"name": "/mine/own.jsonl"}]},
+    "sources": {"train": [{"name": "hh", "hub": "Anthropic/hh-rlhf"}, {"name": "/mine/own.jsonl"}]},
     "config": {
         "model": {
             "name_or_path": "EleutherAI/pythia-2.8b",
@@ -102,6 +102,26 @@ def test_an_adapter_and_a_local_base() -> None:
     assert "AutoModelForCausalLM" in merged
 
 
+def test_a_presets_facts_are_about_its_own_model_only() -> None:
+    preset = {"hub_id": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "archive": None}
+    large = "HuggingFaceTB/SmolLM2-360M"
+    front = check_front(card(changed(**preset, name_or_path=large)))  # as from Python, without a command
+    assert front["base_model"] == large and "license" not in front
+    state = changed(**preset, name_or_path="/mine/other.gguf")
+    assert check_front(card(state))["base_model"] == preset["hub_id"]
+    command = "python train.py model=smollm2 model.name_or_path=/mine/other.gguf"
+    assert {"base_model", "license"}.isdisjoint(check_front(card(state | {"command": command})))
+    front = check_front(card(state | {"command": f"{command} model.hub_id={large} model.license=mit"}))
+    assert front["base_model"] == preset["hub_id"] and front["license"] == "apache-2.0"  # what the state says
+    assert "license" not in check_front(card(STATE | {"command": "python train.py model=x model.name_or_path=a/b"}))
+
+
+def test_a_local_copy_of_a_data_set_is_no_link() -> None:
+    state = STATE | {"config": STATE["config"] | {"dataset_sources": {"hh": "/mine/filtered.jsonl", "shp": None}}}
+    text = card(state)
+    assert "datasets" not in check_front(text) and "- data: `hh` (a local copy), `own.jsonl`; seed 0" in text
+
+
 def test_the_base_models_own_card_states_its_licence(tmp_path: Path) -> None:
     for content, expected in (
         ("---\nlicense: mit\n---\n# A model", "mit"),
@@ -128,13 +148,15 @@ def test_paths_in_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "me").mkdir(parents=True)
     for given, expected in {
-        "model.archive=/home/me/runs/sft": "model.archive=.../sft",
-        "model.archive=~/runs/sft/step-24": "model.archive=.../sft/step-24",
-        "model.archive=runs/me": "model.archive=.../me",
-        "'datasets=[/a/b.jsonl,org/set,../c.csv]'": "'datasets=[.../b.jsonl,org/set,.../c.csv]'",
-        "'hydra.searchpath=[file:///home/me/x]'": "'hydra.searchpath=[.../x]'",
+        "model.archive=/home/me/runs/sft": "model.archive=...",
+        "model.archive=~/runs/sft/step-24": "model.archive=...",
+        "model.archive='/home/jane doe/secret/run'": "model.archive=...",
+        "'dataset_sources={hh:/home/jane/data/hh.jsonl}'": "dataset_sources=...",
+        "model.archive=runs/me": "model.archive=...",
+        r"model.archive='C:\jane\run'": "model.archive=...",
+        "'datasets=[/a/b.jsonl,org/set,../c.csv]'": "datasets=...",
+        "'datasets=[hh,org/set]' '/home/jane'": "'datasets=[hh,org/set]' ...",
         "model.name_or_path=org/name lr=1e-6": "model.name_or_path=org/name lr=1e-6",
-        "+a.url=https://example.org/a/b": "+a.url=https://example.org/a/b",
     }.items():
         assert without_paths(f"python train.py {given}") == f"python train.py {expected}"
     assert without_paths("trainers.train(config)") == "'trainers.train(config)'"

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from dpo import installation
+
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 INSTRUCTIONS = [
     line.split(maxsplit=1)
@@ -27,7 +29,17 @@ def instructions(name: str) -> list[str]:
 
 
 def test_the_image_copies_and_runs_what_exists() -> None:
-    assert {kind for kind, _ in INSTRUCTIONS} == {"FROM", "SHELL", "RUN", "USER", "WORKDIR", "ENV", "COPY", "CMD"}
+    assert {kind for kind, _ in INSTRUCTIONS} == {
+        "FROM",
+        "SHELL",
+        "RUN",
+        "USER",
+        "WORKDIR",
+        "ARG",
+        "ENV",
+        "COPY",
+        "CMD",
+    }
     assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu24\.04", instructions("FROM")[0])
     assert instructions("USER") == ["1000"]  # not root, and no later instruction goes back
     copied = [word for rest in instructions("COPY") for word in shlex.split(rest)[:-1] if not word.startswith("--")]
@@ -37,6 +49,7 @@ def test_the_image_copies_and_runs_what_exists() -> None:
     program, script = json.loads(instructions("CMD")[0])
     assert program == "python" and (ROOT / script).is_file()
     order = [kind for kind, _ in INSTRUCTIONS]
+    assert instructions("ARG") == ["COMMIT="] and instructions("ENV")[-1] == f"{installation.COMMIT}=$COMMIT"
     assert order.index("USER") < order.index("COPY")  # nothing of root's lies in the project's folder
 
 

@@ -1023,6 +1023,8 @@ def test_a_new_data_set_trains(overrides: Any, tmp_path: Path, monkeypatch: Any)
     monkeypatch.setitem(REGISTRY, "new", DataSet(generic, hub="nobody/nothing"))
     given = ("loss=sft", "datasets=[new]", f"+dataset_sources.new={tmp_path / 'new'}", f"local_run_dir={tmp_path}/two")
     train_here(overrides(*given, "n_examples=4", "n_eval_examples=4"))
+    card = (tmp_path / "two" / "LATEST" / "README.md").read_text()
+    assert "- data: `new` (a local copy); seed 0" in card and "nobody/nothing" not in card
 
 
 NOTEBOOK = """

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import types
@@ -17,7 +19,8 @@ from dpo import installation
 from dpo.installation import Checkout, checkout, gpu_energy
 from dpo.run import provenance
 from dpo.run.checkpoint import START
-from dpo.utils import UserError
+from dpo.run.metrics import RunLogger
+from dpo.utils import TakenOver, UserError
 
 Overrides = Callable[..., list[str]]
 
@@ -38,7 +41,7 @@ def repository(tmp_path: Path) -> Path:
     """A git checkout that looks like this project's."""
     folder = tmp_path / "project"
     (folder / "dpo").mkdir(parents=True)
-    (folder / "dpo" / "__init__.py").write_text("one = 1\n")
+    (folder / "dpo" / "__init__.py").write_bytes(b"one = 1\r\n")
     git(folder, "init")
     git(folder, "add", ".")
     git(folder, "commit", "-m", "first")
@@ -50,15 +53,86 @@ def test_the_state_of_a_checkout(repository: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GIT_DIR", "/nowhere")  # as inside a hook of another repository
     checkout.cache_clear()
     assert checkout(repository) == Checkout(commit) and str(checkout(repository)) == commit[:12]
-    (repository / "dpo" / "__init__.py").write_text("one = 2\n")
+    (repository / "dpo" / "__init__.py").write_bytes(b"one = 2\r\n")
     (repository / "größe.py").write_text("")
     checkout.cache_clear()
     found = checkout(repository)
-    assert "-one = 1\n+one = 2\n" in found.diff and not found.cut and found.untracked == ("größe.py",)
+    assert (
+        found.diff is not None
+        and b"-one = 1\r\n+one = 2\r\n" in found.diff
+        and not found.cut
+        and found.untracked == ("größe.py",)
+    )
     assert str(found) == f"{commit[:12]}, with changes, with new files"
     (repository / "dpo" / "__init__.py").write_text("x" * 2 * installation.LONGEST_DIFF)
     checkout.cache_clear()
-    assert checkout(repository).cut and len(checkout(repository).diff) == installation.LONGEST_DIFF
+    assert checkout(repository).cut and len(checkout(repository).diff or b"") == installation.LONGEST_DIFF
+
+
+def test_new_code_is_a_change_and_a_long_list_says_so(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (repository / "notes.txt").write_text("")
+    checkout.cache_clear()
+    assert checkout(repository).dirty is False
+    for i in range(60):
+        (repository / f"new_{i}.py").write_text("")
+    checkout.cache_clear()
+    code = checkout(repository)
+    assert code.dirty and code.diff == b"" and code.n_untracked == 61 and len(code.untracked) == 50
+    monkeypatch.setattr(provenance, "checkout", lambda: code)
+    found = provenance.code_state(repository)
+    assert found["dirty"] is True and found["n_untracked"] == 61 and "diff" not in found
+
+
+@pytest.mark.parametrize("does, problem", [("exit 3", "exit status 3"), ("exec sleep 20", "more than 1 s")])
+def test_a_diff_that_fails_is_no_clean_checkout(
+    does: str, problem: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a git that fails, or hangs, in `diff` only."""
+    commit, real = git(repository, "rev-parse", "HEAD"), shutil.which("git")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "git").write_text(f'#!/bin/sh\ncase "$*" in *no-textconv*) {does};; esac\nexec {real} "$@"\n')
+    (tmp_path / "bin" / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(installation, "GIT_SECONDS", 1)
+    checkout.cache_clear()
+    code = checkout(repository)
+    assert code.commit == commit and code.diff is None and code.problem and problem in code.problem
+    monkeypatch.setattr(provenance, "checkout", lambda: code)
+    assert provenance.code_state(tmp_path) == {"commit": commit, "dirty": "unknown", "reason": code.problem}
+    assert str(code).startswith(f"{commit[:12]}, changes not known (git diff ")
+
+
+def test_an_image_says_what_it_was_built_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(installation.COMMIT, "c0ffee\n")
+    checkout.cache_clear()
+    code = checkout(tmp_path)
+    assert code.commit == "c0ffee" and code.dirty is None and code.problem and "no git checkout" in code.problem
+
+
+def test_a_full_disk_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    seen: list[str] = []
+    monkeypatch.setattr(provenance, "checkout", lambda: seen.append("code") or Checkout("c0ffee", None, b"+1\n"))
+    record = provenance.Provenance(tmp_path, torch.device("cpu"))
+    assert seen == ["code"]  # as the code is now, not when training begins
+    monkeypatch.setattr(provenance, "atomic_write", full)
+    record.begin({}, {}, None, False)
+    record.end()
+    assert capsys.readouterr().out.count("No space left on device. Training goes on") == 2
+
+
+def test_trackers_are_closed_if_the_folder_was_taken_over(tmp_path: Path) -> None:
+    def taken() -> None:
+        raise TakenOver("another process")
+
+    logger = RunLogger(tmp_path, taken, 1, provenance.Provenance(tmp_path, torch.device("cpu")))
+    codes: list[int] = []
+    logger.wandb_run = types.SimpleNamespace(finish=lambda exit_code: codes.append(exit_code))
+    with pytest.raises(TakenOver):
+        logger.close(1)
+    assert codes == [1]
 
 
 def test_what_is_no_checkout(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,14 +153,14 @@ def test_a_run_says_what_it_was_made_of(
     overrides: Overrides, tmp_path: Path, pairs_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = "hf_" + "abcDEF123" * 4
-    code = Checkout("c0ffee", None, f"+token = '{secret}'\n", True, ("mine.py",))
+    code = Checkout("c0ffee", None, f"+token = '{secret}'\n".encode(), True, ("mine.py",), 1, True)
     monkeypatch.setattr(provenance, "checkout", lambda: code)
     train_here(overrides("n_eval_examples=8"))
     run_dir = tmp_path / "run"
     (entry,) = starts(run_dir)
     assert entry["ended"] == "finished" and entry["resumed_from"] is None
     assert entry["command"].startswith("python train.py exp_name=test")
-    known = {"commit": "c0ffee", "dirty": True, "diff_cut": True, "untracked": ["mine.py"]}
+    known = {"commit": "c0ffee", "dirty": True, "diff_cut": True, "redacted": True, "untracked": ["mine.py"]}
     assert entry["code"].items() >= known.items()
     assert (run_dir / entry["code"]["diff"]).read_text() == "+token = '***'\n"
     assert entry["versions"]["torch"] == torch.__version__ and "python" in entry["versions"]
@@ -173,7 +247,9 @@ def test_energy_is_counted_if_the_gpu_counts_it(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(provenance, "devices", lambda cuda: ["a GPU"])
     monkeypatch.setattr(provenance, "checkout", lambda: Checkout(problem="-"))
-    record = provenance.Provenance(tmp_path, torch.device("cuda", 1))
+    with monkeypatch.context() as patch:  # before training CUDA is not touched
+        patch.setattr(torch.cuda, "get_device_properties", None)
+        record = provenance.Provenance(tmp_path, torch.device("cuda", 1))
     record.begin({}, {}, None, False)
     used["GPU-b"] += 2500
     record.end()
@@ -184,6 +260,12 @@ def test_energy_is_counted_if_the_gpu_counts_it(monkeypatch: pytest.MonkeyPatch,
 
     nvml.nvmlDeviceGetTotalEnergyConsumption = refuse  # type: ignore[attr-defined]
     assert gpu_energy([0]) is None
+
+    def no_such_device(number: int) -> None:
+        raise AssertionError("Invalid device id")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", no_such_device)
+    assert gpu_energy([1]) is None
     monkeypatch.setattr(installation, "find_spec", lambda name: None)
     assert gpu_energy([0]) is None
 
@@ -198,4 +280,15 @@ def test_which_gpus_a_run_uses(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     assert provenance._gpus(torch.device("cuda", 0), False) == [0, 1, 2, 3]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the others are in another machine
+    assert provenance._gpus(torch.device("cuda", 0), False) == []
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    slurm = {"STEP_NUM_TASKS": "4", "STEP_NODELIST": "a", "PROCID": "0", "LOCALID": "0", "JOB_ID": "1"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for nodes, expected in (("1", [0, 1, 2, 3]), ("2", [])):
+        monkeypatch.setenv("SLURM_STEP_NUM_NODES", nodes)
+        assert provenance._gpus(torch.device("cuda", 0), False) == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # srun --gpus-per-task shows one each
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
     assert provenance._gpus(torch.device("cuda", 0), False) == []

@@ -14,6 +14,9 @@ import pytest
 from conftest import ROOT, RunTrain, read_jsonl, train_here
 
 from dpo.run.terminal import evaluation_table
+from dpo.scoring import LOW_IS_BEST, Metrics, choices, mean_metrics
+from dpo.utils import UserError
+from settings import load_config
 
 BAR = """
 import time
@@ -64,13 +67,37 @@ def test_nats_per_token_and_perplexity(overrides: Callable[..., list[str]], tmp_
     train_here(overrides("loss=dpo", "loss.beta=0.1", *given, f"local_run_dir={tmp_path / 'dpo'}"))
     sft, dpo = (read_jsonl(tmp_path / name / "metrics.jsonl")[-1] for name in ("sft", "dpo"))
     per_token = sft["loss/eval"] / sft["tokens_eval/chosen"]
-    assert sft["loss_per_token/eval"] == pytest.approx(per_token) and 5 < per_token < 6.5  # of 320 tokens: 5.8
+    assert sft["logps_per_token_eval/chosen"] == pytest.approx(-per_token) and 5 < per_token < 6.5  # of 320 tokens: 5.8
     assert sft["perplexity/eval"] == pytest.approx(math.exp(per_token))
-    assert "perplexity/eval" not in dpo and "loss_per_token/eval" not in dpo
+    assert "perplexity/eval" not in dpo
     for side in ("chosen", "rejected"):
         mean = dpo[f"logps_eval/{side}"] / dpo[f"tokens_eval/{side}"]
         assert dpo[f"logps_per_token_eval/{side}"] == pytest.approx(mean) and -6.5 < mean < -5
     assert dpo["tokens_eval/chosen"] == sft["tokens_eval/chosen"]
+
+
+def test_perplexity_does_not_depend_on_how_a_loss_counts() -> None:
+    """Of two targets of 10 tokens with -20 nats, under a loss that is a mean, not a sum."""
+    each: Metrics = {"logps_eval/chosen": [-20.0, -20.0], "tokens_eval/chosen": [10.0, 10.0], "loss/eval": [2.0, 2.0]}
+    means = mean_metrics(each)
+    assert means["perplexity/eval"] == pytest.approx(math.exp(2)) and means["logps_per_token_eval/chosen"] == -2
+    assert means.keys() == each.keys() | {"perplexity/eval", "logps_per_token_eval/chosen"}
+
+
+@pytest.mark.parametrize("loss", ["loss=sft", "loss=dpo"])
+def test_the_best_checkpoint_may_be_chosen_by_what_a_table_shows(
+    loss: str, overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    given = overrides(loss, *(["loss.beta=0.1"] if loss == "loss=dpo" else []), "n_eval_examples=8", "n_examples=4")
+    train_here([*given, "sample_during_eval=false"])
+    measured = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    names = choices(load_config(given).loss)
+    assert {*names} == {n for n in measured if re.search("/eval|_eval", n) and not re.match("tokens_|counters/", n)}
+    assert ("perplexity/eval" in names) == (loss == "loss=sft")
+    assert "perplexity/eval".startswith(LOW_IS_BEST) and not "logps_per_token_eval/chosen".startswith(LOW_IS_BEST)
+    assert load_config([*given, "keep_best=logps_per_token_eval/chosen"])
+    with pytest.raises(UserError, match="keep_best=tokens_eval/chosen is the same at every evaluation; choose from"):
+        load_config([*given, "keep_best=tokens_eval/chosen"])
 
 
 @pytest.mark.full

@@ -82,8 +82,7 @@ def find_source(name: str, settings: DataSettings, split: str, registry: Registr
         if data_set.sft_only and settings.rows != TARGETS:
             raise UserError(f"data set {name!r} has no preferences, so it is for loss=sft only; choose another")
         if local := settings.sources.get(name) or data_set.local:
-            copy = local_source(Path(local).expanduser(), data_set.layout, split, limit, strict=False)
-            return data_set, copy._replace(hub=data_set.hub)
+            return data_set, local_source(Path(local).expanduser(), data_set.layout, split, limit, strict=False)
         hub, layout = data_set.hub, data_set.layout
         if settings.rows == TARGETS and data_set.sft_hub:
             hub, layout = data_set.sft_hub, PLAIN

@@ -73,6 +73,16 @@ def local_rank() -> int:
     return int(_variables().get("LOCAL_RANK", "0")) if joined() else 0
 
 
+def local_world_size() -> int | None:
+    """Return the number of this group's processes on this machine; None if nobody said."""
+    if not joined():
+        return 1
+    names = _variables()
+    alone = names.get("SLURM_STEP_NUM_NODES") == "1"  # srun on one machine
+    size = names.get("LOCAL_WORLD_SIZE", names["WORLD_SIZE"] if alone else None)
+    return int(size) if size else None
+
+
 def gpu_index() -> int:
     """Return the index of this process's GPU. `srun --gpus-per-task` shows each process its own GPU only."""
     return 0 if "SLURM_GPUS_PER_TASK" in os.environ else local_rank()

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,7 @@ from huggingface_hub.repocard import metadata_load
 from dpo.utils import redact, visible
 
 HUB = "https://huggingface.co"
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Paths: after the start of a value, an absolute one or one from a named place; or any with a slash, if it exists.
-PLACED = re.compile(r"(?<![\w.:/])(?:file:/)?(?:~[\w-]*|\.{1,2})?/[^\s,\[\]{}'\"]+")
-SLASHED = re.compile(r"(?<![\w./])[\w.+-]+(?:/[\w.+-]+)+")
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 SAMPLED = ("samples_eval/", "kl_eval/")  # metrics of samples; the others are of evaluation examples
 
 
@@ -28,8 +25,9 @@ def card(state: dict[str, Any], merged: bool = False) -> str:
     facts = [*filter(None, (adapter, (config.get("adapter") or {}).get("quantization")))]
     facts += ["merged into the weights"] if merged else []
     peft = adapter is not None and not merged
-    base, loss = base_of(model), config["loss"]["name"]
-    license_ = model.get("license") or license_of(model["name_or_path"])
+    given = {word.partition("=")[0].lstrip("+") for word in shlex.split(state["command"])}
+    base, loss = base_of(model, given), config["loss"]["name"]
+    license_ = _stated("license", model, given) or license_of(model["name_or_path"])
     data = _data(state)
     name = short(base or model["name_or_path"])
     front = ModelCardData(
@@ -44,7 +42,7 @@ def card(state: dict[str, Any], merged: bool = False) -> str:
     lines = [
         f"- base model: {_link(name, base)}"
         + (f", from the weights of `{short(model['archive'])}`" if model["archive"] else ""),
-        f"- data: {', '.join(_link(name, hub, 'datasets/') for name, hub in data.items())}; seed {config['seed']}",
+        f"- data: {_named(data, config)}; seed {config['seed']}",
         f"- loss: `{state.get('loss') or loss}`",
         *([f"- adapter: {', '.join(facts)}"] if adapter else []),
         f"- trained for {state['examples']} examples in {state['updates']} updates",
@@ -61,10 +59,22 @@ def card(state: dict[str, Any], merged: bool = False) -> str:
     return visible(redact("\n\n".join(text) + "\n"))
 
 
-def base_of(model: Mapping[str, Any]) -> str | None:
-    """Return the hub's id of the model that training began with, if it is known."""
-    name = model.get("hub_id") or model["name_or_path"]
-    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
+def base_of(model: Mapping[str, Any], given: Collection[str] = ()) -> str | None:
+    """Return the hub's id of the model that training began with, if it is known. `given`: the command's keys."""
+    name = model["name_or_path"] if _on_hub(model["name_or_path"]) else _stated("hub_id", model, given)
+    return name if name and _on_hub(name) else None
+
+
+def _stated(key: str, model: Mapping[str, Any], given: Collection[str]) -> str | None:
+    """Return the model's `hub_id` or `license`, unless it is a file of config/model's and about another model."""
+    name, hub_id = model["name_or_path"], model.get("hub_id")
+    other = "model.name_or_path" in given or (hub_id is not None and _on_hub(name) and name != hub_id)
+    return model.get(key) if not other or f"model.{key}" in given else None
+
+
+def _on_hub(name: str) -> bool:
+    """Return whether `name` is an id of the hub, as far as one can tell without it."""
+    return bool(HUB_ID.fullmatch(name)) and not name.endswith(".gguf") and not Path(name).exists()
 
 
 def license_of(name: str) -> str | None:
@@ -116,7 +126,17 @@ def _data(state: dict[str, Any]) -> dict[str, str | None]:
     """Return the short name of each data set, with its id on the hub if it has one."""
     read = {source.get("name"): source.get("hub") for source in (state.get("sources") or {}).get("train", [])}
     found = {short(name): str(read.get(name)) for name in state["config"]["datasets"]}
-    return {name: hub if "/" in hub and HUB_ID.fullmatch(hub) else None for name, hub in found.items()}
+    copies = {short(name) for name, place in (state["config"].get("dataset_sources") or {}).items() if place}
+    on_hub = {name for name, hub in found.items() if "/" in hub and HUB_ID.fullmatch(hub)} - copies
+    return {name: hub if name in on_hub else None for name, hub in found.items()}
+
+
+def _named(data: Mapping[str, str | None], config: Mapping[str, Any]) -> str:
+    """Return the data sets of `_data` in one line."""
+    places = config.get("dataset_sources") or {}
+    return ", ".join(
+        _link(name, hub, "datasets/") + (" (a local copy)" if places.get(name) else "") for name, hub in data.items()
+    )
 
 
 def _link(name: str, hub: str | None, kind: str = "") -> str:
@@ -130,12 +150,12 @@ def short(path: str) -> str:
 
 
 def without_paths(command: str) -> str:
-    """Return a command in which .../<name> stands for each path of this machine."""
+    """Return a command in which ... stands for each value that may hold a path of this machine."""
+    words = [word.partition("=") for word in shlex.split(command)]
+    words = [(key, sign, value) if sign else ("", "", key) for key, sign, value in words]
+    return shlex.join(f"{key}{sign}{'...' if _may_be_path(value) else value}" for key, sign, value in words)
 
-    def last(path: re.Match[str]) -> str:
-        return f".../{short(path[0])}"
 
-    def if_there(path: re.Match[str]) -> str:
-        return last(path) if Path(path[0]).exists() else path[0]
-
-    return shlex.join(SLASHED.sub(if_there, PLACED.sub(last, word)) for word in shlex.split(command))
+def _may_be_path(value: str) -> bool:
+    """Return whether a value, or an entry of a list, has a sign that paths have and is no id of the hub."""
+    return any(re.search(r"[/~\\]", entry) and not _on_hub(entry) for entry in value.strip("[]").split(","))

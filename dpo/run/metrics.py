@@ -102,15 +102,18 @@ class RunLogger:
         return self.wandb_run.id if self.wandb_run is not None else None
 
     def close(self, exit_code: int = 0) -> None:
-        if self.provenance is not None and not isinstance(sys.exception(), TakenOver):
-            self.check()
-            self.provenance.end()
-        for file in self._files.values():
-            file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish(exit_code=exit_code)
-        if self.trackio_run is not None:
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.trackio_run.finish()
+        """Close all writers. Raise TakenOver after that, if the folder is another process's by now."""
+        try:
+            if self.provenance is not None and not isinstance(sys.exception(), TakenOver):
+                self.check()
+                self.provenance.end()
+        finally:
+            for file in self._files.values():
+                file.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+            if self.wandb_run is not None:
+                self.wandb_run.finish(exit_code=exit_code)
+            if self.trackio_run is not None:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    self.trackio_run.finish()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo import parallel
 from dpo.run import checkpoint, health
 from dpo.run.config import Config
-from dpo.run.terminal import LOW_IS_BEST
+from dpo.scoring import LOW_IS_BEST
 from dpo.utils import UserError, log
 
 SECONDS_BETWEEN_TRIES = 10

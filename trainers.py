@@ -389,6 +389,7 @@ class Trainer(Updates):
         metric, best = state["best"]
         self.saver.best = best if metric == self.config.keep_best else None
         self.eval_metrics = self.evaluator.last = state["metrics"]
+        self.evaluator.sizes = state.get("metric_sizes") or {}
         carried = state.get("loss_state") or {}
         if carried.keys() == self.scorer.state.keys():  # else it is of another loss
             self.scorer = dataclasses.replace(self.scorer, state=carried)
@@ -411,8 +412,7 @@ class Trainer(Updates):
             "total_examples": self.total_examples,
             "best": [self.config.keep_best, self.saver.best],
             "metrics": self.eval_metrics,
-            "eval_examples": len(self.evaluator.examples),
-            "eval_samples": len(self.evaluator.sampler.prompts) if self.evaluator.sampler else 0,
+            "metric_sizes": self.evaluator.sizes,
             "command": self.command,
             "loss": str(self.config.loss),
             "adapter": adapters.described(self.policy) if self.starting is not None else None,

@@ -42,6 +42,7 @@ class Evaluator:
         self.examples = eval_examples(data, config.n_eval_examples) if data is not None else []
         prompts = prompts_of(data, self.examples, config.n_eval_model_samples) if data is not None else []
         self.last: dict[str, float] = {}  # metrics of the evaluation before
+        self.sizes: dict[str, int] = {}  # how many examples, or samples, each is a mean of
         self.sampler: SampleEvaluator | None = None
         if config.sample_during_eval and prompts:
             room = max(config.max_length - max(map(len, prompts)), 1)  # the same for all prompts
@@ -69,7 +70,8 @@ class Evaluator:
             metrics |= self._sample(policy, scorer, seen)
         parallel.reshard(policy)
         self.logger.log(metrics | {"counters/eval_examples": len(self.examples)}, seen, always=True)
-        log(f"evaluation after {seen} examples\n{evaluation_table(metrics, self.last, self._sizes(each, metrics))}")
+        self.sizes = self._sizes(each, metrics)
+        log(f"evaluation after {seen} examples\n{evaluation_table(metrics, self.last, self.sizes)}")
         self.last = metrics
         return metrics
 

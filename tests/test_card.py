@@ -22,8 +22,7 @@ STATE: dict[str, Any] = {
     "examples": 24,
     "updates": 6,
     "metrics": {"loss/eval": 0.6931471, "samples_eval/policy_length": 31.5, "kl_eval/plain": 0.25},
-    "eval_examples": 8,
-    "eval_samples": 4,
+    "metric_sizes": {"loss/eval": 8, "samples_eval/policy_length": 4, "kl_eval/plain": 4},
     "command": "python train.py",
     "formats": ["hh"],
     "adapter": None,
@@ -78,7 +77,7 @@ def test_a_card_has_base_data_licence_and_metrics_with_n() -> None:
 
 
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
-    old = {name: value for name, value in STATE.items() if name not in ("sources", "eval_samples", "formats")}
+    old = {name: value for name, value in STATE.items() if name not in ("sources", "metric_sizes", "formats")}
     old["config"] = STATE["config"] | {"model": {"name_or_path": str(tmp_path / "base"), "archive": None}}
     text = card(old | {"metrics": {}})
     front = check_front(text)

@@ -113,7 +113,7 @@ def test_the_page_says_what_the_files_say(sweep: Path, tmp_path: Path) -> None:
     files = [read_jsonl(sweep / run["name"] / "eval_examples.jsonl") for run in data["runs"]]
     assert [run["name"] for run in data["runs"]] == ["beta-0.1", "beta-0.5", "beta-2"]
     for row, lines in zip(tables[0], files, strict=True):
-        values = [float(v) for v in re.findall('data-v="([^"]*)"', row)]
+        values = [float(v) for v in re.findall('<td data-v="([^"]*)"', row)]
         assert values[:2] == pytest.approx([statistics.fmean(lines[-1][name]) for name in (ACCURACY, MARGIN)], abs=1e-6)
         low, high = map(float, re.findall(r"\[([\d.-]+), ([\d.-]+)\]", row)[1])
         half = 1.96 * by_hand(lines[-1][MARGIN], lines[-1]["prompt"])
@@ -122,9 +122,9 @@ def test_the_page_says_what_the_files_say(sweep: Path, tmp_path: Path) -> None:
     for row, lines in zip(tables[1], (files[0][-1], files[2][-1]), strict=True):
         place = {key: i for i, key in enumerate(base["example"])}
         mine = [(a, base[ACCURACY][place[key]]) for key, a in zip(lines["example"], lines[ACCURACY])]
-        *_, p, gained, lost = (float(v) for v in re.findall('data-v="([^"]*)"', row))
+        *_, p, gained, lost = (float(v) for v in re.findall('<td data-v="([^"]*)"', row))
         assert (gained, lost) == (sum(a > b for a, b in mine), sum(a < b for a, b in mine)) and 0 < p <= 1
-        shown = float(re.findall('data-v="([^"]*)"', row)[0])
+        shown = float(re.findall('<td data-v="([^"]*)"', row)[0])
         assert shown == pytest.approx(statistics.fmean(a - b for a, b in mine), abs=1e-6)
     (curve,) = (chart for chart in data["charts"] if chart["title"] == "Reward margin")
     for line in (line for line in curve["lines"] if line["kind"] == "eval"):
@@ -143,7 +143,7 @@ def test_the_page_says_what_the_files_say(sweep: Path, tmp_path: Path) -> None:
             assert y == pytest.approx(statistics.fmean(hits), abs=1e-5)
             assert x == pytest.approx(statistics.fmean(n for n, g in zip(longer, groups) if g == group), abs=1e-5)
     for row, lines in zip(tables[2], files, strict=True):
-        for name, shown in zip(("plain", "other"), re.findall('data-v="([^"]*)"', row), strict=True):
+        for name, shown in zip(("plain", "other"), re.findall('<td data-v="([^"]*)"', row), strict=True):
             hits = [a for a, s in zip(lines[-1][ACCURACY], lines[-1]["data set"]) if s == name]
             assert float(shown) == pytest.approx(statistics.fmean(hits))
 

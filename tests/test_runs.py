@@ -340,7 +340,7 @@ def test_hints_name_keys_that_exist() -> None:
         *("ref_model_name_or_path model_name_or_path use_peft lora_r report_to optim").split(),
     ):
         assert name in HERE, name
-    known = set(all_keys()) | {"hydra"}
+    known = set(all_keys()) | {"hydra", "experiment"}
     for text in HERE.values():  # whatever a hint tells to write is a key
         written = re.findall(r"(?:^|[\s'+(])\+?([a-z_][\w.]*)=", text)
         assert not [key for key in written if key not in known and not key.startswith("optimizer_kwargs.")], text

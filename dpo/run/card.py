@@ -14,7 +14,6 @@ from dpo.utils import redact, visible
 
 HUB = "https://huggingface.co"
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-SAMPLED = ("samples_eval/", "kl_eval/")  # metrics of samples; the others are of evaluation examples
 
 
 def card(state: dict[str, Any], merged: bool = False) -> str:
@@ -114,11 +113,8 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=64, do_sample=True)[0,
 
 def table(state: dict[str, Any]) -> str:
     """Return the metrics of the checkpoint's evaluation, each with the number of examples or samples behind it."""
-    counts = {True: state.get("eval_samples"), False: state.get("eval_examples")}
-    rows = [
-        f"| {name} | {value:.5g} | {counts[name.startswith(SAMPLED)] or 'not known'} |"
-        for name, value in state["metrics"].items()
-    ]
+    sizes = state.get("metric_sizes") or {}
+    rows = [f"| {name} | {value:.5g} | {sizes.get(name) or 'not known'} |" for name, value in state["metrics"].items()]
     return "\n".join(["| held-out metric | value | n |", "|---|---|---|", *(rows or ["| none measured | | |"])])
 
 

@@ -118,8 +118,7 @@ class _State(_Strict):
     reference_start: Annotated[str | None, Field(alias=REFERENCE)] = None
     loss: str | None = None
     loss_state: dict[str, float] | None = None
-    eval_examples: Count | None = None
-    eval_samples: Count | None = None
+    metric_sizes: dict[str, Count] | None = None
     formats: list[str] | None = None
     sources: dict[str, list[dict[str, str | list[str]]]] | None = None
 

@@ -14,7 +14,7 @@ from dpo.scoring import LOW_IS_BEST
 
 # Metrics that metrics.jsonl has and a table leaves out. Errors stand beside their means.
 LEFT_OUT = re.compile(r"_error$|^(tokens|gradient_weight|chosen_fell|counters)_?|^kl_eval/plain|/reference_")
-UNITS = {"loss_per_token": "nats a token", "logps_per_token": "nats a token", "logps": "nats a response"}
+UNITS = {"logps_per_token": "nats a token", "logps": "nats a response"}
 UNITS |= {"kl": "nats a response", "samples": "tokens"}
 
 

@@ -586,6 +586,7 @@ def make_report(given: argparse.Namespace, command: str) -> None:
     log(f"\n=== {', '.join(str(path.resolve().name) for path in given.runs)}")
     log(text_table(table_rows(runs), shutil.get_terminal_size((120, 24)).columns))
     log(conclusion_of(runs)[0])
+    make_dir(given.out, "--out")
     write_report(runs, given.out, given.samples, command, baseline=baseline, refresh=given.watch)
     log(f"written: {given.out / 'report.csv'}, {given.out / 'report.html'}")
 
@@ -606,7 +607,6 @@ def watch(given: argparse.Namespace, command: str) -> None:
 
 def main() -> None:
     given = read_arguments()
-    make_dir(given.out, "--out")
     command = shlex.join(["python", "scripts/report.py", *sys.argv[1:]])
     (make_report if given.watch is None else watch)(given, command)
 

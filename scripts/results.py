@@ -389,8 +389,8 @@ def with_error(row: Mapping[str, Any], name: str) -> str:
 
 
 def number(value: float) -> str:
-    """Return `value` with three digits after the point if it is below 10, else with four digits."""
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+    """Return `value` with three digits after the point if it is below 10, else, or if these are 0, with four digits."""
+    return f"{value:.3f}" if not value or 0.0005 <= abs(value) < 10 else f"{value:.4g}"
 
 
 def text_table(rows: Sequence[Mapping[str, Any]], width: int) -> str:

@@ -374,6 +374,12 @@ def test_misuse(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match=message) as error:
             report.main()
         assert "\n" not in str(error.value)
+    monkeypatch.chdir(sweep.parent)
+    with pytest.raises(UserError, match="holds no run"):
+        monkeypatch.setattr(sys, "argv", ["report.py", "nothing", "--out", "refused"])
+        report.main()
+    assert not Path("refused").exists()
+    assert (report.number(0.0), report.number(0.0002145), report.number(-12.34567)) == ("0.000", "0.0002145", "-12.35")
     (sweep.parent / "out" / "report.html").mkdir(parents=True)
     with pytest.raises(UserError, match=r"report\.html cannot be written"):
         make(monkeypatch, sweep)

@@ -259,7 +259,8 @@ def _check_choice(given: dict[str, list[str]], group: str, mark: str = "", advic
     for name in given.get(group, []):
         if name not in options:
             listed = f"{mark}{group}={name} is none of {', '.join(options)} (config/{group})"
-            raise UserError(listed + advice.format(name))
+            near = meant(name, options)
+            raise UserError(listed + near + ("" if near else advice.format(name)))
 
 
 def _check_loss_keys(given: dict[str, list[str]]) -> None:

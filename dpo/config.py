@@ -6,6 +6,7 @@ together is checked by the class's `problems`. settings.py composes the classes.
 """
 
 import dataclasses
+import difflib
 import json
 import typing
 from collections.abc import Iterator, Mapping
@@ -115,7 +116,12 @@ def _said(error: Any, prefix: str) -> str:
         words, bound = bounds[error["type"]]
         return f"{name}={value} must be {words} {context[bound]:g}"
     if error["type"] == "literal_error":
-        return f"{name}={value} is not known; choose from: {context['expected']}".replace("'", "").replace(" or ", ", ")
+        listed = context["expected"].replace("'", "").replace(" or ", ", ")
+        options = {option.lower(): option for option in listed.split(", ")}
+        close = difflib.get_close_matches(str(value).lower(), options, 1)
+        return f"{name}={value} is not known; choose from: {listed}" + "".join(
+            f"; did you mean '{options[each]}'?" for each in close
+        )
     if error["type"] == "value_error":
         return str(context["error"])
     if error["type"] in ("list_type", "tuple_type"):

@@ -373,6 +373,8 @@ def test_runs_and_caches_lie_in_the_project(tmp_path: Path, monkeypatch: pytest.
     ("given", "message"),
     [
         ("lrr=1", "did you mean 'lr'?"),
+        ("+experiment=sentiment_dop", "did you mean 'sentiment_dpo'?"),
+        ("model=qwen3-0.6b", "did you mean 'qwen3-06b'?"),
         ("max_steps=100", "here that is n_examples=<steps x batch_size>"),
         ("batch_size=four", "batch_size=four"),
         ("--help", "lr=5e-7"),

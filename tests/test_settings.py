@@ -151,6 +151,7 @@ def test_every_key_of_the_yaml_is_commented_and_typed() -> None:
         (["max_prompt_length=512"], "must be less than max_length"),
         (["trainer=MagicTrainer"], "choose from: BasicTrainer"),
         (["optimizer=Adamm"], "AdamW"),
+        (["optimizer=adamw"], "SGD; did you mean 'AdamW'?"),
         (["optimizer=LBFGS"], "choose from"),
         (["lr=-1"], "lr=-1 must be at least 0"),
         (["lr_schedule=step"], "constant, linear, cosine"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import write_pairs
+from conftest import EVERYTHING, write_pairs
 
 import compare_losses
 from compare_losses import choose_losses, estimate, loss_overrides
@@ -58,6 +58,7 @@ def test_misuse_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 @pytest.mark.full
+@pytest.mark.skipif(not EVERYTHING, reason="takes minutes on a CPU: DPO_ALL=1")
 def test_the_comparison_runs_and_trains_nothing_twice(
     tmp_path: Path, tiny_model_dir: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

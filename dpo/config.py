@@ -88,14 +88,18 @@ def _refused(kind: type, values: Mapping[str, Any]) -> Iterator[str]:
         if group is not None and isinstance(value, Mapping):
             yield from (f"{name}.{problem}" for problem in _refused(group, value))
             continue
-        types = set(_leaves(annotation))
-        for entry in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(entry, bool) and bool not in types and types & {int, float}:
-                yield f"{name}={json.dumps(value)}: input should be a number"
-            elif isinstance(entry, float) and int in types and float not in types:
-                yield f"{name}={json.dumps(value)}: input should be a whole number"
-            elif entry == "":
-                yield f"{name} is empty: was a variable of the shell unset? Give a value, or null"
+        types, entries = set(_leaves(annotation)), value if isinstance(value, list | tuple) else [value]
+        found = (_refusal(entry, types) for entry in entries)
+        yield from (f"{name}{said.format(json.dumps(value))}" for said in found if said)
+
+
+def _refusal(entry: Any, types: set[Any]) -> str:
+    """Return what is wrong with a value of a key of these types, with {} for all of the key's value, or ""."""
+    if isinstance(entry, bool) and bool not in types and types & {int, float}:
+        return "={}: input should be a number"
+    if isinstance(entry, float) and int in types and float not in types:
+        return "={}: input should be a whole number"
+    return " is empty: was a variable of the shell unset? Give a value, or null" if entry == "" else ""
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:
@@ -119,9 +123,8 @@ def _said(error: Any, prefix: str) -> str:
         listed = context["expected"].replace("'", "").replace(" or ", ", ")
         options = {option.lower(): option for option in listed.split(", ")}
         close = difflib.get_close_matches(str(value).lower(), options, 1)
-        return f"{name}={value} is not known; choose from: {listed}" + "".join(
-            f"; did you mean '{options[each]}'?" for each in close
-        )
+        near = f"; did you mean '{options[close[0]]}'?" if close else ""
+        return f"{name}={value} is not known; choose from: {listed}{near}"
     if error["type"] == "value_error":
         return str(context["error"])
     if error["type"] in ("list_type", "tuple_type"):

@@ -19,7 +19,7 @@ from dpo.run.config import Config
 from dpo.run.metrics import RunLogger
 from dpo.run.terminal import evaluation_table
 from dpo.sampling import Divergence, SampleEvaluator, Sampling, divergence, prompts_of
-from dpo.scoring import Metrics, Scorer, evaluate_loss, mean_metrics, totals
+from dpo.scoring import Metrics, Scorer, evaluate_loss, mean_metrics
 from dpo.utils import UserError, log
 
 
@@ -65,12 +65,13 @@ class Evaluator:
         if scorer.reference is not None and not seen and scorer.untrained:
             worst = health.difference(self.data, mine, each, "eval")
             must_agree(scorer, worst, f"all {len(self.examples)} evaluation examples")
-        self.logger.eval_examples(self._known | self._gathered(policy, each, mine), seen)
+        by_example = self._gathered(policy, each, mine)
+        self.logger.eval_examples(self._known | by_example, seen)
         if self.sampler is not None:
             metrics |= self._sample(policy, scorer, seen)
         parallel.reshard(policy)
         self.logger.log(metrics | {"counters/eval_examples": len(self.examples)}, seen, always=True)
-        self.sizes = self._sizes(each, metrics)
+        self.sizes = self._sizes(by_example, metrics)
         log(f"evaluation after {seen} examples\n{evaluation_table(metrics, self.last, self.sizes)}")
         self.last = metrics
         return metrics
@@ -98,13 +99,12 @@ class Evaluator:
         rows = [[v if v is None else float(f"{v:.7g}") for v in by_example[example]] for example in self.examples]
         return dict(zip(each, map(list, zip(*rows)), strict=True))
 
-    def _sizes(self, each: Metrics, metrics: Mapping[str, float]) -> dict[str, int]:
+    def _sizes(self, by_example: Mapping[str, list[Any]], metrics: Mapping[str, float]) -> dict[str, int]:
         """Return the number of evaluation examples, or of samples, that each of `metrics` is a mean of."""
-        n, counts = len(self.examples), totals(each)
-        every = counts["loss/eval"][1]  # more than n if tensor-parallel ranks hold the same examples
+        counts = {name: sum(value is not None for value in values) for name, values in by_example.items()}
         # what follows from the tokens of a side is a mean over the examples that have that side
         base = {name: name.replace("logps_per_token_", "tokens_") for name in metrics}
-        sizes = {name: counts[base[name]][1] * n // every if base[name] in counts else n for name in metrics}
+        sizes = {name: counts.get(base[name], len(self.examples)) for name in metrics}
         sampled = len(self.sampler.prompts) if self.sampler is not None else 0
         return {name: sampled if name.startswith(("samples_", "kl_")) else size for name, size in sizes.items()}
 

@@ -290,20 +290,15 @@ class Tally:
         return total, [*numbers]
 
 
-def totals(metrics: Metrics) -> dict[str, tuple[float, int]]:
-    """Return the sum of every metric over the examples of all processes, and how many these are. A collective."""
-    given = [[value for value in values if value is not None] for values in metrics.values()]
-    every = parallel.gather([(sum(values), len(values)) for values in given])
-    sums = ([sum(column) for column in zip(*shares)] for shares in zip(*every))
-    return {name: (total, n) for name, (total, n) in zip(metrics, sums, strict=True)}
-
-
 def mean_metrics(metrics: Metrics) -> dict[str, float]:
     """Return the mean of every metric over the examples of all processes, and what follows from these means.
 
     Tensor-parallel ranks hold the same examples, equally often, which leaves the mean as it is.
     """
-    means = {name: total / n for name, (total, n) in totals(metrics).items() if n}
+    given = [[value for value in values if value is not None] for values in metrics.values()]
+    every = parallel.gather([(sum(values), len(values)) for values in given])
+    totals = ([sum(column) for column in zip(*shares)] for shares in zip(*every))
+    means = {name: total / n for name, (total, n) in zip(metrics, totals, strict=True) if n}
     pairs = any(name.startswith("logps_") and name.endswith("/rejected") for name in metrics)
     return means | {k: v for split in ("train", "eval") for k, v in _per_token(means, split, pairs).items()}
 

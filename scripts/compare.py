@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dpo.utils import UserError
-from options import check_name, take_overrides
+from options import check_runs, take_overrides
 from utils import HelpFormatter, run_main
 
 
@@ -33,10 +33,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the comparison as JSON, too")
     others, overrides = take_overrides(sys.argv[1:])
     given = parser.parse_args(others)
-    if given.show < 0 or (given.limit is not None and given.limit < 1):
-        raise UserError(f"--show {given.show} must be at least 0 and --limit {given.limit} at least 1")
-    for name in given.runs:
-        check_name(name)
+    check_runs(given)
     return given, overrides
 
 

@@ -45,6 +45,10 @@ class Evaluation(NamedTuple):
         """Return the values of a metric, and the prompts, of these examples."""
         return self.values[metric][rows], self.prompts[rows]
 
+    def same_examples(self, other: "Evaluation") -> bool:
+        """Return whether `other` is of the same examples, in any order."""
+        return {*self.keys} == {*other.keys}
+
 
 def read_evaluations(path: Path) -> list[Evaluation]:
     """Return a run's evaluations, [] if there is no such file. A truncated last line is left out. Raise UserError."""
@@ -121,9 +125,9 @@ class Paired(NamedTuple):
     margin: Estimate
 
 
-def on_both(run: Evaluation, other: Evaluation) -> tuple[list[int], list[int]] | None:
-    """Return the examples that two runs share, as rows of each; None unless they have pairs of two prompts or more."""
-    if not all(ACCURACY in evaluation.values for evaluation in (run, other)):
+def on_both(run: Evaluation, other: Evaluation, metric: str = ACCURACY) -> tuple[list[int], list[int]] | None:
+    """Return the examples that two runs share, as rows of each; None unless they have `metric` and two prompts."""
+    if not all(metric in evaluation.values for evaluation in (run, other)):
         return None
     place = {key: i for i, key in enumerate(other.keys)}
     mine = [i for i, key in enumerate(run.keys) if key in place]
@@ -250,11 +254,10 @@ _SEEDS = "Intervals and p tell how other held-out examples might differ, not how
 def _compared(one: Ranked, other: Ranked) -> float | None:
     """Return the p of their difference in accuracy; None if it is not known. Runs that saw other examples, too, are not
     compared: on those that they share the order may be the other one."""
-    if not (one.evaluation and other.evaluation) or {*one.evaluation.keys} != {*other.evaluation.keys}:
+    first, second = one.evaluation, other.evaluation
+    if not (first and second) or not first.same_examples(second) or (rows := on_both(first, second)) is None:
         return None
-    if (rows := on_both(one.evaluation, other.evaluation)) is None:
-        return None
-    (hits, prompts), (others, _) = one.evaluation.at(rows[0], ACCURACY), other.evaluation.at(rows[1], ACCURACY)
+    (hits, prompts), (others, _) = first.at(rows[0], ACCURACY), second.at(rows[1], ACCURACY)
     return flip_p(hits - others, prompts)
 
 

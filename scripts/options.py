@@ -51,6 +51,14 @@ def check_name(name: str) -> None:
     raise UserError(f"{name}: there is no such folder{_close(path)}{advice}")
 
 
+def check_runs(given: argparse.Namespace) -> None:
+    """Raise UserError for --show, --limit or names of runs that cannot be."""
+    if given.show < 0 or (given.limit is not None and given.limit < 1):
+        raise UserError(f"--show {given.show} must be at least 0 and --limit {given.limit} at least 1")
+    for name in given.runs:
+        check_name(name)
+
+
 def _is_cached(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 

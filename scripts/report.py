@@ -76,6 +76,7 @@ from evaluations import (
     estimate,
     holm,
     length_bins,
+    on_both,
     paired,
     quick_estimate,
 )
@@ -320,11 +321,10 @@ def conclusion_of(runs: Sequence[Run]) -> tuple[str, str]:
 def loss_gap(best: Run, second: Run) -> str:
     """Return how much higher the loss of the second-best run is, in words: on the same held-out examples, paired."""
     mine, other = best.last_by_example, second.last_by_example
-    if mine is None or other is None or {*mine.keys} != {*other.keys} or not {LOSS} <= {*mine.values} & {*other.values}:
+    if not (mine and other) or not mine.same_examples(other) or (rows := on_both(mine, other, LOSS)) is None:
         return f"whether that is less than {second.name}'s by more than chance is not known"
-    place = {key: i for i, key in enumerate(other.keys)}
-    gap = other.values[LOSS][[place[key] for key in mine.keys]] - mine.values[LOSS]
-    found = estimate(gap, mine.prompts, share=False)
+    (losses, prompts), (others, _) = mine.at(rows[0], LOSS), other.at(rows[1], LOSS)
+    found = estimate(others - losses, prompts, share=False)
     ends = f", 95 % interval {number(found.interval[0])} to {number(found.interval[1])}" if found.interval else ""
     return f"that of {second.name} is higher by {number(found.value)}{ends}, not corrected for the number of runs"
 

@@ -78,8 +78,7 @@ class Run:
 
     @functools.cached_property
     def results(self) -> dict[str, Estimate]:
-        """See `results_of`. Bootstraps take time."""
-        return _results(self)
+        return _results(self)  # kept: bootstraps take time
 
     @functools.cached_property
     def evaluations(self) -> list[dict[str, Any]]:

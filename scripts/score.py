@@ -25,7 +25,7 @@ from typing import Any, TextIO
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dpo.utils import UserError
-from options import check_name, take_overrides
+from options import check_runs, take_overrides
 from utils import HelpFormatter, run_main
 
 
@@ -42,16 +42,13 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--limit", type=int, metavar="N", help="score the first N records of each data set")
     others, overrides = take_overrides(sys.argv[1:])
     arguments = parser.parse_intermixed_args(others)
-    if arguments.show < 0 or (arguments.limit is not None and arguments.limit < 1):
-        raise UserError(f"--show {arguments.show} must be at least 0 and --limit {arguments.limit} at least 1")
     if arguments.out.is_dir() or (arguments.out.exists() and not arguments.overwrite):
         raise UserError(f"--out {arguments.out} exists: give another file, or --overwrite to replace a file")
     if arguments.data and len(set(arguments.data)) < len(arguments.data):
         raise UserError(f"--data {' '.join(arguments.data)} names a data set twice; name each once")
     if len(set(arguments.runs)) < len(arguments.runs):
         raise UserError(f"{' '.join(arguments.runs)} names a run twice; name each once")
-    for name in arguments.runs:
-        check_name(name)
+    check_runs(arguments)
     return arguments, overrides
 
 

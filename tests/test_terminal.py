@@ -105,7 +105,9 @@ def test_a_run_in_a_pipe(train_process: RunTrain, tmp_path: Path) -> None:
     given = ("loss=dpo", "loss.beta=0.1", "n_eval_examples=8", "eval_every=12", "lr=1e-2")
     done = train_process(*given)
     assert done.returncode == 0 and "\r" not in done.stdout + done.stderr, done.stderr
-    tables = re.findall(r"evaluation after (\d+) examples\n +now.* +change +n\n((?:  .*\n)+)", done.stdout)
+    tables = re.findall(
+        r"evaluation after (\d+) examples\n +now \(± standard error\) +change +n\n((?:  .*\n)+)", done.stdout
+    )
     assert [seen for seen, _ in tables] == ["0", "12", "24"]
     events = [event for event in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss/eval" in event]
     for (_, table), event, before in zip(tables, events, [{}, *events]):

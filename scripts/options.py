@@ -70,10 +70,12 @@ def _is_cached(name: str) -> bool:
 
 def _close(path: Path) -> str:
     """Return a question that names up to three runs and folders like `path`, newest first; empty if there are none."""
-    places = {*path.parent.glob("*"), *(ROOT / "runs").glob("*/*"), *(ROOT / "runs").glob("*/*/*")}
-    folders = {place.name: place for place in places if place.is_dir() and not place.name.startswith(("step-", "."))}
-    names = [name for name in folders if name.startswith(path.name)] or difflib.get_close_matches(path.name, folders)
-    found = sorted((folders[name] for name in names), key=lambda folder: -folder.stat().st_mtime)[:3]
+    places = [*(ROOT / "runs").glob("*/*"), *(ROOT / "runs").glob("*/*/*"), *path.parent.glob("*")]
+    kept = [place for place in places if place.is_dir() and not place.name.startswith(("step-", "."))]
+    folders = {place.resolve(): place for place in kept}.values()  # each once, spelt as `path` is
+    names = {folder.name for folder in folders}
+    like = [name for name in names if name.startswith(path.name)] or difflib.get_close_matches(path.name, names)
+    found = sorted((f for f in folders if f.name in like), key=lambda f: (-f.stat().st_mtime, f))[:3]
     return f"; did you mean {' or '.join(map(str, found))}?" if found else ""
 
 

@@ -47,6 +47,7 @@ sys.path.insert(0, str(ROOT))
 import psutil
 
 from dpo import parallel
+from dpo.tables import markdown
 from dpo.utils import UserError
 from utils import HelpFormatter, run_main
 
@@ -257,11 +258,6 @@ def benchmark_start(arguments: argparse.Namespace) -> None:
     ]
     method = f"the method stands in the script. Second start: the median of {arguments.repeats}."
     write_table("start", "Memory and time at the start", method, {}, table, cpu_table(arguments.repeats))
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table whose first row is its head."""
-    return [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
 
 
 def write_table(name: str, title: str, method: str, facts: dict[str, str], *tables: Sequence[Sequence[str]]) -> None:

@@ -28,8 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch
 
-from benchmark import machine, markdown
+from benchmark import machine
 from dpo.files import atomic_write
+from dpo.tables import markdown
 from dpo.utils import UserError, make_dir
 from utils import HelpFormatter, run_main
 

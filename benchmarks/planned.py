@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import numpy as np
 from transformers import LlamaConfig
 
-from benchmark import machine, markdown
+from benchmark import machine
 from dpo.data.batching import Cut, Plan, deal, make_batch
 from dpo.data.records import Record
 from dpo.hardware import DEVICES, GiB
@@ -27,6 +27,7 @@ from dpo.model.loading import load_tokenizer
 from dpo.plan import gpu
 from dpo.plan.planning import Planner
 from dpo.run.throughput import cost_of
+from dpo.tables import markdown
 from preference_datasets import load_data
 from settings import data_settings, load_config
 from trainers import Updates

@@ -25,12 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from benchmark import machine, markdown
+from benchmark import machine
 from dpo import parallel
 from dpo.data.batching import Batch, Plan, Tree
 from dpo.data.records import Record
 from dpo.reference import stored_of, wanted_by
 from dpo.stored import StoredReference, entry_key
+from dpo.tables import markdown
 
 PROMPT, RESPONSE = 64, 128  # tokens
 PER_FILE = 20_000  # pairs

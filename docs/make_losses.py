@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from dpo.tables import markdown
 from losses import Loss, make
 from utils import CONFIG_DIR, loss_values, run_main
 
@@ -177,8 +178,7 @@ def own_values(name: str, base: dict[str, Any]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines) + "\n"
+    return "\n".join(markdown([head, *rows])) + "\n"
 
 
 def text() -> str:

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from benchmark import machine
 from demo import train
+from dpo.tables import markdown
 from dpo.utils import UserError, log, make_dir
 from frontier import fine_tune
 from results import COLOURS, EXAMPLES, MARKS, Z95, Run, as_text, load_runs, sentiment_rewards
@@ -33,6 +34,7 @@ from utils import HelpFormatter, loss_values, run_main
 SETTINGS = ROOT / "experiments" / "compare_losses.yaml"
 NOT_COMPARED = ("sft", "pairs", "mix", "nll", "kto", "listwise")  # not of pairs, or only a part of a loss
 START, SENTIMENT, HH = "start", "sentiment", "hh"
+HEAD = ["task", "loss", "accuracy", "KL", "true reward", "length", "seconds"]
 MEASURES = ("accuracy", "kl", "reward", "length", "seconds")
 # 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -108,7 +110,7 @@ def measure(run: Run, model: str = "policy") -> dict[str, float]:
     final = run.evaluations[-1]
     found = {"length": final.get(f"samples_eval/{model}_length")}
     if run.rewarded and (reward := sentiment_rewards(run.samples, model).get(final[EXAMPLES])):
-        found["reward"] = reward.mean
+        found["reward"] = reward.value
     if model == "policy":
         found |= {"accuracy": final.get("rewards_eval/accuracies"), "kl": final.get("kl_eval/rao_blackwell")}
         steps = [row for row in run.metrics if "examples_per_second" in row]
@@ -186,9 +188,7 @@ def write(folder: Path, rows: Sequence[Row], budgets: dict[str, list[str]]) -> s
         "all updates, without evaluation",
         "- one setting a loss, not tuned: this shows what each loss does, and ranks no methods",
         "",
-        "| task | loss | accuracy | KL | true reward | length | seconds |",
-        "|---|---|---|---|---|---|---|",
-        *(f"| {row.task} | {row.loss} | {' | '.join(as_cell(row, name) for name in MEASURES)} |" for row in rows),
+        *markdown([HEAD, *([row.task, row.loss, *(as_cell(row, name) for name in MEASURES)] for row in rows)]),
     ]
     text = "\n".join(lines)
     (folder / "losses.md").write_text(f"# Losses compared\n\n{text}\n", encoding="utf-8")

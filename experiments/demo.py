@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from dpo.utils import log, make_dir, visible
-from opening import run_train
+from opening import ends, run_train
 from report import write_report
-from results import EXAMPLES, Z95, Run, interval, load_runs, sentiment
+from results import EXAMPLES, Z95, Run, load_runs, quick_estimate, sentiment
 from settings import quoted
 from utils import HelpFormatter, run_main
 
@@ -49,8 +49,8 @@ def format_table(samples: Samples, sft: dict[str, float], dpo: dict[str, float])
     lines = [f"{'':6}{'sentiment (95 % interval)':>28}{'KL, nats (95 % interval)':>28}{'pair accuracy':>15}"]
     for name, metrics, start in (("base", {}, ""), ("SFT", sft, "base"), ("DPO", dpo, "SFT")):
         prompts, responses = zip(*samples[name])
-        reward, width, _ = interval([sentiment(p + r) for p, r in zip(prompts, responses)], prompts)
-        cells = [f"{reward:+.3f} [{reward - width:+.3f}, {reward + width:+.3f}]", "-", "-"]
+        found = quick_estimate([sentiment(p + r) for p, r in zip(prompts, responses)], prompts)
+        cells = [f"{found.value:+.3f} {ends(found._asdict(), '+.3f')}", "-", "-"]
         if start:
             kl, error = metrics["kl_eval/rao_blackwell"], metrics["kl_eval/rao_blackwell_error"]
             cells[1] = f"{kl:.2f} ± {Z95 * error:.2f} from {start}"

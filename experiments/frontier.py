@@ -30,10 +30,11 @@ from demo import train
 from dpo.data.batching import eval_examples
 from dpo.model.patches import quiet_transformers
 from dpo.sampling import Sampling, continuation, prompts_of, sample
+from dpo.tables import markdown
 from dpo.utils import UserError, log, make_dir
 from opening import find_saved
 from preference_datasets import load_data
-from results import Z95, frontier, interval, load_runs, sentiment
+from results import Z95, Estimate, frontier, load_runs, quick_estimate, sentiment
 from settings import data_settings, quoted
 from utils import HelpFormatter, run_main
 
@@ -79,13 +80,18 @@ def train_methods(folder: Path, start: Path, data: str, settings: dict[str, Any]
         train([*shared, *sweep_dir, *method["overrides"], swept, *settings["overrides"]], sweep=True)
 
 
+def point_of(method: str, setting: str, examples: int, kl: float, kl_error: float, reward: Estimate) -> Point:
+    return Point(method, setting, examples, kl, kl_error, reward.value, reward.half_width, reward.prompts or 0)
+
+
 def points_of(folder: Path, methods: dict[str, Any]) -> list[Point]:
     """Return a point for every evaluation of every run of `methods`, in their order and that of training."""
     points: list[Point] = []
     for name, method in methods.items():
         key, values = method["sweep"], method["values"]
         runs = {run.config.get(f"loss.{key}"): run for run in load_runs([folder / name])}
-        points += [Point(name, f"{key} {value}", *point) for value in values for point in frontier(runs[value])]
+        along = ((f"{key} {value}", point) for value in values for point in frontier(runs[value]))
+        points += [point_of(name, setting, p.examples, p.kl, p.kl_error, p.reward) for setting, p in along]
     return points
 
 
@@ -111,8 +117,8 @@ def best_of(start: Path, data: str, settings: dict[str, Any]) -> list[Point]:
     scores = [sorted(sentiment(text + r) for r in responses[i * n : (i + 1) * n]) for i, text in enumerate(texts)]
     points = []
     for size in (2**k for k in range(n.bit_length())):
-        reward = interval([expected_best(row, size) for row in scores], range(len(scores)))
-        points.append(Point(BEST_OF, f"N {size}", 0, math.log(size) - (size - 1) / size, 0.0, *reward))
+        reward = quick_estimate([expected_best(row, size) for row in scores], range(len(scores)))
+        points.append(point_of(BEST_OF, f"N {size}", 0, math.log(size) - (size - 1) / size, 0.0, reward))
     return points
 
 
@@ -213,13 +219,12 @@ def write(folder: Path, points: Sequence[Point], command: str) -> str:
         "- KL: kl_eval/rao_blackwell, nats a response from the starting policy, and its standard error; of best of N, "
         "an upper bound",
         "",
-        "| method | setting | examples | KL | reward |",
-        "|---|---|---|---|---|",
     ]
+    rows = [["method", "setting", "examples", "KL", "reward"]]
     for p in points:
         kl = f"≤ {p.kl:.2f}" if p.method == BEST_OF else f"{p.kl:.2f} ± {p.kl_error:.2f}"
-        lines.append(f"| {p.method} | {p.setting} | {p.examples} | {kl} | {p.reward:+.3f} ± {p.half_width:.3f} |")
-    text = "\n".join([*lines, "", *(f"- {line}" for line in verdicts(points))])
+        rows.append([p.method, p.setting, str(p.examples), kl, f"{p.reward:+.3f} ± {p.half_width:.3f}"])
+    text = "\n".join([*lines, *markdown(rows), "", *(f"- {line}" for line in verdicts(points))])
     (folder / "frontier.md").write_text(f"# Reward against KL\n\n{text}\n", encoding="utf-8")
     return text
 

@@ -22,11 +22,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 import numpy as np
 import yaml
 
-from benchmark import machine, markdown
+from benchmark import machine
 from demo import train
 from dpo.judging.statistics import interval, share_interval
 from dpo.model.loading import load_tokenizer
 from dpo.model.patches import quiet_transformers
+from dpo.tables import markdown
 from dpo.utils import UserError, make_dir
 from opening import find_reference, find_saved, hits_of
 from results import load_runs

@@ -26,6 +26,11 @@ class Estimate(NamedTuple):
     n: int | None = None
     prompts: int | None = None
 
+    @property
+    def half_width(self) -> float:
+        """Half the length of the interval, NaN if it is not known."""
+        return (self.interval[1] - self.interval[0]) / 2 if self.interval else math.nan
+
 
 class Evaluation(NamedTuple):
     """One evaluation's numbers of each held-out example. `keys`, `prompts`: hashes that runs share, [examples].
@@ -93,10 +98,11 @@ def estimate(values: np.ndarray, prompts: np.ndarray, share: bool) -> Estimate:
     return Estimate(float(values.mean()), ends, len(values), len(np.unique(prompts)))
 
 
-def quick_estimate(values: np.ndarray, prompts: np.ndarray, share: bool) -> Estimate:
-    """Return what `estimate` does, by the normal approximation: for curves of many points."""
+def quick_estimate(values: Any, prompts: Any, share: bool = False) -> Estimate:
+    """Return what `estimate` does, by the normal approximation: for curves of many points. Any sequences will do."""
+    values = np.array(values, dtype=float)
     there = ~np.isnan(values)
-    values, prompts = values[there].astype(float), prompts[there]
+    values, prompts = values[there], np.array(prompts)[there]
     if not len(values):
         return Estimate(math.nan, None, 0, 0)
     n = len(np.unique(prompts))

@@ -99,6 +99,7 @@ from dpo.model.patches import quiet_transformers
 from dpo.run.config import Config
 from dpo.run.saved import Saved
 from dpo.run.trackers import open_wandb
+from dpo.tables import aligned
 from dpo.utils import log, make_dir, redact
 from opening import ends, find_saved, warn_of_formats
 from preference_datasets import REGISTRY
@@ -295,9 +296,7 @@ def table(results: Mapping[str, dict[str, Any]]) -> str:
             cells["position bias"] = "-" if bias is None else f"{bias:+.2f}"
             cells |= {name.replace("_", " "): str(found[name]) for name in more}
         lines.append(cells)
-    rows = [[*lines[0]], *([*cells.values()] for cells in lines)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
+    return aligned([[*lines[0]], *([*cells.values()] for cells in lines)])
 
 
 def draw(results: Mapping[str, dict[str, Any]], title: str, path: Path) -> None:

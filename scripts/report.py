@@ -206,12 +206,12 @@ def curves_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def frontier_of(runs: Sequence[Run]) -> dict[str, Any] | None:
     """Return the chart of reward against KL, its number of prompts and the runs without all points; None if empty."""
     along = [[p for p in frontier(run) if math.isfinite(p.kl)] if run.rewarded else [] for run in runs]
-    counts = sorted({point.prompts for points in along for point in points})
+    counts = sorted({point.reward.prompts or 0 for points in along for point in points})
     if not counts:
         return None
     lines = []
     for i, points in enumerate(along):
-        found = [(p.kl, Estimate(p.reward, (p.reward - p.half_width, p.reward + p.half_width))) for p in points]
+        found = [(p.kl, p.reward) for p in points]
         widths = [Z95 * p.kl_error for p in points]
         sides = {
             "left": [p.kl - w for p, w in zip(points, widths)],
@@ -219,8 +219,7 @@ def frontier_of(runs: Sequence[Run]) -> dict[str, Any] | None:
         }
         lines += [line(i, "path", found) | sides] if points else []
     starts = reference_rewards([run for run, points in zip(runs, along) if points])
-    stars = [(0, Estimate(r.mean, (r.mean - r.half_width, r.mean + r.half_width))) for r in starts]
-    lines += [line(-1, "path", [star]) for star in stars]
+    lines += [line(-1, "path", [(0, reward)]) for reward in starts]
     incomplete = [run.name for run, points in zip(runs, along) if len(points) < max(1, len(run.evaluations))]
     drawn = chart("Reward against KL", "KL(policy || reference), nats a response", lines, "true reward")
     return {"chart": drawn, "prompts": as_text(counts), "incomplete": incomplete}

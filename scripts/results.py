@@ -27,9 +27,19 @@ from dpo.judging.statistics import exact_interval
 from dpo.run.config import Config
 from dpo.run.metrics import EVAL_EXAMPLES
 from dpo.run.resume import flat
-from dpo.sampling import mean_and_error
 from dpo.utils import UserError, visible
-from evaluations import ACCURACY, EXAMPLES, MARGIN, SHARES, Z95, Estimate, Evaluation, estimate, read_evaluations
+from evaluations import (
+    ACCURACY,
+    EXAMPLES,
+    MARGIN,
+    SHARES,
+    Z95,
+    Estimate,
+    Evaluation,
+    estimate,
+    quick_estimate,
+    read_evaluations,
+)
 from utils import CONFIG_DIR, loss_values
 
 REWARDS = [f"rewards_eval/{name}" for name in ("chosen", "rejected", "margins")]
@@ -110,23 +120,13 @@ class Run:
         return by_prompt
 
 
-class Interval(NamedTuple):
-    """A mean over `prompts`, and the half-width of its 95 % interval (NaN for a single value)."""
-
-    mean: float
-    half_width: float
-    prompts: int
-
-
 class Point(NamedTuple):
-    """A point of the frontier: KL and its standard error in nats a response; true reward and its interval."""
+    """A point of the frontier: KL and its standard error in nats a response; true reward."""
 
     examples: int
     kl: float
     kl_error: float
-    reward: float
-    half_width: float
-    prompts: int
+    reward: Estimate
 
 
 # --- Reading ---
@@ -237,12 +237,6 @@ def not_begun(sweep: Path) -> list[str]:
 # --- Statistics ---
 
 
-def interval(values: Sequence[float], prompts: Sequence[Any]) -> Interval:
-    """Return the mean of samples' values and its 95 % interval over their prompts."""
-    mean, error = mean_and_error(values, prompts)
-    return Interval(mean, math.nan if error is None else Z95 * error, len(set(prompts)))
-
-
 @functools.cache
 def _analyzer() -> SentimentIntensityAnalyzer:
     return SentimentIntensityAnalyzer()
@@ -254,13 +248,15 @@ def sentiment(text: str) -> float:
     return _analyzer().polarity_scores(text)["compound"]
 
 
-def sentiment_rewards(rows: Iterable[Mapping[str, Any]], model: str = "policy") -> dict[int, Interval]:
+def sentiment_rewards(rows: Iterable[Mapping[str, Any]], model: str = "policy") -> dict[int, Estimate]:
     """Return examples -> true reward of prompt + response, from rows of samples.jsonl. `model`: policy or reference."""
-    scores: dict[int, list[tuple[float, str]]] = defaultdict(list)
+    scores: dict[int, tuple[list[float], list[str]]] = defaultdict(lambda: ([], []))
     for row in rows:
         if isinstance(row.get(model), str):
-            scores[row[EXAMPLES]].append((sentiment(row["prompt"] + row[model]), row["prompt"]))
-    return {examples: interval(*zip(*pairs)) for examples, pairs in scores.items()}
+            values, prompts = scores[row[EXAMPLES]]
+            values.append(sentiment(row["prompt"] + row[model]))
+            prompts.append(row["prompt"])
+    return {examples: quick_estimate(*found) for examples, found in scores.items()}
 
 
 def frontier(run: Run) -> list[Point]:
@@ -271,11 +267,11 @@ def frontier(run: Run) -> list[Point]:
         name = next((n for n in ("kl_eval/rao_blackwell", "kl_eval/plain") if n in row), None)
         if name and row[EXAMPLES] in rewards:
             error = row.get(f"{name}_error", math.nan)
-            points.append(Point(row[EXAMPLES], row[name], error, *rewards[row[EXAMPLES]]))
+            points.append(Point(row[EXAMPLES], row[name], error, rewards[row[EXAMPLES]]))
     return points
 
 
-def reference_rewards(runs: Sequence[Run]) -> list[Interval]:
+def reference_rewards(runs: Sequence[Run]) -> list[Estimate]:
     """Return the true reward of each distinct reference of the runs."""
     last = [list(sentiment_rewards(run.samples, "reference").values())[-1:] for run in runs]
     return list(dict.fromkeys(reward for rewards in last for reward in rewards))
@@ -307,12 +303,7 @@ def _results(run: Run) -> dict[str, Estimate]:
                 ends = exact_interval(round(final[name] * n), n)
             found[name] = Estimate(final[name], ends, *(of_samples if name in (KL, LENGTH) else (n, None)))
     reward = sentiment_rewards(run.samples).get(final[EXAMPLES]) if run.rewarded else None
-    if reward:
-        low, high = reward.mean - reward.half_width, reward.mean + reward.half_width
-        found["true_reward"] = Estimate(
-            reward.mean, None if math.isnan(low) else (low, high), len(drawn), reward.prompts
-        )
-    return found
+    return found | ({"true_reward": reward} if reward else {})
 
 
 # --- The table ---

@@ -104,6 +104,7 @@ from dpo.model.patches import quiet_transformers
 from dpo.run.saved import Saved
 from dpo.sampling import mean_and_error
 from dpo.serving import serving
+from dpo.tables import markdown
 from dpo.utils import log, make_dir, progress, redact
 from judge import as_text, find_judge, read_rows
 from opening import ends, find_saved, run_train
@@ -243,7 +244,7 @@ def table(rounds: Sequence[dict[str, Any]], judge: str) -> str:
     """Return a line for each round, as Markdown."""
     head = ["round", "pairs", f"reward ({judge})", "KL from the start, nats", "win rate against round 0"]
     head += ["tokens", "ended"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for number, found in enumerate(rounds):
         reward = f"{found['reward']['mean']:.3f} {ends(found['reward'])}" if "reward" in found else "-"
         wins = f"{found['win_rate']['rate']:.3f} {ends(found['win_rate'])}" if "win_rate" in found else "-"
@@ -251,7 +252,7 @@ def table(rounds: Sequence[dict[str, Any]], judge: str) -> str:
         kl = f"{found['kl']:.2f}" + (f" ± {Z95 * error:.2f}" if error is not None else " (one sample)")
         cells = [str(number), str(found.get("pairs", "-")), reward, kl if number else "0", wins]
         lines.append([*cells, f"{found['tokens']:.1f}", f"{found['ended']:.0%}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(markdown(lines))
 
 
 def draw(rounds: Sequence[dict[str, Any]], judge: str, path: Path) -> None:

@@ -68,7 +68,7 @@ from dpo.model.loading import load_tokenizer
 from dpo.model.patches import quiet_transformers
 from dpo.run.config import Config
 from dpo.run.saved import Saved, token_logps
-from dpo.run.terminal import aligned
+from dpo.tables import aligned
 from dpo.utils import log, make_dir, redact, visible
 from inspect_data import DIM, RESET, in_colour, pieces
 from opening import find_reference, find_saved, hits_of, warn_of_formats

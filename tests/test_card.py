@@ -82,7 +82,7 @@ def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
     text = card(old | {"metrics": {}})
     front = check_front(text)
     assert {"license", "base_model", "datasets"}.isdisjoint(front) and "licence" not in text
-    assert "- base model: `base`\n- data: `hh`, `own.jsonl`; seed 0" in text and "| none measured | | |" in text
+    assert "- base model: `base`\n- data: `hh`, `own.jsonl`; seed 0" in text and "| none measured | - | - |" in text
     assert "| kl_eval/plain | 0.25 | not known |" in card(old)
     broken = STATE | {"sources": {"train": [{"name": "hh", "hub": "a b: [c"}, {"hub": ["x"]}]}}
     assert "datasets" not in check_front(card(broken))

@@ -27,7 +27,7 @@ def test_the_demo_runs_and_writes_table_and_page(
     assert [base[0], sft[0], dpo[0]] == ["base", "SFT", "DPO"]
     runs = load_runs([tmp_path / "out" / name for name in ("sft", "dpo")])
     rewards = [sentiment_rewards(runs[1].samples, model)[16] for model in ("reference", "policy")]
-    assert [sft[1], dpo[1]] == [f"{reward.mean:+.3f}" for reward in rewards] and rewards[0].prompts == 77
+    assert [sft[1], dpo[1]] == [f"{reward.value:+.3f}" for reward in rewards] and rewards[0].prompts == 77
     last = [run.evaluations[-1] for run in runs]
     assert sft[4] == f"{last[0]['kl_eval/rao_blackwell']:.2f}" != "0.00" and base[4] == "-"
     assert dpo[-1] == f"{last[1]['rewards_eval/accuracies']:.3f}" and sft[-1] == "-"

@@ -187,12 +187,13 @@ def test_the_frontier(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             means.append(sum(scores) / len(scores))
         width = 1.96 * statistics.stdev(means) / math.sqrt(3)
         assert point[:3] == (n, n / 50 * 0.1, 0.25)
-        assert point[3:] == (pytest.approx(statistics.mean(means)), pytest.approx(width), 3)
+        assert point.reward.value == pytest.approx(statistics.mean(means))
+        assert point.reward.half_width == pytest.approx(width) and point.reward.prompts == 3
     references = [score(prompt + TEXTS[1])["compound"] for prompt in PROMPTS]
-    assert [r.mean for r in report.reference_rewards([run])] == [pytest.approx(statistics.mean(references))]
+    assert [r.value for r in report.reference_rewards([run])] == [pytest.approx(statistics.mean(references))]
     page, rows = make(monkeypatch, sweep)
     assert "mean over 3 held-out prompts" in page
-    assert float(rows[0]["true_reward"]) == pytest.approx(point.reward)
+    assert float(rows[0]["true_reward"]) == pytest.approx(point.reward.value)
 
 
 def test_no_reward_for_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ from dpo.data.tokenise import (
     own_bos,
     tokenizer_identity,
 )
+from dpo.tables import aligned
 from dpo.utils import UserError, log, progress, visible
 
 # Raise it whenever the code makes other rows or records of the same input. It is part of the caches' keys.
@@ -346,9 +347,7 @@ def _table(funnel: Mapping[str, Mapping[str, int]]) -> str:
     quiet = re.compile("dropped|truncated|not used")  # lines that say nothing if they are zero
     keys = [key for key in keys if not quiet.search(key) or any(counts.get(key) for counts in funnel.values())]
     cells = [[f"{counts[key]:,}" if key in counts else "-" for counts in funnel.values()] for key in keys]
-    rows = [["", *short_names(list(funnel))], *([key, *line] for key, line in zip(keys, cells))]
-    left, *widths = (max(map(len, column)) for column in zip(*rows))
-    return "\n".join("  ".join([row[0].ljust(left), *map(str.rjust, row[1:], widths)]) for row in rows)
+    return aligned([["", *short_names(list(funnel))], *([key, *line] for key, line in zip(keys, cells))])
 
 
 def format_funnel(data: PreferenceData) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
+from dpo.tables import markdown
 from dpo.utils import redact, visible
 
 HUB = "https://huggingface.co"
@@ -114,8 +115,8 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=64, do_sample=True)[0,
 def table(state: dict[str, Any]) -> str:
     """Return the metrics of the checkpoint's evaluation, each with the number of examples or samples behind it."""
     sizes = state.get("metric_sizes") or {}
-    rows = [f"| {name} | {value:.5g} | {sizes.get(name) or 'not known'} |" for name, value in state["metrics"].items()]
-    return "\n".join(["| held-out metric | value | n |", "|---|---|---|", *(rows or ["| none measured | | |"])])
+    rows = [[name, f"{value:.5g}", str(sizes.get(name) or "not known")] for name, value in state["metrics"].items()]
+    return "\n".join(markdown([["held-out metric", "value", "n"], *(rows or [["none measured", "-", "-"]])]))
 
 
 def _data(state: dict[str, Any]) -> dict[str, str | None]:

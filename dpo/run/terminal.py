@@ -4,26 +4,19 @@ import contextlib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo.data.sources import TARGETS
 from dpo.run.config import Config
 from dpo.scoring import LOW_IS_BEST
+from dpo.tables import aligned
 
 # Metrics that metrics.jsonl has and a table leaves out. Errors stand beside their means.
 LEFT_OUT = re.compile(r"_error$|^(tokens|gradient_weight|chosen_fell|counters)_?|^kl_eval/plain|/reference_")
 UNITS = {"logps_per_token": "nats a token", "logps": "nats a response"}
 UNITS |= {"kl": "nats a response", "samples": "tokens"}
-
-
-def aligned(rows: Iterable[Sequence[str]]) -> str:
-    """Return `rows` of cells as a table: the first column flush left, the others flush right."""
-    rows = [*rows]
-    left, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = ("  ".join([row[0].ljust(left), *map(str.rjust, row[1:], widths)]) for row in rows)
-    return "\n".join(map(str.rstrip, lines))
 
 
 def evaluation_table(metrics: Mapping[str, float], before: Mapping[str, float], sizes: Mapping[str, int]) -> str:

@@ -37,8 +37,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +45,7 @@ sys.path.insert(0, str(ROOT))
 import psutil
 
 from dpo import parallel
+from dpo.installation import checkout, devices, version
 from dpo.tables import markdown
 from dpo.utils import UserError
 from utils import HelpFormatter, run_main
@@ -65,15 +64,11 @@ WORDS = """
 
 def machine() -> dict[str, str]:
     """What a measurement depends on besides the code."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else []
-    describe = ["git", "describe", "--always", "--exclude=*", "--dirty= with changes"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
-        "processor": f"{(names or [platform.processor() or platform.machine()])[0]}, {os.cpu_count()} cores",
+        "processor": "; ".join(devices()),
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES if find_spec(name)),
-        "commit": commit or "none",
+        "versions": ", ".join(f"{name} {found}" for name in PACKAGES if (found := version(name))),
+        "commit": str(checkout()),
         "date": datetime.date.today().isoformat(),
     }
 

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import Any
 
 import yaml
@@ -19,6 +20,7 @@ import dpo.data.sources
 import dpo.loss
 import settings
 import trainers
+from dpo.explained import comments
 from utils import CONFIG_DIR, run_main
 
 MARK = "<!-- What follows is written by `python docs/make_reference.py`. -->"
@@ -26,31 +28,18 @@ SPLIT = 3  # a group of more keys than this is one row
 
 
 def commented(name: str, prefix: str = "") -> Iterator[list[str]]:
-    """Yield a row (key, default, comment) for each key of a file of config/, in the file's order."""
-    text = (CONFIG_DIR / f"{name}.yaml").read_text(encoding="utf-8").split("\ndefaults:\n")[0]
-    values = yaml.safe_load(text)
-    comments: dict[str, str] = {}  # of each key, "a" or "a.b"; keys below one comment share it
-    block: list[str] = []
-    comment = parent = ""
-    for line in text.splitlines():
-        if match := re.match(r"( *)(\w+):(?: .*)?$", line):
-            parent = parent if match[1] else match[2]
-            comment, block = " ".join(block) or comment, []
-            comments[f"{parent}.{match[2]}" if match[1] else parent] = comment
-        elif line.lstrip().startswith("#"):
-            block.append(line.strip().removeprefix("#").strip())
-        else:
-            block = []
-    for key, value in values.items():
-        comment = comments[key]
-        if isinstance(value, dict) and 0 < len(value) <= SPLIT:
-            for inner, default in value.items():
-                yield [f"`{prefix}{key}.{inner}`", shown(default), clean(comments[f"{key}.{inner}"])]
-        elif isinstance(value, dict) and value:
-            names = ", ".join(f"`{inner}`" for inner in value)
-            yield [f"`{prefix}{key}.<name>`", "", f"{clean(comment)} Names: {names}."]
-        else:
-            yield [f"`{prefix}{key}`", shown(value), clean(comment)]
+    """Yield a row (keys, defaults, comment) for the keys of a file of config/ that share a comment, in its order."""
+    rows = []
+    for key, (value, comment) in (known := comments(CONFIG_DIR / f"{name}.yaml")).items():
+        inside = [name for name in known if name.startswith(f"{key}.")]
+        if len(inside) > SPLIT:
+            names = ", ".join(f"`{name.partition('.')[2]}`" for name in inside)
+            rows.append((f"`{prefix}{key}.<name>`", "", f"{clean(comment)} Names: {names}."))
+        elif not inside and len([name for name in known if name.startswith(f"{key.partition('.')[0]}.")]) <= SPLIT:
+            rows.append((f"`{prefix}{key}`", shown(value), clean(comment)))
+    for comment, alike in groupby(rows, lambda row: row[2]):
+        keys, defaults, _ = zip(*alike)
+        yield ["<br>".join(keys), "<br>".join(defaults), comment]
 
 
 def shown(value: Any) -> str:

@@ -3,6 +3,9 @@
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 GROUPS = {
     "What": ("exp_name", "model", "model.archive", "datasets", "loss", "loss.beta", "adapter"),
@@ -11,7 +14,7 @@ GROUPS = {
     "Where": ("trainer", "mixed_precision"),
     "Evaluations and checkpoints": ("eval_every", "n_eval_examples", "resume"),
 }
-FILES = {"model": "model/blank_model.yaml", "loss": "loss/pairs.yaml"}  # which explain the keys of a group
+FILES = {"": "config.yaml", "model": "model/blank_model.yaml", "loss": "loss/pairs.yaml"}  # with the keys of a group
 USAGE = """\
 python train.py KEY=VALUE ...
 
@@ -29,40 +32,43 @@ Losses: docs/losses.md. Your own data: docs/data.md. Everything else: README.md,
 Options: -m sweeps over values with commas; --cfg job prints the configuration instead of training; --hydra-help."""
 
 
-def comments(file: Path) -> dict[str, tuple[str, str]]:
-    """Return key -> (value as written, "" if it is long or computed; comment) of a file's keys that are not nested.
+def comments(file: Path) -> dict[str, tuple[Any, str]]:
+    """Return key -> (value, comment) of a configuration file, and of keys inside a key as "a.b".
 
     Keys that stand together without a blank line share the comment above the first.
     """
-    found: dict[str, tuple[str, str]] = {}
-    for paragraph in file.read_text(encoding="utf-8").split("\n\n"):
-        comment = ""
-        for line in paragraph.splitlines():
-            if line.startswith("#"):
-                comment += line.lstrip("#") if not comment or comment.startswith(" ") else ""
-            elif match := re.match(r"(\w+): ?(.*)", line):
-                found[match[1]] = (match[2] if "${" not in match[2] else "", comment.strip().removeprefix("(new) "))
-            elif found and line.startswith("- "):  # a list's entry
-                key, (value, comment) = list(found.items())[-1]
-                found[key] = (f"{value[:-1]},{line[2:]}]" if value else f"[{line[2:]}]", comment)
+    text = file.read_text(encoding="utf-8").split("\ndefaults:\n")[0]
+    values, found = yaml.safe_load(text), {}
+    comment = parent = told = ""
+    for line in text.splitlines():
+        if match := re.match(r"( *)(\w+):", line):
+            comment, told = told.strip() or comment, ""
+            parent = parent if match[1] else match[2]
+            value = values[parent]
+            name, value = (f"{parent}.{match[2]}", value[match[2]]) if match[1] else (parent, value)
+            found[name] = value, comment.removeprefix("(new) ")
+        elif line.lstrip().startswith("#"):
+            told += " " + line.strip().lstrip("# ")
+        elif not line:
+            comment = told = ""
     return found
 
 
 def help_text(folder: Path) -> str:
     """Return the explanation of the most important keys, from the configuration files in `folder`."""
-    main = comments(folder / "config.yaml")
-    groups = {group: comments(folder / file) for group, file in FILES.items()}
+    known = {group: comments(folder / file) for group, file in FILES.items()}
     defaults = dict(re.findall(r"^- (\w+): (\w+)", (folder / "config.yaml").read_text(encoding="utf-8"), re.M))
     lines, last = [USAGE], ""
     for title, keys in GROUPS.items():
         lines.append(f"{title}\n")
         for key in keys:
             group, _, name = key.rpartition(".")
-            value, comment = (groups[group] if group else main).get(name, ("", ""))
+            value, comment = known[group].get(name, ("", ""))
+            value = yaml.safe_dump(value, default_flow_style=True).split("\n")[0].replace(", ", ",")
             if key in defaults:
                 value, files = defaults[key], sorted((folder / key).glob("*.yaml"))
                 comment = f"A file of config/{key}: {', '.join(file.stem for file in files)}."
-            shown = f"{key}={value}" if value not in ("", "???") else key
+            shown = f"{key}={value}" if value not in ("''", "???") and "${" not in value else key
             if comment == last:
                 lines[-2] += f", {shown}"
                 continue

@@ -34,7 +34,13 @@ def test_comments_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "# Of the file.\n\n# (new) Two\n# lines.\na: 1\nb: ${a}\n\nc:\n- x\n- y\n\n# D.\nd:\n  e: 2\n"
     )
-    expected = {"a": ("1", "Two lines."), "b": ("", "Two lines."), "c": ("[x,y]", ""), "d": ("", "D.")}
+    expected = {
+        "a": (1, "Two lines."),
+        "b": ("${a}", "Two lines."),
+        "c": (["x", "y"], ""),
+        "d": ({"e": 2}, "D."),
+        "d.e": (2, "D."),
+    }
     assert comments(tmp_path / "a.yaml") == expected
 
 

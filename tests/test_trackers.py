@@ -14,7 +14,7 @@ import pytest
 import wandb
 from conftest import RunTrain, read_jsonl, train_here
 
-from dpo.run.trackers import open_wandb, run_name, tags, unique_name
+from dpo.run.trackers import open_wandb, run_name, tags
 from dpo.utils import UserError
 from settings import load_config
 
@@ -100,12 +100,12 @@ def test_what_cannot_be_tracked(given: list[str], message: str, monkeypatch: pyt
 def test_runs_are_named_by_what_varies_and_grouped_by_sweep() -> None:
     swept = load_config(["exp_name=team/hh", "wandb.group=team/hh"])
     folder = Path("runs/me/team/hh/loss.beta-0.1")
-    assert (run_name(swept, folder), unique_name(swept, folder)) == ("loss.beta-0.1", "team/hh loss.beta-0.1")
+    assert (run_name(swept, folder), run_name(swept, folder, unique=True)) == ("loss.beta-0.1", "team/hh loss.beta-0.1")
     assert run_name(load_config(["exp_name=lr", "wandb.group=lr"]), Path("lr/lr-0.1")) == "lr-0.1"
     alone = load_config(["exp_name=hh"])
-    names = run_name(alone, Path("runs/me/hh_2026")), unique_name(alone, Path("runs/me/hh_2026"))
+    names = run_name(alone, Path("runs/me/hh_2026")), run_name(alone, Path("runs/me/hh_2026"), unique=True)
     assert names == ("hh", "hh_2026")
-    assert run_name(alone, Path("runs/first")) == unique_name(alone, Path("runs/first")) == "hh first"
+    assert run_name(alone, Path("runs/first")) == run_name(alone, Path("runs/first"), unique=True) == "hh first"
     given = ["exp_name=x", "datasets=[/data/a.jsonl,org/b]", "adapter=lora", "loss=dpo", "loss.beta=1"]
     names_of = tags(load_config([*given, "model=pythia28"]))
     assert names_of == ["dpo", "lora", "pythia-2.8b", "a.jsonl", "b"]

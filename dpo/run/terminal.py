@@ -15,8 +15,7 @@ from dpo.tables import aligned
 
 # Metrics that metrics.jsonl has and a table leaves out. Errors stand beside their means.
 LEFT_OUT = re.compile(r"_error$|^(tokens|gradient_weight|chosen_fell|counters)_?|^kl_eval/plain|/reference_")
-UNITS = {"logps_per_token": "nats a token", "logps": "nats a response"}
-UNITS |= {"kl": "nats a response", "samples": "tokens"}
+UNITS = {"logps_per_token": "nats a token", "logps": "nats a response", "kl": "nats a response", "samples": "tokens"}
 
 
 def evaluation_table(metrics: Mapping[str, float], before: Mapping[str, float], sizes: Mapping[str, int]) -> str:

@@ -38,17 +38,14 @@ def open_logger(logger: RunLogger, config: Config, begin: Callable[[], None]) ->
     logger.open()
 
 
-def run_name(config: Config, run_dir: Path) -> str:
-    """Return what a tracker calls the run: in a sweep what varies, which is the folder's name; else exp_name."""
-    if config.wandb.group == config.exp_name:
+def run_name(config: Config, run_dir: Path, unique: bool = False) -> str:
+    """Return what a tracker calls the run: in a sweep what varies, which is the folder's name; else exp_name. `unique`:
+    a name that no run of another folder has, but for one in a folder of the same name elsewhere."""
+    if config.wandb.group == config.exp_name and not unique:
         return run_dir.name
-    return config.exp_name if run_dir.name.startswith(Path(config.exp_name).name) else unique_name(config, run_dir)
-
-
-def unique_name(config: Config, run_dir: Path) -> str:
-    """Return a name that no run of another folder has, but for one in a folder of the same name elsewhere."""
-    starts = run_dir.name.startswith(Path(config.exp_name).name) and config.wandb.group != config.exp_name
-    return run_dir.name if starts else f"{config.exp_name} {run_dir.name}"
+    if config.wandb.group != config.exp_name and run_dir.name.startswith(Path(config.exp_name).name):
+        return run_dir.name if unique else config.exp_name
+    return f"{config.exp_name} {run_dir.name}"
 
 
 def tags(config: Config) -> list[str]:
@@ -65,13 +62,14 @@ def open_trackio(config: Config, run_dir: Path) -> Any:
 
     shown = json.loads(redact(json.dumps(config.to_dict() | {"tags": tags(config)})))
     resumed = config.checkpoint is not None and resumes_in_place(config)
-    names = {"project": config.wandb.project, "group": config.wandb.group, "name": unique_name(config, run_dir)}
+    project, name = config.wandb.project, run_name(config, run_dir, unique=True)
+    how: dict[str, Any] = {"group": config.wandb.group, "resume": "allow" if resumed else "never", "embed": False}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints half a page
-            run = trackio.init(**names, config=shown, resume="allow" if resumed else "never", embed=False)
+            run = trackio.init(project=project, name=name, config=shown, **how)
     except Exception as error:  # the library raises whatever its many layers do
         raise UserError(f"trackio cannot start: {error}; or leave it out of tracker={config.tracker}") from error
-    log(f"trackio: look at the run with: trackio show --project {shlex.quote(config.wandb.project)}")
+    log(f"trackio: look at the run with: trackio show --project {shlex.quote(project)}")
     return run
 
 

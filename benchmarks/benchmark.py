@@ -6,7 +6,8 @@
                                             CPU time of train.py until its first update
 
 `dpo` computes the same global batch in each way in turn, in one process, and checks that all give the same loss and
-gradient: on the embedded model unless overrides say otherwise. `--sweep` does so for four betas as a whole.
+gradient: on the embedded model and made-up dialogues with HH's token lengths, unless overrides say otherwise.
+`--sweep` does so for four betas as a whole.
 
 `data` writes a file of synthetic dialogues with HH's token lengths, then loads it in fresh processes: once with an
 empty cache, then `--repeats` times with what the first left. Memory is the proportional set size (PSS) summed over the
@@ -292,6 +293,10 @@ def dpo_table(arguments: argparse.Namespace) -> tuple[str, dict[str, str], list[
             arguments.overrides += speed.random_model(
                 arguments.shape, Path(folder, f"random_{arguments.shape}"), arguments.overrides
             )
+        if not any(override.startswith("datasets=") for override in arguments.overrides):
+            rows = Path(folder, "dialogues.jsonl")
+            write_dialogues(rows, max(512, arguments.pairs))
+            arguments.overrides += [f"datasets=[{rows}]", "holdout_fraction=0"]
         return time_dpo(arguments)
 
 

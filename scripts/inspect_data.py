@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dpo.utils import UserError
-from settings import check_keys
+from settings import check_command
 from utils import HelpFormatter, run_main
 
 
@@ -41,9 +41,9 @@ def read_arguments() -> tuple[int, str, bool, list[str]]:
     split = given.pop("split", "split=train").removeprefix("split=")
     if not re.fullmatch("[0-9]{1,9}", n):
         raise UserError(f"n={n} must be a whole number of examples, 0 or more")
-    check_keys(list(given.values()))
-    defaults = [] if "loss" in given else ["loss=dpo", "loss.beta=0.1"]
-    return int(n), split, arguments.json, [*defaults, *given.values()]
+    overrides = [*([] if "loss" in given else ["loss=dpo", "loss.beta=0.1"]), *given.values()]
+    check_command(overrides)
+    return int(n), split, arguments.json, overrides
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ def best_of(start: Path, data: str, settings: dict[str, Any]) -> list[Point]:
     prompts = prompts_of(test, examples, config.n_eval_model_samples)
     repeated = [prompt for prompt in prompts for _ in range(n)]
     max_new_tokens = config.max_length - max(map(len, prompts))
+    log(f"sampling {n} responses of each of {len(prompts)} prompts")
     sampled = sample(model, tokenizer, repeated, Sampling(max_new_tokens, config.eval_batch_size, 1, computation.dtype))
     responses = [continuation(tokenizer, *each) for each in zip(repeated, sampled, strict=True)]
     texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
@@ -191,11 +192,12 @@ def draw(points: Sequence[Point], path: Path) -> None:
         look: dict[str, Any] = {"color": f"C{number}", "marker": "os^Dvx*P"[number % 8], "alpha": 0.8, "label": method}
         for _, group in itertools.groupby(members, lambda p: p.method == BEST_OF or p.setting):
             run = list(group)
+            text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": look["color"]}
             bars = [p.half_width for p in run], [Z95 * p.kl_error for p in run]  # 95 % intervals
             axes.errorbar([p.kl for p in run], [p.reward for p in run], *bars, elinewidth=0.6, **look)
             look["label"] = None
             if method != BEST_OF:
-                axes.annotate(run[-1].setting.split()[-1], (run[-1].kl, run[-1].reward), fontsize=7, color=f"C{number}")
+                axes.annotate(run[-1].setting.split()[-1], (run[-1].kl, run[-1].reward), (5, 5), **text)
     axes.set(xlabel="KL(policy || starting policy), nats a response", ylabel="true reward (VADER), held-out prompts")
     if max(p.kl for p in points) > 5:
         axes.set_xscale("symlog", linthresh=1)

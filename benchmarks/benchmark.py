@@ -108,6 +108,12 @@ def memory_of(processes: Sequence[psutil.Process]) -> tuple[float, float]:
     return anonymous, files
 
 
+def spread(values: Sequence[float], form: str) -> str:
+    """Return the median of `values`, and their range if they differ."""
+    low, middle, high = (f"{value:{form}}" for value in (min(values), statistics.median(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
 def write_dialogues(path: Path, n: int) -> None:
     """`n` rows of chosen and rejected dialogues. Word counts follow HH: prompts have a mean of 125 tokens and a median
     of 98, chosen replies 41 and rejected 51 on average."""
@@ -163,12 +169,12 @@ def benchmark_data(arguments: argparse.Namespace) -> None:
         write_dialogues(few, 10)
         parallel.apart(load_once, few, cache, num_proc)  # converts the embedded model, which is no part of the data
         first, *others = [measured_load(source, cache, num_proc) for _ in range(1 + arguments.repeats)]
-    method = f"the method stands in the script. Second start: the median of {arguments.repeats}."
+    method = f"the method stands in the script. Second start: the median of {arguments.repeats} and their range."
     facts = {"input": f"{rows} HH-like pairs, {size:.0f} MiB of JSON lines, default max_length 512"}
     table = [["", "first start", "second start"]]
     for key in first:
-        values = first[key], statistics.median(other[key] for other in others)
-        table.append([key, *(f"{value:.0f}" if key == "pairs" else f"{value:.4g}" for value in values)])
+        form = ".0f" if key == "pairs" else ".4g"
+        table.append([key, f"{first[key]:{form}}", spread([other[key] for other in others], form)])
     write_table("data", "Data pipeline", method, facts, table)
 
 
@@ -224,7 +230,7 @@ def cpu_table(repeats: int) -> list[list[str]]:
         for name, more in (("", ["n_eval_examples=0"]), (", with an evaluation of 8 pairs and 2 samples", evaluation)):
             first, *others = [cpu_of_start(Path(folder, str(len(rows))), *more) for _ in range(1 + repeats)]
             for start, found in (("empty cache", [first]), ("second start", others)):
-                rows.append([start + name, *(f"{statistics.median(column):.1f}" for column in zip(*found))])
+                rows.append([start + name, *(spread(column, ".1f") for column in zip(*found))])
     return rows
 
 
@@ -252,7 +258,7 @@ def benchmark_start(arguments: argparse.Namespace) -> None:
         ["peak beyond that, all processes", f"{peak:.0f}", f"{peak / copy:.2f}"],
         ["cached pages of files beyond those before", f"{files:.0f}", f"{files / copy:.2f}"],
     ]
-    method = f"the method stands in the script. Second start: the median of {arguments.repeats}."
+    method = f"the method stands in the script. Second start: the median of {arguments.repeats} and their range."
     write_table("start", "Memory and time at the start", method, {}, table, cpu_table(arguments.repeats))
 
 
@@ -294,7 +300,7 @@ def dpo_table(arguments: argparse.Namespace) -> tuple[str, dict[str, str], list[
                 arguments.shape, Path(folder, f"random_{arguments.shape}"), arguments.overrides
             )
         if not any(override.startswith("datasets=") for override in arguments.overrides):
-            rows = Path(folder, "dialogues.jsonl")
+            rows = Path(folder, "made-up_HH-like_dialogues.jsonl")
             write_dialogues(rows, max(512, arguments.pairs))
             arguments.overrides += [f"datasets=[{rows}]", "holdout_fraction=0"]
         return time_dpo(arguments)
@@ -318,7 +324,7 @@ def time_dpo(arguments: argparse.Namespace) -> tuple[str, dict[str, str], list[l
     for name, median in medians.items():
         peak = f"{peaks[name]:.0f}" if name in peaks else ""
         useful = speed.useful(work, median * arguments.pairs / pairs)
-        rows.append([name, f"{median:.1f}", f"{pairs / median:.3f}", f"{base / median:.2f}", useful, peak])
+        rows.append([name, spread(seconds[name], ".1f"), f"{pairs / median:.3f}", f"{base / median:.2f}", useful, peak])
     counts = speed.tokens(work)
     facts = {
         "model": f"{Path(work.config.model.name_or_path).name}, {work.config.compute_dtype} on {work.policy.device}",
@@ -328,10 +334,10 @@ def time_dpo(arguments: argparse.Namespace) -> tuple[str, dict[str, str], list[l
         + f"; of ours {counts['distinct'] / counts['ours']:.3f} are distinct",
     }
     method = (
-        f"medians of {arguments.repeats} runs in turn; all gave the same loss and gradient (relative {exact:g}). The "
-        f"original's micro-batches have {micro} pairs, ours up to {work.config.microbatch_tokens} tokens. "
-        f"`{speed.OURS}` counts the time to compute it. Useful: the policy's operations for distinct tokens, of the "
-        "peak if that is known (model FLOPs utilisation)."
+        f"medians and ranges of {arguments.repeats} runs in turn; all gave the same loss and gradient (relative "
+        f"{exact:g}). The original's micro-batches have {micro} pairs, ours up to {work.config.microbatch_tokens} "
+        f"tokens. `{speed.OURS}` counts the time to compute it. Useful: the policy's operations for distinct "
+        "tokens, of the peak if that is known (model FLOPs utilisation)."
     )
     return method, facts, rows
 

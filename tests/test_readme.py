@@ -237,7 +237,8 @@ def speeds(record: str) -> dict[str, dict[str, float]]:
     """Return {row: {column: number}} of a record's table of speeds."""
     text = (ROOT / "benchmarks" / f"{record}.md").read_text(encoding="utf-8")
     head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|")
-    return {row[0]: {name: float(cell) for name, cell in zip(head[1:], row[1:]) if cell} for row in rows}
+    cells = [[cell.partition(" (")[0] for cell in row] for row in rows]  # without ranges
+    return {row[0]: {name: float(cell) for name, cell in zip(head[1:], row[1:]) if cell} for row in cells}
 
 
 def ratios() -> Iterator[str]:

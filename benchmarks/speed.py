@@ -154,7 +154,7 @@ def our_step(work: Work, scorer: Scorer, micro_batches: Iterable[Share]) -> floa
 
 
 def trl_step(work: Work) -> Callable[[], float] | None:
-    """The same token ids through TRL's DPOTrainer, in the given order; None where TRL is not installed."""
+    """The same token ids through TRL's DPOTrainer, in the given order; None if TRL is not installed."""
     try:
         import trl
     except ImportError:
@@ -292,7 +292,7 @@ def tokens(work: Work) -> dict[str, int]:
 
 
 def useful(work: Work, seconds: float) -> str:
-    """Operations of the policy's distinct tokens in `seconds`, as `throughput` counts them, of the peak where known."""
+    """Operations of the policy's distinct tokens in `seconds`, as `throughput` counts them, of the peak if known."""
     costs = (cost_of(share.batch, work.how.layout) for share in work.shares(work.how))
     found = throughput(work.policy, sum(costs, Cost()), seconds)
     return f"{found['flops_per_second'] / 1e12:.3g}" + (f" ({found['mfu']:.1%})" if "mfu" in found else "")

@@ -48,7 +48,7 @@ def optimum(world: World, beta: float) -> Tensor:
 
 def preferences(world: World, flipped: float = 0.0) -> Tensor:
     """Probability that the first response is labelled better than the second, [prompts, responses, responses]: Bradley-
-    Terry's sigmoid of the difference of rewards, where labels are flipped with probability `flipped`."""
+    Terry's sigmoid of the difference of rewards, if labels are flipped with probability `flipped`."""
     first = torch.sigmoid(world.reward[:, :, None] - world.reward[:, None, :])
     return first * (1 - flipped) + (1 - first) * flipped
 

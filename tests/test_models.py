@@ -16,7 +16,7 @@ from conftest import make_model, make_tokenizer, train_here
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dpo.model.checks import check_noise, company_differences, disable_dropout, pick_computation, positions
+from dpo.model.checks import batch_differences, check_noise, disable_dropout, pick_computation, positions
 from dpo.model.loading import load_policy, load_tokenizer, local_folder
 from dpo.model.logps import Computation, add_token_logps
 from dpo.utils import UserError
@@ -323,7 +323,7 @@ def longrope(**more: Any) -> PreTrainedModel:
 def test_rows_of_longrope_are_computed_alike_or_refused(overrides: Overrides, tmp_path: Path) -> None:
     model = longrope()
     how = Computation(torch.float32)
-    assert company_differences(model, how, 24)[0] < 1e-5 < 1e-2 < company_differences(model, how, 25)[0]
+    assert batch_differences(model, how, 24)[0] < 1e-5 < 1e-2 < batch_differences(model, how, 25)[0]
     assert positions(model.config)[0] == 24
     assert positions(longrope(long_factor=[1.0] * 4).config)[0] == 96
     model.save_pretrained(tmp_path / "phi3")

@@ -120,7 +120,7 @@ def test_a_full_disk_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(provenance, "atomic_write", full)
     record.begin({}, {}, None, False)
     record.end()
-    assert capsys.readouterr().out.count("No space left on device. Training goes on") == 2
+    assert capsys.readouterr().out.count("No space left on device. Training continues") == 2
 
 
 def test_trackers_are_closed_if_the_folder_was_taken_over(tmp_path: Path) -> None:

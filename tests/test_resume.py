@@ -497,7 +497,7 @@ def test_only_want_of_space_is_waited_for(
         if passes:
             train_here(run)
             assert list(dict.fromkeys(begun)) == [".step-trial", ".step-8-new", ".step-16-new", ".step-24-new"]
-            assert "Training goes on" in capsys.readouterr().out
+            assert "Training continues" in capsys.readouterr().out
         else:
             with pytest.raises(UserError, match=r"(no checkpoint can|could not) be written.*" + type(failure).__name__):
                 train_here(run)
@@ -601,7 +601,7 @@ def test_a_disk_that_fills_up_costs_a_checkpoint_and_not_the_run(overrides: Over
         while "Trying again; free space" not in log.read_text() and process.is_alive():
             time.sleep(0.1)
         shown = log.read_text()
-        assert "Training goes on" in shown and "the disk has 0.00 GiB free; the last complete checkpoint is" in shown
+        assert "Training continues" in shown and "the disk has 0.00 GiB free; the last complete checkpoint is" in shown
         assert all(check(path, "full") is None for path in checkpoints(run_dir))
         filler.unlink()
         process.join(60)

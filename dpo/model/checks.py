@@ -200,7 +200,7 @@ def layouts_to_try(config: Config, device: torch.device) -> list[str]:
 
 
 def _on_gpu(device: torch.device) -> bool:
-    """Return whether FlexAttention and TF32 are there: on CUDA, and where a plan pretends to be on it."""
+    """Return whether FlexAttention and TF32 are there: on CUDA, or if a plan pretends to be on it."""
     return device.type not in ("cpu", "mps")
 
 
@@ -234,7 +234,7 @@ def _check_supported(model: PreTrainedModel, padded: Computation, config: Config
     try:
         with refusing(f"{who}: its forward pass failed"):
             head = head_difference(model, padded.dtype)
-            company, ahead = company_differences(model, padded, config.max_length)
+            batched, ahead = batch_differences(model, padded, config.max_length)
     except UserError as error:
         if isinstance(error.__cause__, TorchDynamoException):
             reason = _first_line(error.__cause__)
@@ -245,9 +245,9 @@ def _check_supported(model: PreTrainedModel, padded: Computation, config: Config
             f"the log-probabilities of {type(model).__name__} are not finite: its weights hold NaN or infinity, or "
             f"{padded.dtype} is too small for them; look at the weights, or compute in float32 (mixed_precision=null)"
         )
-    if not company <= padded.tolerance:
+    if not batched <= padded.tolerance:
         raise UserError(
-            f"{who}: log-probabilities of short rows differ by {company:.2g} {per_token} if a row of "
+            f"{who}: log-probabilities of short rows differ by {batched:.2g} {per_token} if a row of "
             f"max_length={config.max_length} tokens is computed with them; lower max_length"
         )
     if not ahead <= padded.tolerance:
@@ -284,7 +284,7 @@ def layout_difference(model: PreTrainedModel, how: Computation, prompt_length: i
 
 
 @torch.no_grad()
-def company_differences(model: PreTrainedModel, how: Computation, length: int) -> tuple[float, float]:
+def batch_differences(model: PreTrainedModel, how: Computation, length: int) -> tuple[float, float]:
     """Return the largest change of log-probabilities, as the mean over a row's tokens in nats, in two cases.
 
     First of short rows if one of `length` tokens is computed with them: some models choose by the longest row. Then of
@@ -293,9 +293,9 @@ def company_differences(model: PreTrainedModel, how: Computation, length: int) -
     ids = _random_ids(model, length + 1)
     trees = [Tree(ids[:1], [ids[1 : 1 + n]]) for n in (length, length // 4 + 1, 8)]
     long, *together = _logps(model, how, *trees).logps
-    company, ahead = [], []
+    batched, ahead = [], []
     for tree, beside in zip(trees[1:], together, strict=True):
         alone = _logps(model, how, tree).logps[0]
-        company.append(_distance(beside[: len(alone)], alone))
+        batched.append(_distance(beside[: len(alone)], alone))
         ahead.append(_distance(long[: len(alone)], beside[: len(alone)]))
-    return _largest(company), _largest(ahead)
+    return _largest(batched), _largest(ahead)

@@ -242,8 +242,8 @@ def _put_adapter_on(model: PreTrainedModel, config: Config, base: str, folder: P
     kind = str(found.peft_type).removeprefix("PeftType.")
     if trains and kind != config.adapter.peft_type:
         raise UserError(
-            f"adapter.peft_type={config.adapter.peft_type}, but model.archive={folder} is of {kind}, which "
-            f"goes on: set adapter.peft_type={kind}, or adapter.stack=true for a fresh one on top"
+            f"adapter.peft_type={config.adapter.peft_type}, but model.archive={folder} holds an adapter of "
+            f"{kind}: set adapter.peft_type={kind} to train it further, or adapter.stack=true for a fresh one on top"
         )
     adapters.put_on(model, found, base, config.seed)
     adapters.load(model, state, folder)

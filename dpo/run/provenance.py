@@ -62,7 +62,7 @@ class Provenance:
         try:
             self._write()
         except OSError as error:
-            log(f"warning: {FILE} cannot be written: {error}. Training goes on")
+            log(f"warning: {FILE} cannot be written: {error}. Training continues")
 
     def note(self, metrics: Mapping[str, float], examples: int) -> None:
         """Count the cost of an update that led to `examples` examples. Write now and then."""
@@ -122,7 +122,7 @@ def code_state(run_dir: Path) -> dict[str, Any]:
             try:
                 atomic_write(run_dir / known["diff"], content)
             except OSError as error:
-                log(f"warning: {known['diff']} cannot be written: {error}. Training goes on")
+                log(f"warning: {known['diff']} cannot be written: {error}. Training continues")
     more = {"n_untracked": code.n_untracked} if code.n_untracked > len(code.untracked) else {}
     return known | ({"untracked": [*code.untracked]} | more if code.untracked else {})
 

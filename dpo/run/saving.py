@@ -41,7 +41,7 @@ class Saver:
         try:
             self.writer.try_out(policy, self.tokenizer, self.state, self._optimizer(optimizer))
         except checkpoint.NoSpace as error:
-            log(f"warning: {error}. Training goes on; free space before the first checkpoint")
+            log(f"warning: {error}. Training continues; free space before the first checkpoint")
 
     def _optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
         return None if self.config.save_weights_only else optimizer
@@ -77,7 +77,7 @@ class Saver:
                 self.failed = True
                 if not last:
                     self.best = best_before
-                    log(f"warning: {error}. Training goes on")
+                    log(f"warning: {error}. Training continues")
                 elif left:
                     log(f"warning: {error}. Trying again; free space")
                     time.sleep(SECONDS_BETWEEN_TRIES)

@@ -7,6 +7,7 @@ compares the files with what this returns.
 import dataclasses
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
@@ -29,13 +30,13 @@ SPLIT = 3  # a group of more keys than this is one row
 
 def commented(name: str, prefix: str = "") -> Iterator[list[str]]:
     """Yield a row (keys, defaults, comment) for the keys of a file of config/ that share a comment, in its order."""
-    rows = []
-    for key, (value, comment) in (known := comments(CONFIG_DIR / f"{name}.yaml")).items():
-        inside = [name for name in known if name.startswith(f"{key}.")]
-        if len(inside) > SPLIT:
-            names = ", ".join(f"`{name.partition('.')[2]}`" for name in inside)
+    known, rows = comments(CONFIG_DIR / f"{name}.yaml"), []
+    inside = Counter(key.partition(".")[0] for key in known if "." in key)
+    for key, (value, comment) in known.items():
+        if inside[key] > SPLIT:
+            names = ", ".join(f"`{inner}`" for inner in value)
             rows.append((f"`{prefix}{key}.<name>`", "", f"{clean(comment)} Names: {names}."))
-        elif not inside and len([name for name in known if name.startswith(f"{key.partition('.')[0]}.")]) <= SPLIT:
+        elif not inside[key] and inside[key.partition(".")[0]] <= SPLIT:
             rows.append((f"`{prefix}{key}`", shown(value), clean(comment)))
     for comment, alike in groupby(rows, lambda row: row[2]):
         keys, defaults, _ = zip(*alike)
